@@ -1,0 +1,36 @@
+# make demo, make test and make lint set up .venv by themselves.
+PYTHON ?= python3
+# The local torch. The container's is the one in requirements.txt; use TORCH=torch==2.11.0 for the same here.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+# One thread a process: the small base model is too small to share, and two spinning thread pools slow each other down.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test lint format clean
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	grep -v '^torch==' requirements.txt > .venv/requirements.txt
+	$(BIN)/pip install --quiet -r .venv/requirements.txt -r requirements-dev.txt
+	touch $@
+
+demo: setup
+	$(BIN)/python -m demo.run
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .cache demo-output

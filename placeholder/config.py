@@ -1,0 +1,166 @@
+"""What a training run is asked to do: every option with its default, read from inputs and YAML, validated once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from placeholder.checks import MAX_SEED, choice, flag, number, shown, text, whole
+
+OPTIMIZERS = ("adamw", "adamw8bit", "adam8bit", "prodigy")
+BATCH_SIZES = (1, 2, 4)
+MIN_SIDE, MAX_SIDE = 64, 2048  # pixels
+DEFAULT_PLACEHOLDER = "<zwx>"
+MAX_CONFIG_BYTES = 64 * 1024
+
+# The sections of the YAML file; every option of TrainConfig stands in exactly one.
+YAML_SECTIONS: dict[str, tuple[str, ...]] = {
+    "train": (
+        "steps",
+        "rank",
+        "lora_rank",
+        "learning_rate",
+        "batch_size",
+        "resolution",
+        "default_caption",
+        "caption_dropout",
+        "train_placeholder_token",
+        "placeholder_token",
+        "placeholder_init_std",
+        "placeholder_learning_rate",
+        "optimizer",
+        "seed",
+    ),
+    "debug": ("log_prompt_ids",),
+    "model": ("quantize", "quantize_te"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The resolved options of one run.
+
+    `resolution` holds the sides of the square areas trained at, in pixels; `placeholder_token` holds the tokens named, which
+    are used only where `train_placeholder_token` is on; `seed` None means that one is to be drawn.
+    """
+
+    steps: int = 1000
+    rank: int = 32
+    learning_rate: float = 2e-4
+    batch_size: int = 1
+    resolution: tuple[int, ...] = (512, 768, 1024)
+    default_caption: str = "A photo of a person named <>"
+    caption_dropout: float = 0.05
+    train_placeholder_token: bool = False
+    placeholder_token: tuple[str, ...] = ()
+    placeholder_init_std: float = 1e-5
+    placeholder_learning_rate: float = 1e-3
+    optimizer: str = "adamw"
+    quantize: bool = False
+    quantize_te: bool = False
+    log_prompt_ids: bool = False
+    seed: int | None = None
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The placeholder tokens that are trained: none in the baseline."""
+        return self.placeholder_token if self.train_placeholder_token else ()
+
+    @property
+    def training_mode(self) -> str:
+        """`zero_prior` with a placeholder token, `baseline` without."""
+        return "zero_prior" if self.train_placeholder_token else "baseline"
+
+
+def train_config(inputs: dict[str, Any], config_file: Path | str | None = None) -> TrainConfig:
+    """The configuration that Cog's inputs ask for, overruled by what a YAML file names.
+
+    `inputs` holds the options by their input names; `lora_rank` None, `train_placeholder_token` None, `placeholder_token`
+    None and `seed` None mean "not given". Raises ValueError, one sentence, for any value that is not accepted.
+    """
+    options = dict(inputs)
+    from_file = read_yaml(config_file) if config_file else {}
+    if "rank" in from_file:
+        options["lora_rank"] = None
+    options |= from_file
+    lora_rank = options.pop("lora_rank", None)
+    if lora_rank is not None:
+        options["rank"] = lora_rank
+    train, named = options.pop("train_placeholder_token", None), options.pop("placeholder_token", None)
+    checked = {name: CHECKS[name](name, value) for name, value in options.items()}
+    config = TrainConfig(**checked, **_placeholder_options(train, named))
+    if config.train_placeholder_token and config.quantize_te:
+        raise ValueError(
+            "quantize_te cannot be combined with a placeholder token: the embedding of a quantised text encoder cannot learn; "
+            "set quantize_te to false or train without the token"
+        )
+    return config
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """The options that a YAML file with the sections train, debug and model names, flattened."""
+    content = Path(path).read_bytes()
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ValueError(f"config is {len(content)} bytes: a configuration file has at most {MAX_CONFIG_BYTES}")
+    try:
+        document = yaml.safe_load(content.decode("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"config is not a YAML file: {' '.join(str(error).split())}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ValueError(f"config holds a {type(document).__name__}: expected the sections {', '.join(YAML_SECTIONS)}")
+    options: dict[str, Any] = {}
+    for section, entries in document.items():
+        if section not in YAML_SECTIONS:
+            raise ValueError(f"config has an unknown section {section!r}: known are {', '.join(YAML_SECTIONS)}")
+        if not isinstance(entries, dict | None):
+            raise ValueError(f"config section {section} holds a {type(entries).__name__}: expected option names with values")
+        for name, value in (entries or {}).items():
+            if name not in YAML_SECTIONS[section]:
+                known = "; ".join(f"{part}: {', '.join(names)}" for part, names in YAML_SECTIONS.items())
+                raise ValueError(f"config has an unknown key {section}.{name}: known are {known}")
+            options[name] = value
+    return options
+
+
+def _placeholder_options(train: Any, named: Any) -> dict[str, Any]:
+    """Whether a placeholder token is trained, and which: on when asked for or, left blank, when a token is named."""
+    train = named is not None if train is None else flag("train_placeholder_token", train)
+    if train and named is None:
+        named = DEFAULT_PLACEHOLDER
+    tokens = () if named is None else tuple(token.strip(" ") for token in text("placeholder_token", named).split(","))
+    return {"train_placeholder_token": train, "placeholder_token": tokens}
+
+
+def _resolutions(name: str, value: Any) -> tuple[int, ...]:
+    """`"512,768,1024"`, a number, or a list of numbers, as sorted sides in pixels."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    sides = set()
+    for part in parts:
+        digits = str(part).strip() if isinstance(part, int | str) else ""
+        if not (digits.isascii() and digits.isdigit() and len(digits) <= 4 and MIN_SIDE <= int(digits) <= MAX_SIDE):
+            raise ValueError(f"{name} is {shown(value)}: give whole numbers from {MIN_SIDE} to {MAX_SIDE}, separated by commas")
+        sides.add(int(digits))
+    return tuple(sorted(sides))
+
+
+# How each option is checked; the ranges are those of the inputs' descriptions.
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "steps": lambda name, value: whole(name, value, 1, 20000),
+    "rank": lambda name, value: whole(name, value, 1, 256),
+    "learning_rate": lambda name, value: number(name, value, 1e-6, 1e-2),
+    "batch_size": lambda name, value: choice(name, value, BATCH_SIZES),
+    "resolution": _resolutions,
+    "default_caption": text,
+    "caption_dropout": lambda name, value: number(name, value, 0.0, 0.9),
+    "placeholder_init_std": lambda name, value: number(name, value, 0.0, 1.0),
+    "placeholder_learning_rate": lambda name, value: number(name, value, 0.0, 1.0),
+    "optimizer": lambda name, value: choice(name, value, OPTIMIZERS),
+    "quantize": flag,
+    "quantize_te": flag,
+    "log_prompt_ids": flag,
+    "seed": lambda name, value: None if value is None else whole(name, value, 0, MAX_SEED),
+}

@@ -1,0 +1,49 @@
+"""Rectified-flow matching as Qwen-Image uses it: noise levels, noisy latents, target, loss."""
+
+import torch
+from torch import Tensor
+
+
+def shift_mu(tokens: int, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float) -> float:
+    """The exponent of the resolution-dependent shift, linear in the number of image tokens.
+
+    The four constants come from the model's scheduler configuration: mu is 0.5 at 256 tokens and 0.9 at 8192 for Qwen-Image.
+    """
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return base_shift + slope * (tokens - base_tokens)
+
+
+def shift_sigmas(sigmas: Tensor, mu: float | Tensor) -> Tensor:
+    """Move noise levels in (0, 1) towards 1: exp(mu) s / (1 + (exp(mu) - 1) s).
+
+    Equation 23 of Esser et al. 2024, arXiv:2403.03206, with exp(mu) for the square root of the resolution ratio, which is the
+    "exponential" time shift of diffusers' FlowMatchEulerDiscreteScheduler.
+    """
+    factor = torch.exp(torch.as_tensor(mu, dtype=sigmas.dtype))
+    return factor * sigmas / (1 + (factor - 1) * sigmas)
+
+
+def sample_sigma(mu: float, generator: torch.Generator) -> Tensor:
+    """A noise level, shape (): logit-normal(0, 1), then shifted for the image's resolution.
+
+    Logit-normal is what the Qwen-Image technical report (arXiv:2508.02324, section on pre-training) samples timesteps from.
+    The report names no shift; ours is the one that the checkpoint's scheduler applies when it draws a picture, so that
+    training visits noise levels as often as sampling does.
+    """
+    return shift_sigmas(torch.sigmoid(torch.randn((), generator=generator)), mu)
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """x_sigma = (1 - sigma) x_0 + sigma noise, for latents (B, L, D) and sigmas (B,); arXiv:2209.03003, equation 1."""
+    sigmas = sigmas.view(-1, *[1] * (latents.ndim - 1))
+    return (1 - sigmas) * latents + sigmas * noise
+
+
+def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """d x_sigma / d sigma = noise - x_0, what the transformer predicts."""
+    return noise - latents
+
+
+def flow_loss(model_pred: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample in fp32: (B, L, D) => (B,)."""
+    return (model_pred.float() - target.float()).square().flatten(1).mean(dim=1)

@@ -1,0 +1,153 @@
+"""A whole prediction: the pipeline, one archive's LoRA and token rows on it, and a picture from a request."""
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import FirstBlockCacheConfig, QwenImagePipeline
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from placeholder.checks import MAX_SEED
+from placeholder.lora import load_lora, scale_lora, unload_lora
+from placeholder.models import (
+    BaseModel,
+    encode_prompts,
+    load_scheduler,
+    load_text_encoder,
+    load_tokenizer,
+    load_transformer,
+    load_vae,
+    prompt_ids,
+)
+from placeholder.placeholder_token import PlaceholderTokens, check_tokens
+from placeholder.request import Request
+from placeholder.weights import Weights, read_weights
+
+Log = Callable[[str], None]
+PILLOW_FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
+
+
+class ImageGenerator:
+    """The base model in memory, and at most one weights archive applied to it at a time."""
+
+    def __init__(self, base: BaseModel, log: Log = print):
+        self.log = log
+        self.base = base
+        self.tokenizer = load_tokenizer(base)
+        self.text_encoder = load_text_encoder(base)
+        # The pipeline gets prompt embeddings from `_encode`, the way of training, so it needs no text encoder of its own.
+        self.pipeline = QwenImagePipeline(
+            scheduler=load_scheduler(base),
+            vae=load_vae(base, base.dtype),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=load_transformer(base),
+        )
+        self.pipeline.set_progress_bar_config(disable=True)  # its line is rewritten in place, which logs do not show
+        self._plain()
+
+    @torch.no_grad()
+    def generate(self, request: Request, weights: Path | None) -> Image.Image:
+        """Draw the picture, with the archive or bare LoRA at `weights` on the base model, or with the base model alone.
+
+        Raises ValueError when the weights cannot be used; the base model is then as it was.
+        """
+        if weights is None:
+            self.unload()
+        else:
+            self.load(weights)
+            scale_lora(self.pipeline.transformer, request.lora_scale)
+        unnamed = [token for token in self.tokens.ids if token not in request.prompt]
+        if unnamed and len(unnamed) == len(self.tokens.ids):
+            self.log(f"Warning: the prompt does not name {' or '.join(unnamed)}, so the trained subject may not appear")
+        return self._render(request)
+
+    def load(self, path: Path) -> None:
+        """Apply an archive, unless the one applied has the same content; nothing of an earlier one remains."""
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest == self.applied:
+            return
+        weights = read_weights(path)
+        tokens = self._tokens(weights)
+        self.unload()
+        load_lora(self.pipeline.transformer, weights.lora)
+        self.tokens, self.applied = tokens, digest
+        for token, ids in tokens.ids.items():
+            self.log(f"Placeholder token '{token}' registered with ID: {', '.join(map(str, ids))}")
+        self.log(f"Weights applied: {len(weights.lora)} LoRA tensors, {len(tokens.ids)} embeddings")
+
+    def unload(self) -> None:
+        """Back to the base model alone, bit for bit."""
+        if self.applied is not None:
+            unload_lora(self.pipeline.transformer)
+            self._plain()
+
+    def _plain(self) -> None:
+        self.applied: str | None = None
+        self.tokens = self._tokens(Weights(lora={}))
+
+    def _tokens(self, weights: Weights) -> PlaceholderTokens:
+        """The archive's tokens, registered behind this tokenizer's last id, where they were in training."""
+        check_tokens(tuple(weights.embeddings), self.tokenizer)
+        width = self.text_encoder.embed_tokens.embedding_dim
+        tokens = PlaceholderTokens(len(self.tokenizer), weights.embeddings, width)
+        trained_ids = weights.meta.get("placeholder_token_ids", {})
+        if tokens.ids != trained_ids:
+            raise ValueError(
+                f"the token ids of the archive are {trained_ids}, here they are {tokens.ids}: it was trained on another base"
+            )
+        trained_on = weights.meta.get("base_model", self.base.source)
+        if trained_on != self.base.source:
+            self.log(f"Warning: trained on {trained_on}, applied to {self.base.source}")
+        return tokens.to(self.base.device)
+
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        """Prompt embeddings (1, T, D) and a mask (1, T) that leaves nothing out."""
+        input_ids = torch.tensor([prompt_ids(self.tokenizer, self.tokens, prompt)], device=self.base.device)
+        embeds = encode_prompts(self.text_encoder, self.tokens, input_ids)
+        return {
+            "prompt_embeds": embeds,
+            "prompt_embeds_mask": torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+        }
+
+    def _render(self, request: Request) -> Image.Image:
+        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
+        self.log(f"Seed: {seed}{' (drawn)' if request.seed is None else ''}, size: {request.width}x{request.height}")
+        prompts = self._encode(request.prompt)
+        if request.guidance > 1:
+            prompts |= {f"negative_{name}": value for name, value in self._encode(request.negative_prompt).items()}
+        start = time.monotonic()
+
+        def progress(_pipeline, index: int, _timestep, kept: dict) -> dict:
+            self.log(tqdm.format_meter(index + 1, request.steps, time.monotonic() - start, ascii=" #"))
+            return kept
+
+        if request.go_fast:
+            self.pipeline.transformer.enable_cache(FirstBlockCacheConfig())
+        try:
+            return self.pipeline(
+                **prompts,
+                true_cfg_scale=request.guidance,
+                width=request.width,
+                height=request.height,
+                num_inference_steps=request.steps,
+                generator=torch.Generator().manual_seed(seed),
+                callback_on_step_end=progress,
+            ).images[0]
+        finally:
+            if request.go_fast:
+                self.pipeline.transformer.disable_cache()
+
+
+def save_image(image: Image.Image, request: Request, folder: Path) -> Path:
+    """Write the picture in the request's format; `output_quality` counts for webp and jpg, png is lossless."""
+    path = folder / f"output.{request.output_format}"
+    options = {} if request.output_format == "png" else {"quality": request.output_quality}
+    image.save(path, PILLOW_FORMATS[request.output_format], **options)
+    return path

@@ -1,0 +1,137 @@
+"""LoRA on the transformer through PEFT: adding it for training, taking its weights out, putting stored weights in."""
+
+from typing import Any
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+# Attention of both streams. With the feed-forward layers the archive more than doubles, and Cog hands archives over as base64.
+TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+ADAPTER = "default"
+PREFIX = "transformer."
+A, B = ".lora_A.weight", ".lora_B.weight"
+METADATA_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+UNSUPPORTED_METADATA = ("use_dora", "lora_bias", "modules_to_save")
+
+
+def add_lora(transformer: QwenImageTransformer2DModel, rank: int, seed: int) -> list[nn.Parameter]:
+    """Add a trainable LoRA with alpha = rank, A ~ N(0, 1/rank^2) and B = 0; returns its fp32 parameters.
+
+    Only these parameters of the transformer require gradients afterwards.
+    """
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGET_MODULES)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(config, adapter_name=ADAPTER)
+    parameters = []
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            parameters.append(parameter)
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            # Autocast brings weight and input together; PEFT would keep an fp32 copy of each input for the backward pass.
+            module.cast_input_dtype_enabled = False
+    return parameters
+
+
+def lora_state_dict(transformer: QwenImageTransformer2DModel) -> dict[str, Tensor]:
+    """The LoRA's weights as they are stored: bf16 on the CPU, keys `transformer_blocks...lora_A.weight` without prefix."""
+    state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    return {key: value.detach().to("cpu", torch.bfloat16).contiguous() for key, value in state.items()}
+
+
+def lora_metadata(transformer: QwenImageTransformer2DModel) -> dict[str, Any]:
+    """The adapter's PEFT configuration (r, alpha, target modules), as diffusers stores it beside the weights."""
+    return transformer.peft_config[ADAPTER].to_dict()
+
+
+def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, Tensor]:
+    """The same LoRA with alpha = rank, so that it loads at the right strength wherever metadata are dropped.
+
+    `state` has keys `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r); `metadata` is the PEFT
+    configuration it was saved with, empty for alpha = rank. Raises ValueError for keys and settings of other methods.
+    """
+    others = [name for name in UNSUPPORTED_METADATA if metadata.get(name)]
+    if others:
+        raise ValueError(f"the LoRA was trained with {', '.join(others)}: only plain LoRA can be loaded")
+    folded = {}
+    for key, value in state.items():
+        if key.endswith(B):
+            value = value * _scale(key.removesuffix(B), value.shape[-1], metadata)
+        elif not key.endswith(A):
+            raise ValueError(f"the LoRA holds an unknown key {key!r}: expected names that end in {A} or {B}")
+        folded[key] = value
+    return folded
+
+
+def _scale(module: str, rank: int, metadata: dict[str, Any]) -> float:
+    """alpha / rank (alpha / sqrt(rank) for rank-stabilised LoRA, arXiv:2312.03732), 1.0 where no alpha is stored."""
+    if "lora_alpha" not in metadata:
+        return 1.0
+    alpha = metadata["lora_alpha"]
+    for name, own in (metadata.get("alpha_pattern") or {}).items():
+        name = name.removeprefix("^")
+        if module == name or module.endswith("." + name):
+            alpha = own
+    return alpha / (rank**0.5 if metadata.get("use_rslora") else rank)
+
+
+def load_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor]) -> None:
+    """Put a stored LoRA with alpha = rank on the transformer, at scale 1.
+
+    Raises ValueError unless every key names a linear layer of this transformer and fits it. What PEFT then holds is compared
+    with what was given, because a key that is not applied raises nothing there.
+    """
+    if not state:
+        raise ValueError("the LoRA holds no weights")
+    modules = dict(transformer.named_modules())
+    for key, value in state.items():
+        _check_key(modules, key, value, state)
+    prefixed = {PREFIX + key: value for key, value in state.items()}
+    transformer.load_lora_adapter(prefixed, prefix=PREFIX.removesuffix("."), adapter_name=ADAPTER)
+    applied = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    wrong = set(applied) ^ set(state)
+    wrong |= {
+        key for key in set(applied) & set(state) if not torch.equal(applied[key].cpu(), state[key].to(applied[key].dtype).cpu())
+    }
+    if wrong:
+        unload_lora(transformer)
+        raise RuntimeError(f"{len(wrong)} LoRA weights were not applied, among them {min(wrong)}")
+
+
+def scale_lora(transformer: QwenImageTransformer2DModel, scale: float) -> None:
+    """Set the strength of the loaded LoRA: W + scale * B A."""
+    transformer.set_adapters(ADAPTER, weights=scale)
+
+
+def unload_lora(transformer: QwenImageTransformer2DModel) -> None:
+    """Take the LoRA off; the transformer is the base model again, bit for bit."""
+    transformer.unload_lora()
+
+
+def has_lora(transformer: QwenImageTransformer2DModel) -> bool:
+    """Whether a LoRA is on the transformer."""
+    return bool(getattr(transformer, "peft_config", None))
+
+
+def _check_key(modules: dict[str, nn.Module], key: str, value: Tensor, state: dict[str, Tensor]) -> None:
+    module_name = key.removesuffix(A).removesuffix(B)
+    layer = modules.get(module_name)
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"the LoRA was made for another model: this one has no linear layer {module_name!r}")
+    down, up = state.get(module_name + A), state.get(module_name + B)
+    if down is None or up is None:
+        raise ValueError(f"the LoRA is incomplete: {module_name!r} needs both lora_A and lora_B")
+    expected = [(down.shape[0], layer.in_features), (layer.out_features, down.shape[0])]
+    if down.ndim != 2 or [tuple(down.shape), tuple(up.shape)] != expected:
+        raise ValueError(
+            f"the LoRA was made for another model: {module_name!r} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}, "
+            f"expected (r, {layer.in_features}) and ({layer.out_features}, r)"
+        )
+    if not torch.isfinite(value).all():
+        raise ValueError(f"the LoRA holds NaN or infinite numbers in {key!r}: train it again")

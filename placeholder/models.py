@@ -1,0 +1,157 @@
+"""The base model's components: where they come from, how they are loaded and placed, and how pictures and prompts are encoded."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from placeholder.latents import normalise, pack
+from placeholder.placeholder_token import PlaceholderTokens
+
+MODEL_VARIABLE = "QWEN_IMAGE_MODEL"
+DEFAULT_MODEL = "Qwen/Qwen-Image"
+# Classifier-free guidance and caption dropout need a prompt that says nothing; Qwen-Image's own examples use a space.
+EMPTY_PROMPT = " "
+MAX_PROMPT_TOKENS = 512  # max_sequence_length of QwenImagePipeline.__call__
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which base model, and where and in which dtype its components run."""
+
+    source: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def from_environment(cls) -> "BaseModel":
+        """Hub id or folder from QWEN_IMAGE_MODEL; bf16 on CUDA, fp32 on a CPU, which only a small base model fits.
+
+        Raises ValueError when the full-size model is asked for and there is no CUDA GPU.
+        """
+        source = os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL
+        if torch.cuda.is_available():
+            return cls(source, torch.device("cuda"), torch.bfloat16)
+        if source == DEFAULT_MODEL:
+            raise ValueError(
+                f"no CUDA GPU was found and {DEFAULT_MODEL} needs one: run on a GPU, or name a small model in {MODEL_VARIABLE}"
+            )
+        return cls(source, torch.device("cpu"), torch.float32)
+
+
+def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; no weights are read."""
+    return Qwen2Tokenizer.from_pretrained(base.source, subfolder="tokenizer")
+
+
+def load_scheduler(base: BaseModel) -> FlowMatchEulerDiscreteScheduler:
+    """The sampling schedule, whose configuration also holds the constants of the resolution shift."""
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(base.source, subfolder="scheduler")
+
+
+def load_vae(base: BaseModel, dtype: torch.dtype) -> AutoencoderKLQwenImage:
+    """The VAE, frozen."""
+    vae = AutoencoderKLQwenImage.from_pretrained(base.source, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+    return vae.requires_grad_(False).eval().to(base.device)
+
+
+def load_text_encoder(base: BaseModel, quantize: bool = False) -> nn.Module:
+    """The language model inside Qwen2.5-VL, frozen: without the vision tower and the head that computes logits."""
+    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        base.source, subfolder="text_encoder", dtype=base.dtype, use_safetensors=True
+    )
+    text_encoder = whole.model.language_model
+    if quantize:
+        quantize_int8(text_encoder.layers, base.device)
+    return text_encoder.requires_grad_(False).eval().to(base.device)
+
+
+def load_transformer(base: BaseModel, quantize: bool = False) -> QwenImageTransformer2DModel:
+    """The denoising transformer, frozen."""
+    transformer = QwenImageTransformer2DModel.from_pretrained(
+        base.source, subfolder="transformer", torch_dtype=base.dtype, use_safetensors=True
+    )
+    if quantize:
+        quantize_int8(transformer.transformer_blocks, base.device)
+    return transformer.requires_grad_(False).eval().to(base.device)
+
+
+def quantize_int8(module: nn.Module, device: torch.device) -> None:
+    """Store the weight of every linear layer as int8 with a scale for each row, computing as before (torchao)."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # imported where used: it takes seconds
+
+    quantize_(module, Int8WeightOnlyConfig(), device=device)
+
+
+@torch.no_grad()
+def encode_picture(vae: AutoencoderKLQwenImage, pixels: Tensor) -> Tensor:
+    """A picture, uint8 (3, H, W) => normalised and packed latents, fp32 (H/16 * W/16, 64): the posterior's mode."""
+    images = pixels.to(vae.device, vae.dtype)[None, :, None] / 127.5 - 1  # (1, 3, 1, H, W)
+    latents = vae.encode(images).latent_dist.mode()[:, :, 0].float()  # (1, 16, H/8, W/8)
+    mean, std = (torch.tensor(values, device=latents.device) for values in (vae.config.latents_mean, vae.config.latents_std))
+    return pack(normalise(latents, mean, std))[0]
+
+
+@cache
+def prompt_template() -> tuple[str, str, int]:
+    """What stands before and after a prompt, and how many tokens of it are dropped from the embeddings, as the pipeline has it."""
+    pipeline = QwenImagePipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=None)
+    prefix, suffix = pipeline.prompt_template_encode.split("{}")
+    return prefix, suffix, pipeline.prompt_template_encode_start_idx
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, prompt: str) -> tuple[int, ...]:
+    """The ids of a prompt inside the template, placeholders spliced in; the one way from text to ids.
+
+    Cut after MAX_PROMPT_TOKENS of the prompt, as the pipeline does. An empty prompt counts as EMPTY_PROMPT.
+    """
+    prefix, suffix, dropped = prompt_template()
+    return tuple(tokens.tokenize(tokenizer, prompt or EMPTY_PROMPT, prefix, suffix)[: dropped + MAX_PROMPT_TOKENS])
+
+
+def encode_prompts(text_encoder: nn.Module, tokens: PlaceholderTokens, input_ids: Tensor) -> Tensor:
+    """Prompt embeddings (B, T - dropped, D) of ids (B, T) from `prompt_ids`; no padding, so no mask. Gradients reach the rows."""
+    inputs_embeds = tokens.embed(text_encoder.embed_tokens, input_ids)  # (B, T, D)
+    hidden = text_encoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state  # (B, T, D)
+    return hidden[:, prompt_template()[2] :]
+
+
+class PromptEmbeddings:
+    """Prompt embeddings on demand: from the cache where they cannot change, from the text encoder where a row may have."""
+
+    def __init__(self, text_encoder: nn.Module, tokens: PlaceholderTokens):
+        self.text_encoder: nn.Module | None = text_encoder
+        self.tokens = tokens
+        self._cached: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def cache(self, prompts: Iterable[tuple[int, ...]]) -> int:
+        """Encode the prompts (as ids) that hold no placeholder, once; returns how many prompts are cached."""
+        for ids in prompts:
+            if ids not in self._cached and not self.tokens.contains(list(ids)):
+                self._cached[ids] = self._encode([ids])[0]
+        return len(self._cached)
+
+    def release(self) -> None:
+        """Let go of the text encoder; from here on only cached prompts can be had."""
+        self.text_encoder = None
+
+    def __call__(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        """Embeddings (n, T, D) of n prompts of one length, with gradients to the rows of placeholders."""
+        if all(ids in self._cached for ids in prompts):
+            return torch.stack([self._cached[ids] for ids in prompts])
+        return self._encode(prompts)
+
+    def _encode(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        input_ids = torch.tensor(prompts, device=self.tokens.rows.device)  # (n, T)
+        return encode_prompts(self.text_encoder, self.tokens, input_ids)

@@ -1,0 +1,160 @@
+"""The weights archive: the LoRA, the learned embeddings and meta.json in one file; written here and read here."""
+
+import json
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+import safetensors
+import torch
+from diffusers import QwenImagePipeline
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from placeholder.archive import Archive, open_archive
+from placeholder.lora import PREFIX, fold_scale
+
+META_NAME = "meta.json"
+LORA_NAME = "lora/lora_weights.safetensors"
+EMBEDDINGS_FOLDER = "embeddings"
+EMBEDDING_KEY = "qwen25_7b"  # the key under which ComfyUI looks for an embedding of this text encoder
+LORA_METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the PEFT configuration in the safetensors header
+MAX_META_BYTES = 1024 * 1024
+MAX_VECTORS = 64  # rows one token may have
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What an archive holds: the LoRA with alpha = rank and keys without `transformer.`, rows (k, D) by token, meta.json."""
+
+    lora: dict[str, Tensor]
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def embedding_name(token: str) -> str:
+    """Where the rows of a token are stored: `<zwx>` in embeddings/zwx.safetensors; unusual characters are percent-encoded."""
+    bare = token[1:-1] if len(token) > 2 and token.startswith("<") and token.endswith(">") else token
+    return f"{EMBEDDINGS_FOLDER}/{quote(bare, safe='').replace('.', '%2E')}.safetensors"
+
+
+def write_weights(path: Path, weights: Weights, lora_metadata: dict[str, Any]) -> None:
+    """Write the archive; `lora_metadata` is the PEFT configuration of the LoRA (alpha = rank).
+
+    Entries are stored, not compressed (bf16 noise does not shrink), sorted, and without a time of their own.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        root = Path(folder)
+        QwenImagePipeline.save_lora_weights(
+            root / "lora",
+            transformer_lora_layers=weights.lora,
+            transformer_lora_adapter_metadata=lora_metadata,
+            weight_name=PurePosixPath(LORA_NAME).name,
+        )
+        for token, rows in weights.embeddings.items():
+            target = root / embedding_name(token)
+            target.parent.mkdir(exist_ok=True)
+            save_file({EMBEDDING_KEY: rows.contiguous()}, target, metadata={"format": "pt", "token": token})
+        (root / META_NAME).write_text(json.dumps(weights.meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files = sorted(file for file in root.rglob("*") if file.is_file())
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for file in files:
+                entry = zipfile.ZipInfo(file.relative_to(root).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
+                entry.external_attr = 0o644 << 16
+                with archive.open(entry, "w", force_zip64=True) as target, file.open("rb") as source:
+                    while block := source.read(1 << 20):
+                        target.write(block)
+
+
+def read_weights(path: Path | str) -> Weights:
+    """Read a weights archive (zip or tar), or a bare diffusers LoRA in safetensors, told apart by content.
+
+    Raises ValueError, one sentence, when something that belongs there is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"the weights {path.name or path} are not a file: give a weights.zip or a LoRA in safetensors")
+    if _is_safetensors(path):
+        return Weights(_lora(path.name, path.read_bytes()))
+    with open_archive(path) as archive:
+        if LORA_NAME not in archive.names:
+            raise ValueError(f"LoRA weights not found in {archive.name}: expected {LORA_NAME}")
+        if META_NAME not in archive.names:
+            raise ValueError(f"{META_NAME} not found in {archive.name}: give the archive as the training returned it")
+        meta = _meta(archive.name, archive.read(META_NAME))
+        lora = _lora(f"{archive.name}: {LORA_NAME}", archive.read(LORA_NAME))
+        return Weights(lora, _embeddings(archive, meta), meta)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Eight bytes of header length, then the header, a JSON object (the safetensors format description)."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+
+
+def _tensors(name: str, content: bytes) -> dict[str, Tensor]:
+    try:
+        return load(content)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{name} is not a safetensors file ({error}): train it again or pack it again") from error
+
+
+def _lora(name: str, content: bytes) -> dict[str, Tensor]:
+    tensors = _tensors(name, content)
+    foreign = sorted(key for key in tensors if not key.startswith(PREFIX))
+    if foreign or not tensors:
+        found = f"it holds {foreign[0]!r}" if foreign else "it is empty"
+        raise ValueError(f"{name} is not a diffusers LoRA of Qwen-Image: {found}, expected keys that begin with {PREFIX!r}")
+    state = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    return fold_scale(state, _lora_metadata(name, content))
+
+
+def _lora_metadata(name: str, content: bytes) -> dict[str, Any]:
+    """The PEFT configuration in the header, without prefix; empty where the file has none (then alpha = rank)."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    text = header.get("__metadata__", {}).get(LORA_METADATA_KEY)
+    if text is None:
+        return {}
+    try:
+        metadata = json.loads(text)
+        metadata = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
+        for number in (metadata.get("lora_alpha", 0), *(metadata.get("alpha_pattern") or {}).values()):
+            float(number)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{name} has unreadable {LORA_METADATA_KEY}: save it again with diffusers") from error
+    return metadata
+
+
+def _meta(name: str, content: bytes) -> dict[str, Any]:
+    if len(content) > MAX_META_BYTES:
+        raise ValueError(f"{name}: {META_NAME} is {len(content)} bytes: it has at most {MAX_META_BYTES}")
+    try:
+        meta = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: {META_NAME} is not JSON ({error}): give the archive as the training returned it") from error
+    if not isinstance(meta, dict) or not isinstance(meta.get("placeholder_token_ids", {}), dict):
+        raise ValueError(f"{name}: {META_NAME} is not the one of a training: give the archive as the training returned it")
+    return meta
+
+
+def _embeddings(archive: Archive, meta: dict[str, Any]) -> dict[str, Tensor]:
+    """The rows of every token that meta.json names, and no others."""
+    expected = {embedding_name(token): token for token in meta.get("placeholder_token_ids", {})}
+    stored = {name for name in archive.names if name.startswith(EMBEDDINGS_FOLDER + "/")}
+    if missing := sorted(expected.keys() - stored):
+        raise ValueError(
+            f"the learned embedding of {expected[missing[0]]!r} was not found in {archive.name}: expected {missing[0]}"
+        )
+    if unnamed := sorted(stored - expected.keys()):
+        raise ValueError(f"{archive.name} holds {unnamed[0]}, a token that {META_NAME} does not name: train it again")
+    embeddings = {}
+    for name, token in expected.items():
+        rows = _tensors(f"{archive.name}: {name}", archive.read(name)).get(EMBEDDING_KEY)
+        if rows is None or rows.ndim != 2 or not 1 <= len(rows) <= MAX_VECTORS or not torch.isfinite(rows).all():
+            raise ValueError(f"{archive.name}: {name} holds no usable rows under {EMBEDDING_KEY!r}: expected finite (k, width)")
+        embeddings[token] = rows.float()
+    return embeddings

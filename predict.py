@@ -1,0 +1,92 @@
+"""Cog's prediction interface: inputs and output, nothing else. The work is in placeholder/generate.py."""
+
+import pathlib
+from contextlib import ExitStack
+from typing import Optional
+
+from cog import BasePredictor, Input, Path
+
+from placeholder.files import OutputFolder, local_file
+from placeholder.generate import ImageGenerator, save_image
+from placeholder.models import BaseModel
+from placeholder.request import picture_request
+
+OUTPUT = OutputFolder("placeholder-prediction-")
+
+
+class Predictor(BasePredictor):
+    def setup(self, weights: Optional[Path] = None) -> None:
+        """Load the base model, and the weights (COG_WEIGHTS: a URL or a path) that serve requests which bring none."""
+        self.kept = ExitStack()  # a download lives as long as the process
+        self.default_weights = self.kept.enter_context(local_file(str(weights))) if weights else None
+        self.generator = ImageGenerator(BaseModel.from_environment())
+        if self.default_weights:
+            self.generator.load(self.default_weights)
+
+    def predict(
+        self,
+        prompt: str = Input(
+            description="What to draw, with the placeholder token where the subject belongs, such as: a photo of <zwx>"
+        ),
+        negative_prompt: str = Input(default="", description="What to keep out of the picture. Used when guidance is above 1."),
+        steps: int = Input(default=50, ge=1, le=200, description="Denoising steps."),
+        num_inference_steps: Optional[int] = Input(
+            default=None, ge=1, le=200, description="Another name for steps; counts where it is given."
+        ),
+        guidance: float = Input(
+            default=4.0,
+            ge=0.0,
+            le=10.0,
+            description="Strength of classifier-free guidance. At 1 and below the negative prompt is not used and a step takes half the time.",
+        ),
+        guidance_scale: Optional[float] = Input(
+            default=None, ge=0.0, le=10.0, description="Another name for guidance; counts where it is given."
+        ),
+        width: Optional[int] = Input(
+            default=None, ge=64, le=2048, description="Width in pixels, rounded down to a multiple of 16. Give height too."
+        ),
+        height: Optional[int] = Input(
+            default=None, ge=64, le=2048, description="Height in pixels, rounded down to a multiple of 16. Give width too."
+        ),
+        aspect_ratio: str = Input(
+            default="16:9",
+            choices=["1:1", "16:9", "9:16", "4:3", "3:4", "3:2", "2:3"],
+            description="Shape of the picture where width and height are not given.",
+        ),
+        image_size: str = Input(
+            default="optimize_for_quality",
+            choices=["optimize_for_quality", "optimize_for_speed"],
+            description="Size of the picture where width and height are not given: about 1.6 megapixels for quality, 0.6 to 1 for speed.",
+        ),
+        seed: Optional[int] = Input(
+            default=None, ge=0, le=4294967295, description="Seed of the noise. Left blank, one is drawn and logged."
+        ),
+        lora_scale: float = Input(
+            default=1.0,
+            ge=0.0,
+            le=3.0,
+            description="Strength of the trained LoRA. At 0 only the new token's embedding is left.",
+        ),
+        replicate_weights: Optional[Path] = Input(
+            default=None,
+            description="The weights.zip of a training, or a diffusers LoRA in safetensors. Overrules the weights the model was started with.",
+        ),
+        enhance_prompt: bool = Input(
+            default=False,
+            description="Append the quality words that Qwen-Image's model card recommends: Ultra HD, 4K, cinematic composition.",
+        ),
+        go_fast: bool = Input(
+            default=False,
+            description="Skip transformer blocks in steps where the first block barely changes (first-block cache): faster, slightly different pictures.",
+        ),
+        output_format: str = Input(default="webp", choices=["webp", "jpg", "png"], description="Format of the picture file."),
+        output_quality: int = Input(default=80, ge=0, le=100, description="Quality of webp and jpg files; png is lossless."),
+    ) -> Path:
+        """Draw one picture."""
+        inputs = dict(locals())
+        del inputs["self"]
+        weights = inputs.pop("replicate_weights")
+        request = picture_request(inputs)
+        with OUTPUT.fresh() as folder:
+            image = self.generator.generate(request, pathlib.Path(weights) if weights else self.default_weights)
+            return Path(save_image(image, request, folder))

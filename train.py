@@ -1,0 +1,96 @@
+"""Cog's training interface: inputs and output, nothing else. The work is in placeholder/finetune.py."""
+
+from typing import Optional
+
+from cog import BaseModel, Input, Path
+
+from placeholder import models
+from placeholder.config import train_config
+from placeholder.files import OutputFolder
+from placeholder.finetune import finetune
+
+OUTPUT = OutputFolder("placeholder-training-")
+
+
+class TrainingOutput(BaseModel):
+    weights: Path
+
+
+def train(
+    dataset: Optional[Path] = Input(
+        default=None,
+        description="Zip or tar of jpg, png or webp pictures, with a .txt caption of the same name beside each where you have one. Required.",
+    ),
+    steps: int = Input(default=1000, ge=1, le=20000, description="Training steps."),
+    rank: int = Input(
+        default=32, ge=1, le=256, description="Rank of the LoRA: more can hold more detail and makes a larger archive."
+    ),
+    lora_rank: Optional[int] = Input(
+        default=None, ge=1, le=256, description="Deprecated name of rank; counts where it is given.", deprecated=True
+    ),
+    learning_rate: float = Input(
+        default=2e-4,
+        ge=1e-6,
+        le=1e-2,
+        description="Learning rate of the LoRA. Not used by prodigy, which finds its own step size.",
+    ),
+    batch_size: int = Input(default=1, choices=[1, 2, 4], description="Pictures in a step."),
+    resolution: str = Input(
+        default="512,768,1024",
+        description="Sides in pixels of the square areas to train at, from 64 to 2048, separated by commas. Each picture keeps its aspect ratio and is never enlarged.",
+    ),
+    default_caption: str = Input(
+        default="A photo of a person named <>",
+        description="Caption of pictures that have none. With a placeholder token, <> and [trigger] in any caption become the token.",
+    ),
+    caption_dropout: float = Input(
+        default=0.05, ge=0.0, le=0.9, description="Share of the samples that are trained with an empty prompt."
+    ),
+    train_placeholder_token: Optional[bool] = Input(
+        default=None,
+        description="Train a fresh zero-prior token together with the LoRA. Left blank, it is on when placeholder_token is given.",
+    ),
+    placeholder_token: Optional[str] = Input(
+        default=None,
+        description="The new token, in angle brackets, such as <zwx>; several are separated by commas. <zwx> where the training of a token is on and none is named.",
+    ),
+    placeholder_init_std: float = Input(
+        default=1e-5,
+        ge=0.0,
+        le=1.0,
+        description="Standard deviation of the new embedding at the start. 0 is allowed: exactly zero.",
+    ),
+    placeholder_learning_rate: float = Input(default=1e-3, ge=0.0, le=1.0, description="Learning rate of the new embedding."),
+    optimizer: str = Input(
+        default="adamw",
+        choices=["adamw", "adamw8bit", "adam8bit", "prodigy"],
+        description="Optimizer of the LoRA. The new embedding is always trained with AdamW without weight decay.",
+    ),
+    quantize: bool = Input(
+        default=False, description="Hold the transformer's weights in 8 bits while training: about half the memory, slower."
+    ),
+    quantize_te: bool = Input(
+        default=False, description="Hold the text encoder's weights in 8 bits. Not possible together with a placeholder token."
+    ),
+    log_prompt_ids: bool = Input(default=False, description="Log the token ids of every caption."),
+    seed: Optional[int] = Input(
+        default=None,
+        ge=0,
+        le=4294967295,
+        description="Seed of everything random. Left blank, one is drawn, logged and stored in the archive.",
+    ),
+    config: Optional[Path] = Input(
+        default=None,
+        description="YAML file with the sections train, debug and model; what it names overrules the other inputs.",
+    ),
+) -> TrainingOutput:
+    """Train a LoRA, and optionally a fresh token, on the pictures; returns the weights archive."""
+    inputs = dict(locals())
+    dataset, config_file = inputs.pop("dataset"), inputs.pop("config")
+    options = train_config(inputs, config_file)
+    if not dataset:
+        raise ValueError("dataset is missing: give a zip or tar of jpg, png or webp pictures")
+    with OUTPUT.fresh() as folder:
+        weights = folder / "weights.zip"
+        finetune(dataset, options, weights, models.BaseModel.from_environment())
+        return TrainingOutput(weights=Path(weights))
