@@ -29,6 +29,7 @@ from placeholder.request import Request
 from placeholder.weights import Weights, read_weights
 
 Log = Callable[[str], None]
+INCOMPLETE = "incomplete"
 PILLOW_FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 
 
@@ -76,6 +77,7 @@ class ImageGenerator:
         weights = read_weights(path)
         tokens = self._tokens(weights)
         self.unload()
+        self.applied = INCOMPLETE  # so that an interruption here is undone by the next request
         load_lora(self.pipeline.transformer, weights.lora)
         self.tokens, self.applied = tokens, digest
         for token, ids in tokens.ids.items():
