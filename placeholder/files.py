@@ -1,5 +1,6 @@
 """Files that come in by URL and files that go out: fetched and kept in temporary folders that do not outlive their use."""
 
+import atexit
 import shutil
 import tempfile
 import urllib.error
@@ -15,13 +16,14 @@ URL_SCHEMES = ("http://", "https://")
 class OutputFolder:
     """A temporary folder for what a request hands back.
 
-    The server reads a result after the function has returned, so a result stays until the next request begins. A request
-    that fails leaves nothing.
+    The server reads a result after the function has returned, so a result stays until the next request begins or the process
+    ends. A request that fails leaves nothing.
     """
 
     def __init__(self, prefix: str):
         self._prefix = prefix
         self._folder: Path | None = None
+        atexit.register(self._remove)
 
     @contextmanager
     def fresh(self) -> Iterator[Path]:

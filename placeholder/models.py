@@ -61,7 +61,7 @@ def load_scheduler(base: BaseModel) -> FlowMatchEulerDiscreteScheduler:
 
 def load_vae(base: BaseModel, dtype: torch.dtype) -> AutoencoderKLQwenImage:
     """The VAE, frozen."""
-    vae = AutoencoderKLQwenImage.from_pretrained(base.source, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+    vae = AutoencoderKLQwenImage.from_pretrained(base.source, subfolder="vae", dtype=dtype, use_safetensors=True)
     return vae.requires_grad_(False).eval().to(base.device)
 
 
@@ -79,7 +79,7 @@ def load_text_encoder(base: BaseModel, quantize: bool = False) -> nn.Module:
 def load_transformer(base: BaseModel, quantize: bool = False) -> QwenImageTransformer2DModel:
     """The denoising transformer, frozen."""
     transformer = QwenImageTransformer2DModel.from_pretrained(
-        base.source, subfolder="transformer", torch_dtype=base.dtype, use_safetensors=True
+        base.source, subfolder="transformer", dtype=base.dtype, use_safetensors=True
     )
     if quantize:
         quantize_int8(transformer.transformer_blocks, base.device)
