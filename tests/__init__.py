@@ -1,0 +1,1 @@
+"""Proofs that the package does what it says, on a CPU and without a network."""

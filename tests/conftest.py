@@ -1,0 +1,93 @@
+"""What the tests share: the small base model, its tokenizer, a data set, and one trained archive of each mode."""
+
+import os
+
+# Before torch is imported: one thread, since the small base model is too small to share; and no look-ups on a hub.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from demo.server import ROOT
+from demo.small_base import build_small_base
+from placeholder.config import TrainConfig
+from placeholder.models import BaseModel, load_text_encoder, load_tokenizer
+from tests.samples import Run, train, write_dataset
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base() -> BaseModel:
+    """The small base model, which the demo uses too."""
+    folder = build_small_base(ROOT / ".cache" / "small-base")
+    return BaseModel(str(folder), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base):
+    """The real vocabulary. Nothing in the package may change it, so the whole session shares one."""
+    loaded = load_tokenizer(base)
+    yield loaded
+    assert len(loaded) == 151665
+
+
+@pytest.fixture(scope="session")
+def text_encoder(base):
+    """The small text encoder. Nothing in the package may change it, so the whole session shares one."""
+    loaded = load_text_encoder(base)
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    yield loaded
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """Three pictures of two shapes; the captions of two name <zwx>, the third has none."""
+    captions = ["a photo of <zwx>", "<zwx> in a garden", None]
+    return write_dataset(tmp_path_factory.mktemp("dataset") / "dataset.zip", captions)
+
+
+SHORT = {"steps": 15, "rank": 4, "resolution": (64,), "learning_rate": 1e-2, "seed": 1}
+
+
+@pytest.fixture(scope="session")
+def zero_prior(base, dataset, tmp_path_factory) -> Run:
+    """A training with the token <zwx>."""
+    config = TrainConfig(**SHORT, train_placeholder_token=True, placeholder_token=("<zwx>",), log_prompt_ids=True)
+    return train(dataset, config, tmp_path_factory.mktemp("zero_prior") / "zero-prior.zip", base)
+
+
+@pytest.fixture(scope="session")
+def baseline(base, dataset, tmp_path_factory) -> Run:
+    """A training without the token, although one is named."""
+    config = TrainConfig(**SHORT, train_placeholder_token=False, placeholder_token=("<zwx>",))
+    return train(dataset, config, tmp_path_factory.mktemp("baseline") / "baseline.zip", base)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves files and says nothing."""
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A web server on this machine: its address and its folder."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=folder))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", folder
+    server.shutdown()
+    server.server_close()
+    thread.join()

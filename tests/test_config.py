@@ -1,0 +1,218 @@
+"""Inputs and YAML file into one validated configuration."""
+
+from dataclasses import fields
+
+import pytest
+
+from placeholder.config import CHECKS, YAML_SECTIONS, TrainConfig, train_config
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    """Writes the text of a YAML file and returns its path."""
+
+    def write(text: str):
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_no_input_at_all_gives_the_defaults():
+    assert train_config({}) == TrainConfig()
+    assert TrainConfig().training_mode == "baseline"
+    assert TrainConfig().tokens == ()
+
+
+def test_every_option_has_a_check_and_stands_in_one_section_of_the_yaml_file():
+    options = {field.name for field in fields(TrainConfig)}
+    in_sections = [name for names in YAML_SECTIONS.values() for name in names]
+    assert len(in_sections) == len(set(in_sections))
+    assert set(in_sections) == options | {"lora_rank"}
+    assert set(CHECKS) == options - {"train_placeholder_token", "placeholder_token"}
+
+
+@pytest.mark.parametrize(
+    ("train", "named", "tokens"),
+    [
+        (None, None, ()),
+        (None, "<zwx>", ("<zwx>",)),
+        (True, None, ("<zwx>",)),
+        (True, "<abc>", ("<abc>",)),
+        (False, "<abc>", ()),
+        (False, None, ()),
+        (True, "<zwx>,<qrs>", ("<zwx>", "<qrs>")),
+        (True, " <zwx> , <qrs>", ("<zwx>", "<qrs>")),
+    ],
+)
+def test_a_token_is_trained_when_asked_for_or_left_blank_and_named(train, named, tokens):
+    config = train_config({"train_placeholder_token": train, "placeholder_token": named})
+    assert config.tokens == tokens
+    assert config.training_mode == ("zero_prior" if tokens else "baseline")
+
+
+def test_a_token_named_beside_an_explicit_false_is_kept_for_the_log():
+    config = train_config({"train_placeholder_token": False, "placeholder_token": "<zwx>"})
+    assert (config.tokens, config.placeholder_token) == ((), ("<zwx>",))
+
+
+def test_lora_rank_counts_where_it_is_given():
+    assert train_config({"rank": 32, "lora_rank": None}).rank == 32
+    assert train_config({"rank": 32, "lora_rank": 8}).rank == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "sides"),
+    [("512,768,1024", (512, 768, 1024)), ("64", (64,)), (" 128, 64 ,64", (64, 128)), (64, (64,)), ([64, 96], (64, 96))],
+)
+def test_resolution_is_a_sorted_set_of_sides(given, sides):
+    assert train_config({"resolution": given}).resolution == sides
+
+
+EVERY_OPTION = """
+train:
+  steps: 7
+  rank: 8
+  learning_rate: 1e-3
+  batch_size: 2
+  resolution: [64, 128]
+  default_caption: a photo of [trigger]
+  caption_dropout: 0.5
+  train_placeholder_token: true
+  placeholder_token: <qrs>
+  placeholder_init_std: 0.0
+  placeholder_learning_rate: 1e-2
+  optimizer: prodigy
+  seed: 0
+debug:
+  log_prompt_ids: true
+model:
+  quantize: true
+  quantize_te: false
+"""
+
+
+def test_every_option_can_stand_in_the_yaml_file_and_overrules_the_inputs(yaml_file):
+    inputs = {
+        "steps": 99,
+        "rank": 99,
+        "lora_rank": 64,
+        "seed": 5,
+        "placeholder_token": "<zwx>",
+        "train_placeholder_token": False,
+    }
+    assert train_config(inputs, yaml_file(EVERY_OPTION)) == TrainConfig(
+        steps=7,
+        rank=8,
+        learning_rate=1e-3,
+        batch_size=2,
+        resolution=(64, 128),
+        default_caption="a photo of [trigger]",
+        caption_dropout=0.5,
+        train_placeholder_token=True,
+        placeholder_token=("<qrs>",),
+        placeholder_init_std=0.0,
+        placeholder_learning_rate=1e-2,
+        optimizer="prodigy",
+        quantize=True,
+        quantize_te=False,
+        log_prompt_ids=True,
+        seed=0,
+    )
+
+
+def test_what_the_yaml_file_does_not_name_stays_as_the_inputs_say(yaml_file):
+    config = train_config({"steps": 99, "quantize": True}, yaml_file("train:\n  rank: 4\nmodel:\n"))
+    assert (config.steps, config.rank, config.quantize) == (99, 4, True)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "train:\n"])
+def test_an_empty_yaml_file_changes_nothing(text, yaml_file):
+    assert train_config({}, yaml_file(text)) == TrainConfig()
+
+
+def test_an_unknown_key_is_refused_with_all_the_known_ones(yaml_file):
+    with pytest.raises(ValueError, match=r"config has an unknown key train\.stepz: known are train: steps, rank") as raised:
+        train_config({}, yaml_file("train:\n  stepz: 5\n"))
+    for names in YAML_SECTIONS.values():
+        assert all(name in str(raised.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("trainer:\n  steps: 5", "unknown section 'trainer': known are train, debug, model"),
+        ("model:\n  steps: 5", r"unknown key model\.steps"),
+        ("1: 2", "unknown section 1"),
+        ("train: [1, 2]", "config section train holds a list: expected option names with values"),
+        ("- train", "config holds a list: expected the sections train, debug, model"),
+        ("train: {", "config is not a YAML file"),
+        ("train: !!python/object/apply:os.getcwd []", "config is not a YAML file"),
+        ("train:\n  steps: 2020-99-99", "config is not a YAML file"),
+        ("train:\n  steps: " + "9" * 5000, "config is not a YAML file"),
+        ("train:\n  steps: many", "steps is 'many': give a whole number from 1 to 20000"),
+        ("train:\n  train_placeholder_token: 1", "train_placeholder_token is 1: give true or false"),
+        ("train:\n  placeholder_token: [<a>, <b>]", "placeholder_token is .*: give text"),
+        ("#" * 70_000, "config is 70000 bytes: a configuration file has at most 65536"),
+    ],
+)
+def test_a_wrong_yaml_file_gets_its_sentence(text, sentence, yaml_file):
+    with pytest.raises(ValueError, match=sentence):
+        train_config({}, yaml_file(text))
+
+
+def test_a_yaml_file_in_another_encoding_gets_its_sentence(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes("train:\n  default_caption: caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match="config is not a YAML file"):
+        train_config({}, path)
+
+
+def test_a_yaml_file_that_is_not_there_gets_its_sentence(tmp_path):
+    with pytest.raises(ValueError, match="config"):
+        train_config({}, tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("steps", 0, "from 1 to 20000"),
+        ("steps", 20001, "from 1 to 20000"),
+        ("steps", 1.5, "whole number"),
+        ("steps", None, "whole number"),
+        ("rank", 0, "from 1 to 256"),
+        ("lora_rank", 257, "from 1 to 256"),
+        ("learning_rate", 0, "from 1e-06 to 0.01"),
+        ("learning_rate", "fast", "give a number"),
+        ("batch_size", 3, "choose one of 1, 2, 4"),
+        ("resolution", "63", "give whole numbers from 64 to 2048, separated by commas"),
+        ("resolution", "2049", "from 64 to 2048"),
+        ("resolution", "64,", "separated by commas"),
+        ("resolution", "", "separated by commas"),
+        ("resolution", "64x64", "separated by commas"),
+        ("resolution", 64.0, "separated by commas"),
+        ("resolution", True, "separated by commas"),
+        ("default_caption", None, "give text"),
+        ("caption_dropout", 0.91, r"from 0\.0 to 0\.9"),
+        ("train_placeholder_token", "true", "give true or false"),
+        ("placeholder_token", 5, "give text"),
+        ("placeholder_init_std", -1e-5, r"from 0\.0 to 1\.0"),
+        ("placeholder_learning_rate", 2, r"from 0\.0 to 1\.0"),
+        ("optimizer", "sgd", "choose one of adamw, adamw8bit, adam8bit, prodigy"),
+        ("quantize", "no", "give true or false"),
+        ("quantize_te", 0, "give true or false"),
+        ("log_prompt_ids", None, "give true or false"),
+        ("seed", -1, "from 0 to 4294967295"),
+        ("seed", 2**32, "from 0 to 4294967295"),
+    ],
+)
+def test_every_value_out_of_range_or_of_another_kind_gets_its_sentence(option, value, sentence):
+    with pytest.raises(ValueError, match=f"{option.removeprefix('lora_')} is .*{sentence}"):
+        train_config({option: value})
+
+
+def test_a_quantised_text_encoder_and_a_token_are_refused_together():
+    with pytest.raises(ValueError, match="quantize_te cannot be combined with a placeholder token"):
+        train_config({"quantize_te": True, "placeholder_token": "<zwx>"})
+    assert train_config({"quantize_te": True, "train_placeholder_token": False, "placeholder_token": "<zwx>"}).quantize_te

@@ -1,0 +1,372 @@
+"""A whole training: what it logs, what its archive holds, what it leaves untouched, and what stops it."""
+
+import json
+import re
+from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from placeholder import finetune as finetune_module
+from placeholder.config import TrainConfig
+from placeholder.finetune import prove_archive
+from placeholder.lora import B, add_lora
+from placeholder.models import PromptEmbeddings, load_text_encoder, load_transformer, prompt_ids
+from placeholder.optimizers import row_rms_limit
+from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
+from placeholder.trainer import Example, Step
+from placeholder.weights import LORA_NAME, Weights, read_weights
+from tests.conftest import SHORT
+from tests.samples import Run, read_zip, train, write_dataset, write_zip
+
+ROW_NAME = "embeddings/zwx.safetensors"
+ZERO_PRIOR = TrainConfig(**SHORT, train_placeholder_token=True, placeholder_token=("<zwx>",))
+
+
+@pytest.fixture(autouse=True)
+def quick_tokenizer(tokenizer, monkeypatch):
+    """The session's tokenizer, which is checked at the end: loading one takes as long as a short training."""
+    monkeypatch.setattr(finetune_module, "load_tokenizer", lambda _base: tokenizer)
+
+
+def assert_same_tensors(one: Run, other: Run) -> None:
+    for name in (LORA_NAME, ROW_NAME):
+        found, expected = one.tensors(name), other.tensors(name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> dict[str, torch.nn.Module]:
+    """The modules that a training loads, by the name of the function that loads them."""
+    kept: dict[str, torch.nn.Module] = {}
+    for name in ("load_text_encoder", "load_transformer"):
+        original = getattr(finetune_module, name)
+
+        def load_and_keep(*arguments, name=name, original=original):
+            kept[name] = original(*arguments)
+            return kept[name]
+
+        monkeypatch.setattr(finetune_module, name, load_and_keep)
+    return kept
+
+
+def test_the_zero_prior_archive_holds_the_lora_the_row_and_meta_json(zero_prior):
+    assert list(read_zip(zero_prior.archive)) == [ROW_NAME, LORA_NAME, "meta.json"]
+    row = zero_prior.tensors(ROW_NAME)
+    assert list(row) == ["qwen25_7b"]
+    assert row["qwen25_7b"].shape == (1, 32)
+    assert row["qwen25_7b"].dtype == torch.float32
+    lora = zero_prior.tensors(LORA_NAME)
+    assert len(lora) == 32
+    assert all(re.fullmatch(r"transformer\.transformer_blocks\.\d\.attn\..*\.lora_[AB]\.weight", key) for key in lora)
+    assert {value.dtype for value in lora.values()} == {torch.bfloat16}
+
+
+def test_the_baseline_archive_has_no_embeddings_folder(baseline):
+    assert list(read_zip(baseline.archive)) == [LORA_NAME, "meta.json"]
+
+
+def test_meta_json_says_what_a_reader_needs(zero_prior, base):
+    meta = json.loads(zero_prior.entry("meta.json"))
+    assert meta == zero_prior.meta
+    expected = {
+        "base_model": base.source,
+        "train_placeholder_token": True,
+        "placeholder_token": "<zwx>",
+        "placeholder_token_id": 151665,
+        "placeholder_token_ids": {"<zwx>": [151665]},
+        "placeholder_init_std": 1e-5,
+        "rank": 4,
+        "lora_alpha": 4,
+        "steps": 15,
+        "training_mode": "zero_prior",
+        "resolution": "64",
+        "seed": 1,
+        "images": 3,
+        "captions_found": 2,
+        "buckets": {"64x64": 2, "80x48": 1},
+    }
+    assert {name: meta[name] for name in expected} == expected
+    assert {field.name for field in fields(TrainConfig)} <= set(meta)
+    norm = zero_prior.tensors(ROW_NAME)["qwen25_7b"].norm().item()
+    assert meta["placeholder_row_norms"]["<zwx>"] == [pytest.approx(norm)]
+    assert set(meta["versions"]) == {"torch", "diffusers", "transformers", "peft"}
+
+
+def test_created_is_the_time_in_utc_with_a_z(zero_prior):
+    created = zero_prior.meta["created"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", created)
+    age = datetime.now(UTC) - datetime.fromisoformat(created)
+    assert timedelta(0) <= age < timedelta(hours=1)
+
+
+def test_meta_json_of_a_baseline_names_no_token(baseline):
+    expected = {
+        "training_mode": "baseline",
+        "train_placeholder_token": False,
+        "placeholder_token": None,
+        "placeholder_token_id": None,
+        "placeholder_token_ids": {},
+        "placeholder_row_norms": {},
+    }
+    assert {name: baseline.meta[name] for name in expected} == expected
+
+
+def test_the_log_says_what_happened_once_in_its_words(zero_prior):
+    expected = [
+        "Seed: 1",
+        "Data set: 3 images, 2 captions found, 1 filled in with default_caption",
+        "Buckets: 64x64: 2, 80x48: 1",
+        "Captions: 0 of 3 lacked the token and got it in front",
+        "Latents: 3 crops cached",
+        "Placeholder token '<zwx>' registered with ID: 151665",
+        "Gradient mask active: only token 151665 receives updates",
+        "Prompt 'a photo of <zwx>' tokenized to: [64, 6548, 315, 220, 151665]",
+        "Prompt '<zwx> in a garden' tokenized to: [151665, 304, 264, 13551]",
+        "Text embeddings: 1 prompts cached",
+        "LoRA: rank 4, 8192 parameters in 16 layers, 3 crops to train on",
+        f"Weights archive proved: 32 LoRA tensors, 1 embeddings, {zero_prior.archive.stat().st_size} bytes",
+    ]
+    assert [line for line in zero_prior.log if line in expected] == expected
+    assert not any(line.startswith("Warning") for line in zero_prior.log)
+
+
+def test_a_baseline_says_that_a_named_token_is_not_used_and_caches_every_prompt(baseline):
+    assert baseline.log.count("Placeholder token '<zwx>' is not used: train_placeholder_token is false") == 1
+    assert "Text embeddings: 4 prompts cached" in baseline.log  # three captions and the empty one
+    assert not any("registered" in line or "Gradient mask" in line or "tokenized" in line for line in baseline.log)
+
+
+PROGRESS = r" *(\d+)%\|[ #0-9]{10}\| (\d+)/15 \[\d\d:\d\d<\d\d:\d\d, *[\d.]+(?:it/s|s/it), loss=\d+\.\d{4}"
+
+
+def progress(run: Run, more: str) -> list[re.Match]:
+    return [found for line in run.log if (found := re.fullmatch(PROGRESS + more + r"\]", line))]
+
+
+def test_each_step_of_a_short_training_has_a_progress_line(zero_prior, baseline):
+    with_row, without = progress(zero_prior, r", row norm=([\d.e+-]+)"), progress(baseline, "")
+    for lines in (with_row, without):
+        assert [int(line[2]) for line in lines] == list(range(1, 16))
+        assert [int(line[1]) for line in lines] == [round(100 * step / 15) for step in range(1, 16)]
+    norms = [float(line[3]) for line in with_row]
+    assert norms[0] < 0.002
+    assert norms[-1] == pytest.approx(zero_prior.meta["placeholder_row_norms"]["<zwx>"][0], rel=0.01)
+
+
+def test_a_long_training_has_about_a_hundred_progress_lines_with_the_mean_loss_between_them():
+    log: list[str] = []
+    steps = (Step(number, torch.tensor(float(number))) for number in range(1, 1001))
+    figures = finetune_module._run(steps, 1000, PlaceholderTokens(151665, {}, 32), log.append)
+    assert len(log) == 101
+    assert log[0].startswith("  0%|          | 1/1000 [")
+    assert log[37].startswith(" 37%|###       | 370/1000 [")
+    assert log[37].endswith("loss=365.5000]")
+    assert figures["loss"] == 995.5
+
+
+@pytest.mark.parametrize("tokens", [("<zwx>",), ()])
+def test_training_leaves_every_parameter_of_the_text_encoder_bit_identical(tokens, loaded, dataset, base, tmp_path):
+    config = replace(ZERO_PRIOR, train_placeholder_token=bool(tokens), placeholder_token=tokens, steps=5)
+    run = train(dataset, config, tmp_path / "weights.zip", base)
+    after, before = loaded["load_text_encoder"].state_dict(), load_text_encoder(base).state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert len(after["embed_tokens.weight"]) == 152064
+    assert all(parameter.grad is None for parameter in loaded["load_text_encoder"].parameters())
+    transformer = load_transformer(base).state_dict()
+    assert loaded["load_transformer"].state_dict().keys() == transformer.keys()
+    assert all(torch.equal(value, transformer[name]) for name, value in loaded["load_transformer"].state_dict().items())
+    if tokens:
+        (start,) = initial_embeddings(tokens, 32, 1e-5, torch.Generator().manual_seed(1)).values()
+        row = run.tensors(ROW_NAME)["qwen25_7b"]
+        assert (row - start).norm() > 10 * start.norm()
+
+
+def test_the_same_seed_gives_the_same_lora_and_row_bit_for_bit(zero_prior, dataset, base, tmp_path):
+    assert_same_tensors(train(dataset, zero_prior.config, tmp_path / "again.zip", base), zero_prior)
+
+
+def test_a_drawn_seed_is_logged_and_recorded_truly_and_another_seed_trains_otherwise(zero_prior, dataset, base, tmp_path):
+    drawn = train(dataset, replace(ZERO_PRIOR, seed=None), tmp_path / "drawn.zip", base)
+    seed = drawn.meta["seed"]
+    assert f"Seed: {seed} (drawn)" in drawn.log
+    assert_same_tensors(train(dataset, replace(ZERO_PRIOR, seed=seed), tmp_path / "again.zip", base), drawn)
+    with pytest.raises(AssertionError):
+        assert_same_tensors(drawn, zero_prior)
+
+
+def test_several_tokens_are_trained_and_come_back(base, tmp_path):
+    dataset = write_dataset(tmp_path / "data.zip", ["<zwx> and <qrs>", "<qrs> alone", "<zwx> alone"])
+    config = replace(ZERO_PRIOR, placeholder_token=("<zwx>", "<qrs>"), seed=0, batch_size=2)
+    run = train(dataset, config, tmp_path / "weights.zip", base)
+    for line in (
+        "Seed: 0",
+        "Placeholder token '<zwx>' registered with ID: 151665",
+        "Placeholder token '<qrs>' registered with ID: 151666",
+        "Gradient mask active: only tokens 151665, 151666 receive updates",
+    ):
+        assert run.log.count(line) == 1
+    assert run.meta["placeholder_token"] == "<zwx>,<qrs>"
+    assert run.meta["placeholder_token_ids"] == {"<zwx>": [151665], "<qrs>": [151666]}
+    rows = read_weights(run.archive).embeddings
+    assert list(rows) == ["<zwx>", "<qrs>"]
+    assert all(row.norm() > 1e-3 for row in rows.values())
+    assert not torch.equal(rows["<zwx>"], rows["<qrs>"])
+
+
+def test_several_tokens_need_captions_that_name_them(dataset, base, tmp_path):
+    with pytest.raises(ValueError, match=r"the caption of 2\.png names none of <zwx>, <qrs>"):
+        train(dataset, replace(ZERO_PRIOR, placeholder_token=("<zwx>", "<qrs>")), tmp_path / "weights.zip", base)
+
+
+def test_a_row_that_starts_at_exact_zero_learns_and_captions_without_the_token_get_it_in_front(base, tmp_path):
+    dataset = write_dataset(tmp_path / "data.zip", ["a cat", "a photo of <>", "the [trigger]"])
+    config = replace(ZERO_PRIOR, placeholder_init_std=0.0, log_prompt_ids=True, caption_dropout=0.0, optimizer="prodigy")
+    run = train(dataset, config, tmp_path / "weights.zip", base)
+    assert "Captions: 1 of 3 lacked the token and got it in front" in run.log
+    assert "Prompt '<zwx> a cat' tokenized to: [151665, 264, 8251]" in run.log
+    assert "Prompt 'a photo of <zwx>' tokenized to: [64, 6548, 315, 220, 151665]" in run.log
+    assert "Prodigy finds the LoRA's step size itself: learning_rate is not used" in run.log
+    row = run.tensors(ROW_NAME)["qwen25_7b"]
+    assert torch.isfinite(row).all()
+    assert row.norm() > 1e-3
+
+
+def test_the_row_is_limited_to_one_and_a_half_times_the_vocabularys_median(dataset, base, text_encoder, tmp_path):
+    run = train(dataset, replace(ZERO_PRIOR, placeholder_learning_rate=1.0), tmp_path / "weights.zip", base)
+    rms = run.tensors(ROW_NAME)["qwen25_7b"].square().mean().sqrt().item()
+    median = text_encoder.embed_tokens.weight[:151665].square().mean(dim=1).sqrt().median().item()
+    assert rms == pytest.approx(1.5 * median, rel=1e-3)
+    assert rms == pytest.approx(row_rms_limit(text_encoder.embed_tokens.weight, 151665), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"quantize": True, "optimizer": "adamw8bit"}, "load_transformer"),
+        ({"quantize_te": True, "optimizer": "adam8bit", "train_placeholder_token": False}, "load_text_encoder"),
+    ],
+)
+def test_a_quantised_training_holds_8_bit_weights_and_gives_an_archive(options, name, loaded, dataset, base, tmp_path):
+    from torchao.quantization import Int8Tensor
+
+    run = train(dataset, replace(ZERO_PRIOR, batch_size=4, **options), tmp_path / "weights.zip", base)
+    kinds = {kept: any(isinstance(p, Int8Tensor) for p in module.parameters()) for kept, module in loaded.items()}
+    assert kinds == {"load_transformer": False, "load_text_encoder": False} | {name: True}
+    lora = read_weights(run.archive).lora
+    assert any(value.any() for key, value in lora.items() if key.endswith(B))
+    assert len(progress(run, ".*")) == 15
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_with_a_sentence(dataset, base, tmp_path, monkeypatch):
+    def load_poisoned(*arguments):
+        transformer = load_transformer(*arguments)
+        transformer.img_in.weight[0, 0] = float("nan")
+        return transformer
+
+    monkeypatch.setattr(finetune_module, "load_transformer", load_poisoned)
+    with pytest.raises(RuntimeError, match="the loss became nan by step 1: train again with a lower learning_rate or"):
+        train(dataset, ZERO_PRIOR, tmp_path / "weights.zip", base)
+    assert not (tmp_path / "weights.zip").exists()
+
+
+@pytest.mark.parametrize(
+    ("captions", "tokens", "sentence"),
+    [
+        (["a photo"], ("cat",), "'cat' is already a token of the vocabulary"),
+        (["a photo"], ("a b",), "is empty or holds white space"),
+        ([], ("<zwx>",), r"the data set holds no usable picture \(it holds no file\)"),
+    ],
+)
+def test_bad_input_is_refused_before_any_weight_is_loaded(captions, tokens, sentence, base, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("weights were loaded")
+
+    for name in ("load_vae", "load_text_encoder", "load_transformer"):
+        monkeypatch.setattr(finetune_module, name, never)
+    dataset = write_dataset(tmp_path / "data.zip", captions)
+    with pytest.raises(ValueError, match=sentence):
+        train(dataset, replace(ZERO_PRIOR, placeholder_token=tokens), tmp_path / "weights.zip", base)
+
+
+def test_an_unbracketed_token_is_warned_about_in_the_log(base, tmp_path):
+    log: list[str] = []
+    empty = write_dataset(tmp_path / "data.zip", [])
+    with pytest.raises(ValueError, match="no usable picture"):
+        finetune_module.finetune(empty, replace(ZERO_PRIOR, placeholder_token=("zwx",)), tmp_path / "w.zip", base, log.append)
+    assert [line for line in log if line.startswith("Warning: placeholder_token 'zwx' is split into [89, 20984]")]
+
+
+class Proof:
+    """What `prove_archive` is given after a training."""
+
+    def __init__(self, run: Run, base, tokenizer, text_encoder):
+        self.trained = read_weights(run.archive)
+        tokens = PlaceholderTokens(151665, self.trained.embeddings, 32)
+        self.prompt_embeds = PromptEmbeddings(text_encoder, tokens)
+        latents = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+        self.example = Example(latents, (4, 4), 0.5, prompt_ids(tokenizer, tokens, "a photo of <zwx>"))
+        self.transformer = load_transformer(base)
+        add_lora(self.transformer, 4, 0)
+
+    def __call__(self, archive: Path, trained: Weights | None = None) -> None:
+        prove_archive(archive, trained or self.trained, self.transformer, self.prompt_embeds, self.example)
+
+
+@pytest.fixture
+def proof(zero_prior, base, tokenizer, text_encoder) -> Proof:
+    return Proof(zero_prior, base, tokenizer, text_encoder)
+
+
+def tampered(run: Run, path: Path, name: str, change) -> Path:
+    """The archive with the tensors of one file changed."""
+    entries = read_zip(run.archive)
+    tensors = load(entries[name])
+    change(tensors)
+    return write_zip(path, entries | {name: save(tensors)})
+
+
+def test_a_true_archive_is_proved_and_the_lora_taken_off(proof, zero_prior):
+    proof(zero_prior.archive)
+    assert not any("lora" in name for name, _ in proof.transformer.named_parameters())
+
+
+def test_an_archive_with_another_row_is_not_proved(proof, zero_prior, tmp_path):
+    path = tampered(zero_prior, tmp_path / "weights.zip", ROW_NAME, lambda tensors: tensors["qwen25_7b"][0, 3].add_(1e-6))
+    with pytest.raises(RuntimeError, match="the archive does not hold the embedding that was trained"):
+        proof(path)
+
+
+def test_an_archive_with_another_lora_is_not_proved(proof, zero_prior, tmp_path):
+    def change(tensors):
+        next(iter(tensors.values()))[0, 0] += 1
+
+    path = tampered(zero_prior, tmp_path / "weights.zip", LORA_NAME, change)
+    with pytest.raises(RuntimeError, match="the archive does not hold the LoRA that was trained"):
+        proof(path)
+
+
+def test_an_archive_that_lacks_a_layer_is_not_proved(proof, zero_prior, tmp_path):
+    def change(tensors):
+        for part in ("lora_A", "lora_B"):
+            del tensors[f"transformer.transformer_blocks.0.attn.to_q.{part}.weight"]
+
+    path = tampered(zero_prior, tmp_path / "weights.zip", LORA_NAME, change)
+    with pytest.raises(RuntimeError, match="the archive does not hold the LoRA that was trained"):
+        proof(path)
+
+
+def test_a_lora_that_changes_nothing_is_not_proved(proof, zero_prior, tmp_path):
+    def change(tensors):
+        for key, value in tensors.items():
+            if key.endswith(B):
+                value.zero_()
+
+    path = tampered(zero_prior, tmp_path / "weights.zip", LORA_NAME, change)
+    with pytest.raises(RuntimeError, match="the stored LoRA does not change what the transformer predicts"):
+        proof(path, read_weights(path))

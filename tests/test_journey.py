@@ -1,0 +1,172 @@
+"""The whole job through the real Cog server: a training, pictures from its archive, and bad requests."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from demo.server import CogServer, data_url, from_data_url
+from tests.samples import read_zip, write_dataset, write_zip
+from tests.stock import stock_picture
+
+PICTURE = {"steps": 6, "guidance": 4, "width": 64, "height": 64, "seed": 7, "output_format": "png"}
+TRAINING = {"steps": 15, "rank": 4, "resolution": "64", "learning_rate": 1e-2, "seed": 3, "log_prompt_ids": True}
+
+
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory) -> Path:
+    """Where the servers keep their temporary files."""
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def start(base, temporary, tmp_path_factory):
+    """Starts a server in a mode, with more environment where it is given."""
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    return lambda mode, **more: CogServer(mode, {"QWEN_IMAGE_MODEL": base.source, "TMPDIR": str(temporary), **more}, log)
+
+
+@pytest.fixture(scope="module")
+def training_server(start):
+    with start("train") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def prediction_server(start):
+    with start("predict") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def training(training_server, dataset) -> dict:
+    """The server's answer to a training with a token."""
+    return training_server.ask({"dataset": data_url(dataset), **TRAINING, "placeholder_token": "<zwx>"})
+
+
+@pytest.fixture(scope="module")
+def archive(training, tmp_path_factory) -> Path:
+    """The archive of that training."""
+    assert training["status"] == "succeeded", training
+    path = tmp_path_factory.mktemp("weights") / "weights.zip"
+    path.write_bytes(from_data_url(training["output"]["weights"]))
+    return path
+
+
+def drawn(answer: dict) -> np.ndarray:
+    """The picture of an answer."""
+    assert answer["status"] == "succeeded", answer
+    return np.asarray(Image.open(io.BytesIO(from_data_url(answer["output"]))))
+
+
+def ours(temporary: Path, mode: str) -> set[str]:
+    """What our code keeps among the temporary files, in trainings or in predictions."""
+    return {path.name for path in temporary.iterdir() if path.name.startswith(f"placeholder-{mode}-")}
+
+
+def test_a_training_returns_the_archive_and_logs_what_happened(training, archive, base):
+    for line in (
+        "Placeholder token '<zwx>' registered with ID: 151665",
+        "Gradient mask active: only token 151665 receives updates",
+        "Prompt 'a photo of <zwx>' tokenized to: [64, 6548, 315, 220, 151665]",
+    ):
+        assert training["logs"].splitlines().count(line) == 1
+    assert "100%|##########| 15/15 [" in training["logs"]
+    entries = read_zip(archive)
+    assert list(entries) == ["embeddings/zwx.safetensors", "lora/lora_weights.safetensors", "meta.json"]
+    meta = json.loads(entries["meta.json"])
+    assert (meta["training_mode"], meta["seed"], meta["base_model"]) == ("zero_prior", 3, base.source)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "stock"),
+    [
+        ("a photo of <zwx>", {}, {}),
+        (
+            "a portrait of <zwx> in golden hour light",
+            {"negative_prompt": "blurry, low quality", "num_inference_steps": 5, "guidance_scale": 4.5, "lora_scale": 1.2},
+            {"negative_prompt": "blurry, low quality", "steps": 5, "guidance": 4.5, "lora_scale": 1.2},
+        ),
+    ],
+)
+def test_a_prediction_equals_stock_diffusers_with_the_row_written_into_the_matrix(
+    prompt, options, stock, prediction_server, archive, base
+):
+    found = drawn(prediction_server.ask({"prompt": prompt, **PICTURE, **options, "replicate_weights": data_url(archive)}))
+    assert np.array_equal(found, stock_picture(base.source, prompt, archive, **stock))
+
+
+def test_a_prediction_without_weights_after_one_with_them_is_the_base_models(prediction_server, archive, base):
+    inputs = {"prompt": "a photo of <zwx>", **PICTURE}
+    with_weights = drawn(prediction_server.ask({**inputs, "replicate_weights": data_url(archive)}))
+    without = drawn(prediction_server.ask(inputs))
+    assert np.array_equal(without, stock_picture(base.source, "a photo of <zwx>"))
+    assert not np.array_equal(with_weights, without)
+
+
+def test_bad_trainings_fail_with_their_sentence_and_leave_nothing(training_server, dataset, temporary, tmp_path):
+    junk, empty = tmp_path / "junk.zip", write_zip(tmp_path / "empty.zip", {})
+    junk.write_bytes(b"no archive")
+    config = tmp_path / "config.yaml"
+    config.write_text("train:\n  stepz: 5\n")
+    several = write_dataset(tmp_path / "several.zip", ["a photo"])
+    good = {"dataset": data_url(dataset), **TRAINING}
+    for inputs, sentence in (
+        (TRAINING, "dataset is missing: give a zip or tar of jpg, png or webp pictures"),
+        ({**good, "resolution": "big"}, "resolution is 'big': give whole numbers from 64 to 2048"),
+        ({**good, "placeholder_token": "a b"}, "placeholder_token 'a b' is empty or holds white space"),
+        ({**good, "placeholder_token": ""}, "placeholder_token '' is empty or holds white space"),
+        ({**good, "placeholder_token": "cat"}, "placeholder_token 'cat' is already a token of the vocabulary"),
+        (
+            {**good, "placeholder_token": "<zwx>", "quantize_te": True},
+            "quantize_te cannot be combined with a placeholder token",
+        ),
+        ({**good, "config": data_url(config)}, "config has an unknown key train.stepz: known are train: steps"),
+        ({**good, "dataset": data_url(empty)}, "the data set holds no usable picture (it holds no file)"),
+        (
+            {**good, "dataset": data_url(several), "placeholder_token": "<zwx>,<qrs>"},
+            "the caption of 0.png names none of <zwx>, <qrs>",
+        ),
+        ({**good, "dataset": data_url(junk)}, "is neither a zip nor a tar archive: pack the files as a zip"),
+    ):
+        answer = training_server.ask(inputs)
+        assert answer["status"] == "failed", (inputs, answer)
+        assert sentence in answer["error"]
+        assert "Traceback" not in answer["error"]
+    assert ours(temporary, "training") == set()
+
+
+def test_bad_predictions_fail_with_their_sentence_and_leave_nothing(prediction_server, archive, temporary, tmp_path):
+    entries = read_zip(archive)
+    no_lora = write_zip(tmp_path / "no-lora.zip", {"meta.json": entries["meta.json"]})
+    no_row = write_zip(tmp_path / "no-row.zip", {name: c for name, c in entries.items() if "embeddings" not in name})
+    junk = tmp_path / "junk.zip"
+    junk.write_bytes(b"no archive")
+    good = {"prompt": "a photo of <zwx>", **PICTURE}
+    for inputs, sentence in (
+        ({**good, "prompt": " "}, "prompt is empty: describe the picture"),
+        ({"prompt": "a cat", "width": 64}, "width is 64 and height is None: give both"),
+        ({**good, "replicate_weights": data_url(no_row)}, "the learned embedding of '<zwx>' was not found in"),
+        ({**good, "replicate_weights": data_url(junk)}, "is neither a zip nor a tar archive"),
+        ({**good, "replicate_weights": data_url(no_lora)}, "expected lora/lora_weights.safetensors"),
+    ):
+        answer = prediction_server.ask(inputs)
+        assert answer["status"] == "failed", (inputs, answer)
+        assert sentence in answer["error"]
+    assert "LoRA weights not found in " in answer["error"]
+    assert ours(temporary, "prediction") == set()
+
+
+def test_the_weights_of_the_environment_serve_requests_that_bring_none(start, archive, base, zero_prior):
+    with start("predict", COG_WEIGHTS=str(archive)) as server:
+        inputs = {"prompt": "a photo of <zwx>", **PICTURE}
+        served = drawn(server.ask(inputs))
+        other = drawn(server.ask({**inputs, "replicate_weights": data_url(zero_prior.archive)}))
+        again = drawn(server.ask(inputs))
+    expected = stock_picture(base.source, "a photo of <zwx>", archive)
+    assert np.array_equal(served, expected)
+    assert np.array_equal(again, expected)
+    assert not np.array_equal(other, expected)

@@ -1,0 +1,190 @@
+"""The base model's components: how they are loaded, and that prompts and pictures are encoded as the pipeline does it."""
+
+import numpy as np
+import pytest
+import torch
+from torchao.quantization import Int8Tensor
+
+from placeholder.models import (
+    DEFAULT_MODEL,
+    BaseModel,
+    PromptEmbeddings,
+    encode_picture,
+    encode_prompts,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    prompt_ids,
+    prompt_template,
+)
+from placeholder.placeholder_token import PlaceholderTokens
+from placeholder.trainer import predict_velocity
+from tests.samples import picture
+from tests.stock import stock_pipeline
+
+NO_TOKENS = PlaceholderTokens(151665, {}, 32)
+LONG = "a very long prompt about nothing in particular, " * 100
+
+
+@pytest.fixture(scope="module")
+def stock(base):
+    """The whole base model in a stock pipeline."""
+    return stock_pipeline(base.source)
+
+
+@pytest.fixture(scope="module")
+def vae(base):
+    return load_vae(base, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a photo of a cat", " ", "zwx and TOK", "{braces} and <|im_end|>", "写真 😀\n\ntwo lines", LONG],
+    ids=lambda p: p[:20],
+)
+def test_prompt_embeddings_equal_the_pipelines(prompt, stock, text_encoder, tokenizer):
+    with torch.no_grad():
+        expected, mask = stock.encode_prompt(prompt, max_sequence_length=512)
+        found = encode_prompts(text_encoder, NO_TOKENS, torch.tensor([prompt_ids(tokenizer, NO_TOKENS, prompt)]))
+    assert mask is None
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_with_the_token_has_the_embeddings_of_a_row_in_the_matrix(base, text_encoder, tokenizer):
+    row = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)) * 0.02
+    tokens = PlaceholderTokens(151665, {"<zwx>": row}, 32)
+    ids = torch.tensor([prompt_ids(tokenizer, tokens, "a photo of <zwx> in a garden")])
+    whole = load_text_encoder(base)
+    with torch.no_grad():
+        whole.embed_tokens.weight[151665] = row[0]
+        expected = whole(input_ids=ids).last_hidden_state[:, 34:]
+        found = encode_prompts(text_encoder, tokens, ids)
+        without = encode_prompts(text_encoder, PlaceholderTokens(151665, {"<zwx>": -row}, 32), ids)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, without)
+
+
+def test_the_template_is_the_pipelines_and_34_tokens_stand_before_the_prompt(stock, tokenizer):
+    prefix, suffix, dropped = prompt_template()
+    assert prefix + "{}" + suffix == stock.prompt_template_encode
+    assert len(tokenizer(prefix).input_ids) == dropped == 34
+
+
+def test_prompt_ids_hold_the_token_between_prefix_and_suffix(tokenizer):
+    tokens = PlaceholderTokens(151665, {"<zwx>": torch.zeros(1, 32)}, 32)
+    ids = prompt_ids(tokenizer, tokens, "a photo of <zwx>")
+    assert list(ids[34:39]) == [64, 6548, 315, 220, 151665]
+    assert list(ids[39:]) == tokenizer(prompt_template()[1]).input_ids
+
+
+def test_a_prompt_is_cut_at_512_tokens_and_an_empty_one_is_a_space(tokenizer):
+    assert len(prompt_ids(tokenizer, NO_TOKENS, LONG)) == 34 + 512
+    assert prompt_ids(tokenizer, NO_TOKENS, "") == prompt_ids(tokenizer, NO_TOKENS, " ")
+
+
+def test_a_prompt_without_the_token_does_not_depend_on_the_rows(text_encoder, tokenizer):
+    ids = torch.tensor([prompt_ids(tokenizer, NO_TOKENS, "a photo of a cat")])
+    with torch.no_grad():
+        plain = encode_prompts(text_encoder, NO_TOKENS, ids)
+        found = encode_prompts(text_encoder, PlaceholderTokens(151665, {"<zwx>": torch.ones(1, 32)}, 32), ids)
+    assert torch.equal(found, plain)
+
+
+def test_only_prompts_without_a_token_are_cached_and_the_others_follow_the_row(text_encoder, tokenizer):
+    tokens = PlaceholderTokens(151665, {"<zwx>": torch.full((1, 32), 0.01)}, 32)
+    prompt_embeds = PromptEmbeddings(text_encoder, tokens)
+    plain, named = (prompt_ids(tokenizer, tokens, prompt) for prompt in ("a photo of it", "a photo of <zwx>"))
+    assert prompt_embeds.cache([plain, named, plain]) == 1
+    before = prompt_embeds([named])
+    with torch.no_grad():
+        tokens.rows.neg_()
+    assert not torch.equal(prompt_embeds([named]), before)
+    assert prompt_embeds([named]).requires_grad
+    prompt_embeds.release()
+    assert not prompt_embeds([plain]).requires_grad
+    expected = encode_prompts(text_encoder, NO_TOKENS, torch.tensor([plain, plain])).detach()
+    torch.testing.assert_close(prompt_embeds([plain, plain]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_of_one_cached_and_one_uncached_prompt_gives_each_its_own(text_encoder, tokenizer):
+    tokens = PlaceholderTokens(151665, {"<zwx>": torch.full((1, 32), 0.01)}, 32)
+    prompt_embeds = PromptEmbeddings(text_encoder, tokens)
+    prompts = [prompt_ids(tokenizer, tokens, prompt) for prompt in ("a photo of <zwx>", "a photo of  x")]
+    assert len(prompts[0]) == len(prompts[1])
+    prompt_embeds.cache(prompts)
+    with torch.no_grad():
+        both, apart = prompt_embeds(prompts), torch.cat([prompt_embeds([ids]) for ids in prompts])
+    torch.testing.assert_close(both, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoded_picture_comes_back_through_the_pipelines_denormalisation(stock, vae):
+    pixels = torch.from_numpy(np.array(picture(96, 64))).permute(2, 0, 1)
+    packed = encode_picture(vae, pixels)
+    assert (packed.shape, packed.dtype) == ((4 * 6, 64), torch.float32)
+    # As QwenImagePipeline.__call__ does it before it decodes.
+    latents = stock._unpack_latents(packed[None], 64, 96, stock.vae_scale_factor)
+    mean, std = (torch.tensor(values).view(1, 16, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    raw = vae.encode(pixels[None, :, None] / 127.5 - 1).latent_dist.mode()
+    torch.testing.assert_close(latents * std + mean, raw, rtol=1e-4, atol=1e-5)
+    assert raw.std() > 0
+
+
+def test_a_picture_is_scaled_as_the_pipelines_image_processor_does_it(stock):
+    expected = stock.image_processor.preprocess(picture())
+    pixels = torch.from_numpy(np.array(picture())).permute(2, 0, 1)
+    torch.testing.assert_close(pixels[None] / 127.5 - 1, expected, rtol=0, atol=1e-6)
+
+
+def test_everything_is_loaded_frozen_and_the_vocabulary_is_not_resized(base, text_encoder, vae):
+    for module in (text_encoder, vae, load_transformer(base)):
+        assert not module.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert text_encoder.embed_tokens.weight.shape == (152064, 32)
+    assert not hasattr(text_encoder, "lm_head")
+    assert not any("visual" in name for name, _ in text_encoder.named_modules())
+
+
+def test_a_quantised_transformer_is_stored_in_8_bits_and_predicts_nearly_the_same(base):
+    plain, quantised = load_transformer(base), load_transformer(base, quantize=True)
+    linear = [module for module in quantised.transformer_blocks.modules() if isinstance(module, torch.nn.Linear)]
+    assert linear
+    assert all(isinstance(module.weight, Int8Tensor) and module.weight.qdata.dtype == torch.int8 for module in linear)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, 16, 64, generator=generator), torch.full((1,), 0.5), torch.randn(1, 5, 32, generator=generator)
+    with torch.no_grad():
+        expected, found = (predict_velocity(model, *inputs, (4, 4)) for model in (plain, quantised))
+    difference = (found - expected).norm() / expected.norm()
+    assert 0 < difference < 0.05
+
+
+def test_a_quantised_text_encoder_is_stored_in_8_bits_and_encodes_nearly_the_same(base, text_encoder, tokenizer):
+    quantised = load_text_encoder(base, quantize=True)
+    linear = [module for module in quantised.layers.modules() if isinstance(module, torch.nn.Linear)]
+    assert linear
+    assert all(isinstance(module.weight, Int8Tensor) for module in linear)
+    ids = torch.tensor([prompt_ids(tokenizer, NO_TOKENS, "a photo of a cat")])
+    with torch.no_grad():
+        expected, found = (encode_prompts(encoder, NO_TOKENS, ids) for encoder in (text_encoder, quantised))
+    difference = (found - expected).norm() / expected.norm()
+    assert 0 < difference < 0.05
+
+
+def test_the_base_model_is_the_one_that_the_environment_names(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("QWEN_IMAGE_MODEL", "some/folder")
+    assert BaseModel.from_environment() == BaseModel("some/folder", torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert BaseModel.from_environment() == BaseModel("some/folder", torch.device("cuda"), torch.bfloat16)
+    for empty in (lambda: monkeypatch.setenv("QWEN_IMAGE_MODEL", ""), lambda: monkeypatch.delenv("QWEN_IMAGE_MODEL")):
+        empty()
+        assert BaseModel.from_environment().source == DEFAULT_MODEL == "Qwen/Qwen-Image"
+
+
+def test_the_full_size_model_without_a_gpu_gets_its_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("QWEN_IMAGE_MODEL", raising=False)
+    with pytest.raises(
+        ValueError, match="no CUDA GPU was found and Qwen/Qwen-Image needs one: run on a GPU, or name a small model"
+    ):
+        BaseModel.from_environment()

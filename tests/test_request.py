@@ -1,0 +1,105 @@
+"""The inputs of a prediction into one validated request."""
+
+import pytest
+
+from placeholder.request import SIZES, picture_request
+
+DEFAULTS = {
+    "prompt": "a photo of <zwx>",
+    "negative_prompt": "",
+    "steps": 50,
+    "num_inference_steps": None,
+    "guidance": 4.0,
+    "guidance_scale": None,
+    "width": None,
+    "height": None,
+    "aspect_ratio": "16:9",
+    "image_size": "optimize_for_quality",
+    "seed": None,
+    "lora_scale": 1.0,
+    "enhance_prompt": False,
+    "go_fast": False,
+    "output_format": "webp",
+    "output_quality": 80,
+}
+
+
+def request(**inputs):
+    return picture_request(DEFAULTS | inputs)
+
+
+def test_the_defaults_make_a_request():
+    found = request()
+    assert (found.prompt, found.negative_prompt) == ("a photo of <zwx>", "")
+    assert (found.steps, found.guidance, found.lora_scale, found.seed) == (50, 4.0, 1.0, None)
+    assert (found.width, found.height) == (1664, 928)
+    assert (found.output_format, found.output_quality, found.go_fast) == ("webp", 80, False)
+
+
+# The sizes that the hosted qwen/qwen-image-lora draws.
+HOSTED = {
+    "optimize_for_quality": "1:1 1328x1328 16:9 1664x928 9:16 928x1664 4:3 1472x1136 3:4 1136x1472 3:2 1536x1024 2:3 1024x1536",
+    "optimize_for_speed": "1:1 1024x1024 16:9 1024x576 9:16 576x1024 4:3 1024x768 3:4 768x1024 3:2 1152x768 2:3 768x1152",
+}
+
+
+@pytest.mark.parametrize("image_size", HOSTED)
+def test_aspect_ratio_and_image_size_give_the_hosted_models_sizes(image_size):
+    words = HOSTED[image_size].split()
+    for aspect_ratio, size in zip(words[::2], words[1::2], strict=True):
+        found = request(image_size=image_size, aspect_ratio=aspect_ratio)
+        assert f"{found.width}x{found.height}" == size
+    assert set(SIZES[image_size]) == set(words[::2])
+
+
+@pytest.mark.parametrize(("given", "drawn"), [(64, 64), (79, 64), (80, 80), (1000, 992), (2048, 2048)])
+def test_width_and_height_overrule_the_aspect_ratio_and_are_rounded_down_to_sixteens(given, drawn):
+    found = request(width=given, height=128)
+    assert (found.width, found.height) == (drawn, 128)
+
+
+@pytest.mark.parametrize(("name", "alias"), [("steps", "num_inference_steps"), ("guidance", "guidance_scale")])
+def test_an_alias_counts_where_it_is_given(name, alias):
+    assert getattr(request(**{name: 7}), name) == 7
+    assert getattr(request(**{name: 7, alias: 3}), name) == 3
+
+
+def test_zero_is_a_seed_and_a_guidance():
+    assert request(seed=0).seed == 0
+    assert request(guidance_scale=0).guidance == 0
+
+
+def test_enhance_prompt_appends_the_model_cards_words():
+    assert request(prompt="a cat.", enhance_prompt=True).prompt == "a cat, Ultra HD, 4K, cinematic composition."
+    assert request(prompt="a cat.").prompt == "a cat."
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"prompt": ""}, "prompt is empty: describe the picture"),
+        ({"prompt": " \n"}, "prompt is empty"),
+        ({"prompt": None}, "prompt is None: give text"),
+        ({"prompt": "x" * 20_001}, "prompt is 20001 characters long"),
+        ({"negative_prompt": None}, "negative_prompt is None: give text"),
+        ({"steps": 0}, "steps is 0: give a whole number from 1 to 200"),
+        ({"num_inference_steps": 201}, "steps is 201: give a whole number from 1 to 200"),
+        ({"guidance": -1}, "guidance is -1: give a number from 0"),
+        ({"guidance_scale": 11}, "guidance is 11: give a number"),
+        ({"width": 128}, "width is 128 and height is None: give both, or neither and an aspect_ratio"),
+        ({"height": 128}, "width is None and height is 128: give both"),
+        ({"width": 63, "height": 64}, "width is 63: give a whole number from 64 to 2048"),
+        ({"width": 64, "height": 2049}, "height is 2049: give a whole number from 64 to 2048"),
+        ({"aspect_ratio": "5:4"}, "aspect_ratio is '5:4': choose one of 1:1, 16:9"),
+        ({"image_size": "big"}, "image_size is 'big': choose one of optimize_for_quality, optimize_for_speed"),
+        ({"seed": -1}, "seed is -1: give a whole number from 0 to 4294967295"),
+        ({"lora_scale": 3.1}, "lora_scale is 3.1: give a number from 0"),
+        ({"go_fast": "yes"}, "go_fast is 'yes': give true or false"),
+        ({"enhance_prompt": 1}, "enhance_prompt is 1: give true or false"),
+        ({"output_format": "gif"}, "output_format is 'gif': choose one of webp, jpg, png"),
+        ({"output_quality": 101}, "output_quality is 101: give a whole number from 0 to 100"),
+    ],
+)
+def test_every_wrong_input_gets_its_sentence(inputs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        request(**inputs)
