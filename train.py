@@ -61,6 +61,22 @@ def train(
         description="Standard deviation of the new embedding at the start. 0 is allowed: exactly zero.",
     ),
     placeholder_learning_rate: float = Input(default=1e-3, ge=0.0, le=1.0, description="Learning rate of the new embedding."),
+    placeholder_warmup_fraction: float = Input(
+        default=0.25,
+        ge=0.0,
+        le=0.9,
+        description="Share of the steps, at the start, in which the new embedding learns alone; then the LoRA joins in.",
+    ),
+    prior_preservation: float = Input(
+        default=0.0,
+        ge=0.0,
+        le=10.0,
+        description="With a placeholder token: how strongly captions without the token keep drawing what the base model draws. 0 turns it off; otherwise a step takes about twice as long.",
+    ),
+    class_word: str = Input(
+        default="",
+        description="What stands in the token's place in the captions that prior_preservation keeps, such as person. Blank: nothing, which suits captions such as: a photo of a <zwx> dog.",
+    ),
     optimizer: str = Input(
         default="adamw",
         choices=["adamw", "adamw8bit", "adam8bit", "prodigy"],

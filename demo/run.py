@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from demo.photos import cat_views, write_dataset
 from demo.server import ROOT, CogServer, data_url, from_data_url
-from demo.small_base import build_small_base
+from demo.small_base import build_tiny_base
 
 OUTPUT = ROOT / "demo-output"
 STEPS = 200
@@ -20,7 +20,7 @@ def main() -> None:
     """Train with the token and without, draw with both archives and with the base model, and leave a contact sheet."""
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir()
-    env = {"QWEN_IMAGE_MODEL": str(build_small_base(ROOT / ".cache" / "small-base").relative_to(ROOT))}
+    env = {"QWEN_IMAGE_MODEL": str(build_tiny_base(ROOT / ".cache" / "tiny-base").relative_to(ROOT))}
     log = OUTPUT / "server.log"
     common = {"steps": STEPS, "rank": 8, "resolution": "64", "learning_rate": 1e-3, "seed": 1}
 

@@ -1,11 +1,15 @@
-"""A small stand-in for Qwen-Image: the same five classes and the real Qwen2.5 vocabulary, with seeded random weights.
+"""A small stand-in for Qwen-Image: the same five classes and the real Qwen2.5 vocabulary, trained on the synthetic world.
 
-It shows that the plumbing works. It has never seen a picture, so what it draws is coloured noise.
+demo/pretrain.py trains it and stores what differs from a seeded start in demo/small_base.safetensors; `build_small_base`
+puts both together as a diffusers folder. It knows coloured shapes and a few things at 64 pixels, nothing else. Tests of the
+plumbing take a still smaller one that is not trained at all.
 """
 
-import argparse
+import hashlib
 import shutil
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -16,6 +20,8 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AddedToken, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -45,8 +51,10 @@ ADDED_TOKENS = [
     ("<|repo_name|>", False),
     ("<|file_sep|>", False),
 ]
+TRAINED = Path(__file__).with_name("small_base.safetensors")
+SEED = 0
+CACHE = Path(__file__).parents[1] / ".cache"
 VOCABULARY_ROWS = 152064  # config.json of Qwen/Qwen-Image, text_encoder: more rows than the tokenizer has entries
-TEXT_WIDTH = 32
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
@@ -60,52 +68,75 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def text_encoder() -> Qwen2_5_VLForConditionalGeneration:
-    """Two layers, 32 wide, with the padded vocabulary of Qwen-Image."""
+@dataclass(frozen=True)
+class Size:
+    """The measures of one small model: the text encoder's, the transformer's, the VAE's."""
+
+    text_width: int
+    text_layers: int
+    blocks: int
+    heads: int
+    vae_width: int
+
+    @property
+    def heads_of_text(self) -> int:
+        """Attention heads of the text encoder: at most 32 wide."""
+        return max(2, self.text_width // 32)
+
+
+TRAINED_SIZE = Size(text_width=128, text_layers=4, blocks=6, heads=5, vae_width=16)
+TINY_SIZE = Size(text_width=32, text_layers=2, blocks=2, heads=2, vae_width=8)
+
+
+def new_components(size: Size, seed: int) -> dict[str, nn.Module]:
+    """VAE, text encoder and transformer before any training; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {"vae": new_vae(size), "text_encoder": new_text_encoder(size), "transformer": new_transformer(size)}
+
+
+def new_vae(size: Size) -> AutoencoderKLQwenImage:
+    """The VAE of Qwen-Image, narrower and with one residual block a level."""
+    return AutoencoderKLQwenImage(base_dim=size.vae_width, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
+
+
+def new_text_encoder(size: Size) -> Qwen2_5_VLForConditionalGeneration:
+    """A short and narrow Qwen2.5-VL with the padded vocabulary of Qwen-Image."""
+    width, rotary = size.text_width, size.text_width // size.heads_of_text // 2
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": VOCABULARY_ROWS,
-            "hidden_size": TEXT_WIDTH,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": size.text_layers,
+            "num_attention_heads": size.heads_of_text,
+            "num_key_value_heads": size.heads_of_text // 2,
             "rms_norm_eps": 1e-6,
             "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [2, 3, 3]},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1000000.0,
+                "mrope_section": [rotary // 4, rotary * 3 // 8, rotary * 3 // 8],
+            },
         },
-        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_WIDTH},
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width},
         tie_word_embeddings=True,
     )
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def transformer() -> QwenImageTransformer2DModel:
-    """Two double-stream blocks of two 32-wide heads."""
-    model = QwenImageTransformer2DModel(
+def new_transformer(size: Size) -> QwenImageTransformer2DModel:
+    """A few double-stream blocks of 32-wide heads."""
+    return QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=64,
         out_channels=16,
-        num_layers=2,
+        num_layers=size.blocks,
         attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT_WIDTH,
+        num_attention_heads=size.heads,
+        joint_attention_dim=size.text_width,
         axes_dims_rope=(8, 12, 12),
     )
-    # A default initialisation barely reads the prompt: the text has to matter, or a lost token embedding would not show.
-    torch.nn.init.normal_(model.txt_in.weight, std=1.0)
-    return model
-
-
-def vae() -> AutoencoderKLQwenImage:
-    """The VAE of Qwen-Image at a twelfth of its width, with unit-variance latents for noise images."""
-    model = AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1).eval()
-    with torch.no_grad():
-        latents = model.encode(torch.rand(4, 3, 1, 64, 64) * 2 - 1).latent_dist.mode()  # (4, 16, 1, 8, 8)
-    model.register_to_config(
-        latents_mean=latents.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=latents.std(dim=(0, 2, 3, 4)).tolist()
-    )
-    return model
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
@@ -123,26 +154,75 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
     )
 
 
-def build_small_base(folder: Path, seed: int = 0) -> Path:
-    """Write the small base model as a diffusers folder, unless it is there already; returns `folder`.
+def save_trained(
+    vae: nn.Module, mean: Tensor, std: Tensor, text_encoder: nn.Module, rows: dict[int, Tensor], transformer: nn.Module
+) -> None:
+    """Store in bf16 what training has changed: of the VAE's 3-D kernels the last slice, of the vocabulary the rows used."""
+    tensors = {f"vae.{name}": value for name, value in vae.state_dict().items() if "time_conv" not in name}
+    tensors = {name: value[:, :, -1] if value.ndim == 5 else value for name, value in tensors.items()}
+    tensors |= {f"transformer.{name}": value for name, value in transformer.state_dict().items()}
+    tensors |= {
+        f"text_encoder.{name}": value for name, value in text_encoder.state_dict().items() if "embed_tokens" not in name
+    }
+    tensors["rows"] = torch.stack(list(rows.values()))
+    stored = {name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}
+    stored |= {"row_ids": torch.tensor(list(rows)), "latents_mean": mean.contiguous(), "latents_std": std.contiguous()}
+    save_file(stored, TRAINED)
 
-    The same seed gives the same weights. The folder appears whole or not at all.
+
+def trained_components() -> dict[str, nn.Module]:
+    """The seeded components with what was trained put in."""
+    components = new_components(TRAINED_SIZE, SEED)
+    stored = load_file(TRAINED)
+    vae, encoder = components["vae"], components["text_encoder"].model.language_model
+    for module, prefix in ((vae, "vae."), (encoder, "text_encoder."), (components["transformer"], "transformer.")):
+        parameters = module.state_dict()
+        for name, value in stored.items():
+            if name.startswith(prefix):
+                target = parameters[name.removeprefix(prefix)]
+                (target[:, :, -1] if target.ndim == 5 and value.ndim == 4 else target).copy_(value)
+    encoder.embed_tokens.weight.data[stored["row_ids"]] = stored["rows"].float()
+    vae.register_to_config(latents_mean=stored["latents_mean"].tolist(), latents_std=stored["latents_std"].tolist())
+    return components
+
+
+def build_small_base() -> Path:
+    """Write the trained base model as a diffusers folder into .cache, unless it is there already; returns the folder.
+
+    Its name changes with the trained weights and with this file.
     """
-    folder = Path(folder)
+    digest = hashlib.sha256(TRAINED.read_bytes() + Path(__file__).read_bytes()).hexdigest()
+    return _write(CACHE / f"small-base-{digest[:12]}", trained_components)
+
+
+def build_tiny_base(folder: Path, seed: int = 0) -> Path:
+    """Write an untrained base model of the same classes to `folder`, unless it is there already, for tests of the plumbing.
+
+    The same seed gives the same weights. What it draws is coloured noise.
+    """
+
+    def components() -> dict[str, nn.Module]:
+        made = new_components(TINY_SIZE, seed)
+        # As initialised the transformer barely reads the prompt: the text has to matter, or a lost embedding would not show.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            nn.init.normal_(made["transformer"].txt_in.weight, std=1.0)
+            latents = made["vae"].eval().encode(torch.rand(4, 3, 1, 64, 64) * 2 - 1).latent_dist.mode()  # (4, 16, 1, 8, 8)
+        mean, std = latents.mean(dim=(0, 2, 3, 4)).tolist(), latents.std(dim=(0, 2, 3, 4)).tolist()
+        made["vae"].register_to_config(latents_mean=mean, latents_std=std)
+        return made
+
+    return _write(folder, components)
+
+
+def _write(folder: Path, components: Callable[[], dict[str, nn.Module]]) -> Path:
+    """The components as a pipeline's folder, in bf16; it appears whole or not at all."""
     if (folder / "model_index.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pipeline = QwenImagePipeline(
-            scheduler=scheduler(),
-            vae=vae(),
-            text_encoder=text_encoder(),
-            tokenizer=qwen_tokenizer(),
-            transformer=transformer(),
-        )
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
+        pipeline = QwenImagePipeline(scheduler=scheduler(), tokenizer=qwen_tokenizer(), **components())
         pipeline.to(torch.bfloat16).save_pretrained(partial)
         partial.rename(folder)
     except BaseException:
@@ -152,6 +232,4 @@ def build_small_base(folder: Path, seed: int = 0) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    print(build_small_base(parser.parse_args().folder))
+    print(build_small_base())

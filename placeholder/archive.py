@@ -1,6 +1,7 @@
 """Reading zip and tar archives that come from strangers: told apart by content, read in memory, never unpacked to disk."""
 
 import gzip
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -8,6 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+Entry = TypeVar("Entry")
 
 MAX_ENTRIES = 20_000
 MAX_ENTRY_BYTES = 2 * 1024**3
@@ -48,17 +52,20 @@ def open_archive(path: Path | str) -> Iterator[Archive]:
 @contextmanager
 def _open_zip(path: Path) -> Iterator[Archive]:
     with zipfile.ZipFile(path) as opened:
-        entries = [entry for entry in opened.infolist() if not entry.is_dir()]
-        for entry in entries:
+        stored = [entry for entry in opened.infolist() if not entry.is_dir()]
+        for entry in stored:
             if entry.flag_bits & 0x1:  # APPNOTE.TXT 4.4.4, bit 0
                 raise ValueError(f"{path.name}: {entry.filename!r} is encrypted: pack it without a password")
-        sizes = _checked_sizes(path.name, [(entry.filename, entry.file_size) for entry in entries])
+        entries = _by_name(path.name, [(entry.filename, entry.file_size, entry) for entry in stored])
 
         def read(name: str) -> bytes:
-            with opened.open(name) as stream:
-                return _read_exactly(stream, path.name, name, sizes[name])
+            try:
+                with opened.open(entries[name]) as stream:
+                    return _read_exactly(stream, path.name, name, entries[name].file_size)
+            except (OSError, lzma.LZMAError) as error:  # what bz2 and lzma raise for damaged streams
+                raise zipfile.BadZipFile(str(error)) from error
 
-        yield Archive(path.name, tuple(sizes), read)
+        yield Archive(path.name, tuple(entries), read)
 
 
 @contextmanager
@@ -66,24 +73,22 @@ def _open_tar(path: Path, mode: str) -> Iterator[Archive]:
     if not tarfile.is_tarfile(path):
         raise ValueError(f"{path.name} is neither a zip nor a tar archive: pack the files as a zip")
     with tarfile.open(path, mode) as opened:
-        entries = {}
+        stored = []
         for entry in opened:
             if entry.isdir():
                 continue
             if not entry.isreg():
                 raise ValueError(f"{path.name}: {entry.name!r} is a link or a device: pack the files themselves")
-            if len(entries) >= MAX_ENTRIES:
+            if len(stored) >= MAX_ENTRIES:
                 raise ValueError(f"{path.name} holds more than {MAX_ENTRIES} files: pack fewer")
-            if entry.name in entries:
-                raise ValueError(f"{path.name} holds {entry.name!r} twice: pack it again")
-            entries[entry.name] = entry
-        sizes = _checked_sizes(path.name, [(name, entry.size) for name, entry in entries.items()])
+            stored.append((entry.name, entry.size, entry))
+        entries = _by_name(path.name, stored)
 
         def read(name: str) -> bytes:
             with opened.extractfile(entries[name]) as stream:
-                return _read_exactly(stream, path.name, name, sizes[name])
+                return _read_exactly(stream, path.name, name, entries[name].size)
 
-        yield Archive(path.name, tuple(sizes), read)
+        yield Archive(path.name, tuple(entries), read)
 
 
 def _read_exactly(stream, archive: str, name: str, size: int) -> bytes:
@@ -94,18 +99,20 @@ def _read_exactly(stream, archive: str, name: str, size: int) -> bytes:
     return content
 
 
-def _checked_sizes(archive: str, entries: list[tuple[str, int]]) -> dict[str, int]:
-    if len(entries) > MAX_ENTRIES:
-        raise ValueError(f"{archive} holds {len(entries)} files: at most {MAX_ENTRIES} are read, pack fewer")
-    sizes: dict[str, int] = {}
-    for name, size in entries:
+def _by_name(archive: str, stored: list[tuple[str, int, Entry]]) -> dict[str, Entry]:
+    """The entries, given as (name, size in bytes, entry), by their names without a leading `./`, all checked."""
+    if len(stored) > MAX_ENTRIES:
+        raise ValueError(f"{archive} holds {len(stored)} files: at most {MAX_ENTRIES} are read, pack fewer")
+    if (total := sum(size for _, size, _ in stored)) > MAX_TOTAL_BYTES:
+        raise ValueError(f"{archive} unpacks to {total} bytes: at most {MAX_TOTAL_BYTES} are read")
+    entries: dict[str, Entry] = {}
+    for name, size, entry in stored:
+        name = name.removeprefix("./")
         if name.startswith("/") or ".." in PurePosixPath(name).parts:
             raise ValueError(f"{archive}: the name {name!r} leaves the archive: pack the files under plain names")
-        if name in sizes:
+        if name in entries:
             raise ValueError(f"{archive} holds {name!r} twice: pack it again")
         if size > MAX_ENTRY_BYTES:
             raise ValueError(f"{archive}: {name!r} is {size} bytes: a file has at most {MAX_ENTRY_BYTES}")
-        sizes[name] = size
-    if sum(sizes.values()) > MAX_TOTAL_BYTES:
-        raise ValueError(f"{archive} unpacks to {sum(sizes.values())} bytes: at most {MAX_TOTAL_BYTES} are read")
-    return sizes
+        entries[name] = entry
+    return entries

@@ -30,6 +30,9 @@ YAML_SECTIONS: dict[str, tuple[str, ...]] = {
         "placeholder_token",
         "placeholder_init_std",
         "placeholder_learning_rate",
+        "placeholder_warmup_fraction",
+        "prior_preservation",
+        "class_word",
         "optimizer",
         "seed",
     ),
@@ -57,6 +60,9 @@ class TrainConfig:
     placeholder_token: tuple[str, ...] = ()
     placeholder_init_std: float = 1e-5
     placeholder_learning_rate: float = 1e-3
+    placeholder_warmup_fraction: float = 0.25
+    prior_preservation: float = 0.0
+    class_word: str = ""
     optimizer: str = "adamw"
     quantize: bool = False
     quantize_te: bool = False
@@ -101,12 +107,15 @@ def train_config(inputs: dict[str, Any], config_file: Path | str | None = None) 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """The options that a YAML file with the sections train, debug and model names, flattened."""
-    content = Path(path).read_bytes()
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config {path.name or path} is not a file: give a YAML file")
+    content = path.read_bytes()
     if len(content) > MAX_CONFIG_BYTES:
         raise ValueError(f"config is {len(content)} bytes: a configuration file has at most {MAX_CONFIG_BYTES}")
     try:
         document = yaml.safe_load(content.decode("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, an impossible date or number
         raise ValueError(f"config is not a YAML file: {' '.join(str(error).split())}") from error
     if document is None:
         return {}
@@ -158,6 +167,9 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "caption_dropout": lambda name, value: number(name, value, 0.0, 0.9),
     "placeholder_init_std": lambda name, value: number(name, value, 0.0, 1.0),
     "placeholder_learning_rate": lambda name, value: number(name, value, 0.0, 1.0),
+    "placeholder_warmup_fraction": lambda name, value: number(name, value, 0.0, 0.9),
+    "prior_preservation": lambda name, value: number(name, value, 0.0, 10.0),
+    "class_word": text,
     "optimizer": lambda name, value: choice(name, value, OPTIMIZERS),
     "quantize": flag,
     "quantize_te": flag,

@@ -1,6 +1,5 @@
 """A whole prediction: the pipeline, one archive's LoRA and token rows on it, and a picture from a request."""
 
-import hashlib
 import secrets
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from placeholder.models import (
 )
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens
 from placeholder.request import Request
-from placeholder.weights import Weights, read_weights
+from placeholder.weights import Weights, content_digest, read_weights
 
 Log = Callable[[str], None]
 INCOMPLETE = "incomplete"
@@ -70,8 +69,7 @@ class ImageGenerator:
 
     def load(self, path: Path) -> None:
         """Apply an archive, unless the one applied has the same content; nothing of an earlier one remains."""
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = content_digest(path)
         if digest == self.applied:
             return
         weights = read_weights(path)

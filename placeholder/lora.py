@@ -1,5 +1,7 @@
 """LoRA on the transformer through PEFT: adding it for training, taking its weights out, putting stored weights in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,10 +63,12 @@ def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, 
         raise ValueError(f"the LoRA was trained with {', '.join(others)}: only plain LoRA can be loaded")
     folded = {}
     for key, value in state.items():
+        if not key.endswith((A, B)):
+            raise ValueError(f"the LoRA holds an unknown key {key!r}: expected names that end in {A} or {B}")
+        if value.ndim != 2 or 0 in value.shape:
+            raise ValueError(f"the LoRA has {key!r} of shape {tuple(value.shape)}: expected two dimensions")
         if key.endswith(B):
             value = value * _scale(key.removesuffix(B), value.shape[-1], metadata)
-        elif not key.endswith(A):
-            raise ValueError(f"the LoRA holds an unknown key {key!r}: expected names that end in {A} or {B}")
         folded[key] = value
     return folded
 
@@ -114,9 +118,14 @@ def unload_lora(transformer: QwenImageTransformer2DModel) -> None:
     transformer.unload_lora()
 
 
-def has_lora(transformer: QwenImageTransformer2DModel) -> bool:
-    """Whether a LoRA is on the transformer."""
-    return bool(getattr(transformer, "peft_config", None))
+@contextmanager
+def without_lora(transformer: QwenImageTransformer2DModel) -> Iterator[None]:
+    """The base model's predictions for a while: the LoRA stays on the transformer but is passed over."""
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
 
 
 def _check_key(modules: dict[str, nn.Module], key: str, value: Tensor, state: dict[str, Tensor]) -> None:
@@ -127,8 +136,8 @@ def _check_key(modules: dict[str, nn.Module], key: str, value: Tensor, state: di
     down, up = state.get(module_name + A), state.get(module_name + B)
     if down is None or up is None:
         raise ValueError(f"the LoRA is incomplete: {module_name!r} needs both lora_A and lora_B")
-    expected = [(down.shape[0], layer.in_features), (layer.out_features, down.shape[0])]
-    if down.ndim != 2 or [tuple(down.shape), tuple(up.shape)] != expected:
+    rank = len(down) if down.ndim == 2 else None
+    if [tuple(down.shape), tuple(up.shape)] != [(rank, layer.in_features), (layer.out_features, rank)]:
         raise ValueError(
             f"the LoRA was made for another model: {module_name!r} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}, "
             f"expected (r, {layer.in_features}) and ({layer.out_features}, r)"

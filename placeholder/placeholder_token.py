@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-MAX_TOKEN_LENGTH = 64
+MAX_TOKEN_BYTES = 64  # its file in the archive has a percent-encoded name of at most three times as many
 
 
 class PlaceholderTokens(nn.Module):
@@ -83,8 +83,10 @@ def check_tokens(tokens: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) ->
     for position, token in enumerate(tokens):
         if not token or token != "".join(token.split()) or not token.isprintable():
             raise ValueError(f"placeholder_token {token!r} is empty or holds white space: give one word such as <zwx>")
-        if len(token) > MAX_TOKEN_LENGTH:
-            raise ValueError(f"placeholder_token {token!r} has {len(token)} characters: give at most {MAX_TOKEN_LENGTH}")
+        if len(token.encode()) > MAX_TOKEN_BYTES:
+            raise ValueError(
+                f"placeholder_token {token!r} has {len(token.encode())} bytes in UTF-8: give at most {MAX_TOKEN_BYTES}"
+            )
         pieces = tokenizer(token).input_ids
         if len(pieces) == 1 or len(tokenizer(" " + token).input_ids) == 1:
             raise ValueError(
@@ -118,3 +120,10 @@ def place_token(caption: str, tokens: tuple[str, ...], name: str) -> tuple[str, 
             f"the caption of {name} names none of {', '.join(tokens)}: with several tokens each caption says which"
         )
     return f"{tokens[0]} {caption}".rstrip(), True
+
+
+def without_token(caption: str, tokens: tuple[str, ...], class_word: str) -> str:
+    """The caption with `class_word` (or, where that is empty, nothing) in the place of each placeholder token."""
+    for token in tokens:
+        caption = caption.replace(token, class_word)
+    return " ".join(caption.split())

@@ -7,7 +7,9 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
+from placeholder.config import TrainConfig
 from placeholder.flow import add_noise, flow_loss, sample_sigma, velocity_target
+from placeholder.lora import without_lora
 from placeholder.optimizers import RowOptimizer
 
 LORA_MAX_GRAD_NORM = 1.0  # max_grad_norm of diffusers' DreamBooth LoRA scripts
@@ -18,64 +20,83 @@ PromptEmbeds = Callable[[Sequence[tuple[int, ...]]], Tensor]
 
 @dataclass(frozen=True)
 class Example:
-    """One crop of one picture: packed latents fp32 (L, C), its height and width in tokens, its shift, its prompt's ids."""
+    """One crop of one picture: packed latents fp32 (L, C), its height and width in tokens, its shift, its prompt's ids.
+
+    `class_ids` are the ids of the same prompt without the placeholder, None where there is nothing to preserve.
+    """
 
     latents: Tensor
     grid: tuple[int, int]
     mu: float
     input_ids: tuple[int, ...]
+    class_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One element of a batch: an example with the prompt, noise (L, C) and noise level () drawn for it."""
+    """One element of a batch: an example with the prompts, noise (L, C) and noise level () drawn for it."""
 
     example: Example
     input_ids: tuple[int, ...]
+    class_ids: tuple[int, ...] | None
     noise: Tensor
     sigma: Tensor
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step came to: its number from 1, and its loss, fp32 (), still on the device."""
+    """What a step came to: its number from 1, its loss and its preservation loss, fp32 (), still on the device."""
 
     number: int
     loss: Tensor
+    preservation: Tensor
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained and what it takes: the transformer with its LoRA, the prompts' embeddings, and both optimisers."""
+
+    transformer: QwenImageTransformer2DModel
+    prompt_embeds: PromptEmbeds
+    lora: list[nn.Parameter]
+    lora_optimizer: torch.optim.Optimizer
+    row_optimizer: RowOptimizer | None = None
 
 
 def training_steps(
-    transformer: QwenImageTransformer2DModel,
-    prompt_embeds: PromptEmbeds,
-    examples: list[Example],
-    empty_ids: tuple[int, ...],
-    lora: list[nn.Parameter],
-    lora_optimizer: torch.optim.Optimizer,
-    row_optimizer: RowOptimizer | None,
-    steps: int,
-    batch_size: int,
-    caption_dropout: float,
-    generator: torch.Generator,
+    trainee: Trainee, examples: list[Example], empty_ids: tuple[int, ...], config: TrainConfig, generator: torch.Generator
 ) -> Iterator[Step]:
-    """Train for `steps` steps of `batch_size` samples; every random number comes from `generator`, on the CPU.
+    """Train for `config.steps` steps; every random number comes from `generator`, on the CPU.
 
-    The gradient is that of the mean loss over the batch. The rows' gradient and the LoRA's are handled apart: a shared clip
-    would let the rows' first huge gradients silence the LoRA.
+    The gradient is that of the mean loss over a batch of `config.batch_size`, plus `config.prior_preservation` times the mean
+    preservation loss. In the first `config.placeholder_warmup_fraction` of the steps the rows learn alone. Their gradient
+    and the LoRA's are handled apart: a shared clip would let the rows' first huge gradients silence the LoRA.
     """
     order = shuffled(len(examples), generator)
-    for number in range(1, steps + 1):
-        batch = [draw_sample(examples[next(order)], empty_ids, caption_dropout, generator) for _ in range(batch_size)]
-        lora_optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=transformer.device)
+    rows_alone = round(config.steps * config.placeholder_warmup_fraction) if trainee.row_optimizer else 0
+    for number in range(1, config.steps + 1):
+        lora_learns = number > rows_alone
+        batch = [
+            draw_sample(examples[next(order)], empty_ids, config.caption_dropout, generator) for _ in range(config.batch_size)
+        ]
+        loss = torch.zeros((), device=trainee.transformer.device)
+        preservation = torch.zeros_like(loss)
+        trainee.lora_optimizer.zero_grad(set_to_none=True)
         for group in grouped(batch):
-            part = sample_losses(transformer, prompt_embeds, group).sum() / batch_size
+            part = sample_losses(trainee.transformer, trainee.prompt_embeds, group).sum() / config.batch_size
             part.backward()
             loss += part.detach()
-        torch.nn.utils.clip_grad_norm_(lora, LORA_MAX_GRAD_NORM)
-        lora_optimizer.step()
-        if row_optimizer is not None:
-            row_optimizer.step()
-        yield Step(number, loss)
+            # While the LoRA is still zero there is nothing that it could have changed.
+            if lora_learns and config.prior_preservation and group[0].class_ids is not None:
+                part = preservation_losses(trainee.transformer, trainee.prompt_embeds, group).sum() / config.batch_size
+                (config.prior_preservation * part).backward()
+                preservation += part.detach()
+        if lora_learns:
+            torch.nn.utils.clip_grad_norm_(trainee.lora, LORA_MAX_GRAD_NORM)
+            trainee.lora_optimizer.step()
+        if trainee.row_optimizer is not None:
+            trainee.row_optimizer.step()
+        yield Step(number, loss, preservation)
 
 
 def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
@@ -89,26 +110,45 @@ def draw_sample(example: Example, empty_ids: tuple[int, ...], caption_dropout: f
     dropped = torch.rand((), generator=generator).item() < caption_dropout
     sigma = sample_sigma(example.mu, generator)
     noise = torch.randn(example.latents.shape, generator=generator)
-    return Sample(example, empty_ids if dropped else example.input_ids, noise, sigma)
+    return Sample(example, empty_ids if dropped else example.input_ids, example.class_ids, noise, sigma)
 
 
 def grouped(batch: list[Sample]) -> list[list[Sample]]:
-    """The batch in groups that can be stacked without padding: of one picture shape and one prompt length."""
+    """The batch in groups that can be stacked without padding: of one picture shape and one length of each prompt."""
     groups: dict[tuple, list[Sample]] = {}
     for sample in batch:
-        groups.setdefault((sample.example.grid, len(sample.input_ids)), []).append(sample)
+        lengths = len(sample.input_ids), sample.class_ids and len(sample.class_ids)
+        groups.setdefault((sample.example.grid, *lengths), []).append(sample)
     return list(groups.values())
 
 
 def sample_losses(transformer: QwenImageTransformer2DModel, prompt_embeds: PromptEmbeds, group: list[Sample]) -> Tensor:
     """The flow-matching loss of each sample of one group: (B,)."""
-    device = transformer.device
-    latents = torch.stack([sample.example.latents for sample in group]).to(device)  # (B, L, C)
-    noise = torch.stack([sample.noise for sample in group]).to(device)  # (B, L, C)
-    sigmas = torch.stack([sample.sigma for sample in group]).to(device)  # (B,)
+    latents, noise, sigmas = _stacked(group, transformer.device)
     embeds = prompt_embeds([sample.input_ids for sample in group])  # (B, T, D)
     model_pred = predict_velocity(transformer, add_noise(latents, noise, sigmas), sigmas, embeds, group[0].example.grid)
     return flow_loss(model_pred, velocity_target(latents, noise))
+
+
+def preservation_losses(transformer: QwenImageTransformer2DModel, prompt_embeds: PromptEmbeds, group: list[Sample]) -> Tensor:
+    """How far the LoRA moves the prediction for the prompt without the placeholder, at the same noisy latents: (B,).
+
+    The target is the base model's own prediction, with the LoRA off; ai-toolkit calls this differential output preservation.
+    """
+    latents, noise, sigmas = _stacked(group, transformer.device)
+    noisy, grid = add_noise(latents, noise, sigmas), group[0].example.grid
+    embeds = prompt_embeds([sample.class_ids for sample in group])  # (B, T, D)
+    with torch.no_grad(), without_lora(transformer):
+        target = predict_velocity(transformer, noisy, sigmas, embeds, grid)
+    return flow_loss(predict_velocity(transformer, noisy, sigmas, embeds, grid), target)
+
+
+def _stacked(group: list[Sample], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (B, L, C), noise (B, L, C) and sigmas (B,) of a group on the device."""
+    latents = torch.stack([sample.example.latents for sample in group])
+    noise = torch.stack([sample.noise for sample in group])
+    sigmas = torch.stack([sample.sigma for sample in group])
+    return latents.to(device), noise.to(device), sigmas.to(device)
 
 
 def predict_velocity(

@@ -1,6 +1,8 @@
 """The weights archive: the LoRA, the learned embeddings and meta.json in one file; written here and read here."""
 
+import hashlib
 import json
+import math
 import tempfile
 import zipfile
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from placeholder.archive import Archive, open_archive
+from placeholder.checks import shown
 from placeholder.lora import PREFIX, fold_scale
 
 META_NAME = "meta.json"
@@ -74,9 +77,7 @@ def read_weights(path: Path | str) -> Weights:
 
     Raises ValueError, one sentence, when something that belongs there is missing, damaged or of another kind.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"the weights {path.name or path} are not a file: give a weights.zip or a LoRA in safetensors")
+    path = _existing(path)
     if _is_safetensors(path):
         return Weights(_lora(path.name, path.read_bytes()))
     with open_archive(path) as archive:
@@ -87,6 +88,19 @@ def read_weights(path: Path | str) -> Weights:
         meta = _meta(archive.name, archive.read(META_NAME))
         lora = _lora(f"{archive.name}: {LORA_NAME}", archive.read(LORA_NAME))
         return Weights(lora, _embeddings(archive, meta), meta)
+
+
+def content_digest(path: Path | str) -> str:
+    """The SHA-256 of the file, by which an archive is known again under another name; ValueError where there is none."""
+    with _existing(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _existing(path: Path | str) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"the weights {path.name or path} are not a file: give a weights.zip or a LoRA in safetensors")
+    return path
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -122,9 +136,10 @@ def _lora_metadata(name: str, content: bytes) -> dict[str, Any]:
     try:
         metadata = json.loads(text)
         metadata = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
-        for number in (metadata.get("lora_alpha", 0), *(metadata.get("alpha_pattern") or {}).values()):
-            float(number)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        alphas = [metadata.get("lora_alpha", 1), *(metadata.get("alpha_pattern") or {}).values()]
+        if not all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas):
+            raise ValueError(f"lora_alpha and alpha_pattern hold {shown(alphas)}")
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{name} has unreadable {LORA_METADATA_KEY}: save it again with diffusers") from error
     return metadata
 

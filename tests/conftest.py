@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from demo.server import ROOT
-from demo.small_base import build_small_base
+from demo.small_base import build_tiny_base
 from placeholder.config import TrainConfig
 from placeholder.models import BaseModel, load_text_encoder, load_tokenizer
 from tests.samples import Run, train, write_dataset
@@ -26,8 +26,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def base() -> BaseModel:
-    """The small base model, which the demo uses too."""
-    folder = build_small_base(ROOT / ".cache" / "small-base")
+    """An untrained base model, the smallest of its classes: enough to see that every part does what it should."""
+    folder = build_tiny_base(ROOT / ".cache" / "tiny-base")
     return BaseModel(str(folder), torch.device("cpu"), torch.float32)
 
 

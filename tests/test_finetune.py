@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load, save
 
 from placeholder import finetune as finetune_module
+from placeholder import prepare as prepare_module
 from placeholder.config import TrainConfig
 from placeholder.finetune import prove_archive
 from placeholder.lora import B, add_lora
@@ -29,7 +30,7 @@ ZERO_PRIOR = TrainConfig(**SHORT, train_placeholder_token=True, placeholder_toke
 @pytest.fixture(autouse=True)
 def quick_tokenizer(tokenizer, monkeypatch):
     """The session's tokenizer, which is checked at the end: loading one takes as long as a short training."""
-    monkeypatch.setattr(finetune_module, "load_tokenizer", lambda _base: tokenizer)
+    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
 
 
 def assert_same_tensors(one: Run, other: Run) -> None:
@@ -44,13 +45,13 @@ def loaded(monkeypatch) -> dict[str, torch.nn.Module]:
     """The modules that a training loads, by the name of the function that loads them."""
     kept: dict[str, torch.nn.Module] = {}
     for name in ("load_text_encoder", "load_transformer"):
-        original = getattr(finetune_module, name)
+        original = getattr(prepare_module, name)
 
         def load_and_keep(*arguments, name=name, original=original):
             kept[name] = original(*arguments)
             return kept[name]
 
-        monkeypatch.setattr(finetune_module, name, load_and_keep)
+        monkeypatch.setattr(prepare_module, name, load_and_keep)
     return kept
 
 
@@ -128,11 +129,12 @@ def test_the_log_says_what_happened_once_in_its_words(zero_prior):
         "Prompt 'a photo of <zwx>' tokenized to: [64, 6548, 315, 220, 151665]",
         "Prompt '<zwx> in a garden' tokenized to: [151665, 304, 264, 13551]",
         "Text embeddings: 1 prompts cached",
-        "LoRA: rank 4, 8192 parameters in 16 layers, 3 crops to train on",
+        "LoRA: rank 4, 8192 parameters in 16 layers",
         f"Weights archive proved: 32 LoRA tensors, 1 embeddings, {zero_prior.archive.stat().st_size} bytes",
     ]
     assert [line for line in zero_prior.log if line in expected] == expected
-    assert not any(line.startswith("Warning") for line in zero_prior.log)
+    warnings = [line for line in zero_prior.log if line.startswith("Warning")]
+    assert all(line.startswith("Warning: the token was ignored") for line in warnings)  # the training is that short
 
 
 def test_a_baseline_says_that_a_named_token_is_not_used_and_caches_every_prompt(baseline):
@@ -160,8 +162,8 @@ def test_each_step_of_a_short_training_has_a_progress_line(zero_prior, baseline)
 
 def test_a_long_training_has_about_a_hundred_progress_lines_with_the_mean_loss_between_them():
     log: list[str] = []
-    steps = (Step(number, torch.tensor(float(number))) for number in range(1, 1001))
-    figures = finetune_module._run(steps, 1000, PlaceholderTokens(151665, {}, 32), log.append)
+    steps = (Step(number, torch.tensor(float(number)), torch.tensor(0.0)) for number in range(1, 1001))
+    figures = finetune_module.run(steps, 1000, PlaceholderTokens(151665, {}, 32), log.append)
     assert len(log) == 101
     assert log[0].startswith("  0%|          | 1/1000 [")
     assert log[37].startswith(" 37%|###       | 370/1000 [")
@@ -269,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_with_a_sentence(dataset, b
         transformer.img_in.weight[0, 0] = float("nan")
         return transformer
 
-    monkeypatch.setattr(finetune_module, "load_transformer", load_poisoned)
+    monkeypatch.setattr(prepare_module, "load_transformer", load_poisoned)
     with pytest.raises(RuntimeError, match="the loss became nan by step 1: train again with a lower learning_rate or"):
         train(dataset, ZERO_PRIOR, tmp_path / "weights.zip", base)
     assert not (tmp_path / "weights.zip").exists()
@@ -288,7 +290,7 @@ def test_bad_input_is_refused_before_any_weight_is_loaded(captions, tokens, sent
         raise AssertionError("weights were loaded")
 
     for name in ("load_vae", "load_text_encoder", "load_transformer"):
-        monkeypatch.setattr(finetune_module, name, never)
+        monkeypatch.setattr(prepare_module, name, never)
     dataset = write_dataset(tmp_path / "data.zip", captions)
     with pytest.raises(ValueError, match=sentence):
         train(dataset, replace(ZERO_PRIOR, placeholder_token=tokens), tmp_path / "weights.zip", base)
@@ -370,3 +372,23 @@ def test_a_lora_that_changes_nothing_is_not_proved(proof, zero_prior, tmp_path):
     path = tampered(zero_prior, tmp_path / "weights.zip", LORA_NAME, change)
     with pytest.raises(RuntimeError, match="the stored LoRA does not change what the transformer predicts"):
         proof(path, read_weights(path))
+
+
+def test_drawn_seeds_differ_and_a_given_one_is_kept_even_zero():
+    drawn = {finetune_module.with_seed(replace(ZERO_PRIOR, seed=None), lambda _: None).seed for _ in range(5)}
+    assert len(drawn) == 5
+    assert all(0 <= seed < 2**32 for seed in drawn)
+    log: list[str] = []
+    assert finetune_module.with_seed(replace(ZERO_PRIOR, seed=0), log.append).seed == 0
+    assert log == ["Seed: 0"]
+
+
+@pytest.mark.parametrize("std", [1e-5, 0.5, 0.0])
+def test_the_row_starts_as_large_as_asked(std, dataset, base, tmp_path):
+    config = replace(ZERO_PRIOR, placeholder_init_std=std, placeholder_learning_rate=0.0, steps=2)
+    row = train(dataset, config, tmp_path / "weights.zip", base).tensors(ROW_NAME)["qwen25_7b"]
+    (start,) = initial_embeddings(("<zwx>",), 32, std, torch.Generator().manual_seed(1)).values()
+    if std == 0.5:  # above the limit, which applies from the first step on
+        assert row.norm() < start.norm()
+        start *= row.norm() / start.norm()
+    torch.testing.assert_close(row, start, rtol=1e-5, atol=0)

@@ -56,9 +56,16 @@ def draw(base) -> Drawer:
 
 
 @pytest.fixture(scope="module")
-def plain_picture(base) -> np.ndarray:
-    """What a generator draws that has never seen any weights."""
-    return Drawer(base)(PLAIN)
+def fresh_pictures(base) -> dict[str, np.ndarray]:
+    """What a generator draws that has never seen any weights, by prompt."""
+    fresh = Drawer(base)
+    return {request.prompt: fresh(request) for request in (PLAIN, NAMED)}
+
+
+@pytest.fixture(scope="module")
+def plain_picture(fresh_pictures) -> np.ndarray:
+    """The fresh picture of the prompt without the token."""
+    return fresh_pictures[PLAIN.prompt]
 
 
 @pytest.fixture
@@ -88,10 +95,11 @@ def test_a_picture_equals_the_one_that_stock_diffusers_draws(case, draw, base, r
     assert np.array_equal(found, expected)
 
 
-def test_after_weights_a_request_without_is_a_fresh_generators_bit_for_bit(draw, zero_prior, plain_picture):
-    with_weights = draw(replace(PLAIN, lora_scale=2.0), zero_prior.archive)
-    assert not np.array_equal(with_weights, plain_picture)
-    assert np.array_equal(draw(PLAIN), plain_picture)
+@pytest.mark.parametrize("request_", [PLAIN, NAMED], ids=["plain", "named"])
+def test_after_weights_a_request_without_is_a_fresh_generators_bit_for_bit(request_, draw, zero_prior, fresh_pictures):
+    with_weights = draw(replace(request_, lora_scale=2.0), zero_prior.archive)
+    assert not np.array_equal(with_weights, fresh_pictures[request_.prompt])
+    assert np.array_equal(draw(request_), fresh_pictures[request_.prompt])
 
 
 def test_archives_a_b_a_give_the_pictures_of_a_and_b_alone(draw, base, zero_prior, baseline):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AddedToken
 
 from placeholder.models import load_tokenizer, prompt_template
-from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings, place_token
+from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings, place_token, without_token
 
 FIRST_ID = 151665
 
@@ -164,7 +164,7 @@ def test_fresh_rows_are_normal_of_the_given_size_and_zero_is_exactly_zero():
         (("<zwx>", "<zwx>"), "'<zwx>' overlaps with '<zwx>'"),
         (("<zwx>", "a<zwx>b"), "'<zwx>' overlaps with 'a<zwx>b'"),
         (("<zwx>", "zwx"), "'<zwx>' overlaps with 'zwx'"),
-        (("<" + "x" * 63 + ">",), "has 65 characters: give at most 64"),
+        (("<" + "x" * 63 + ">",), "has 65 bytes in UTF-8: give at most 64"),
     ],
 )
 def test_a_token_that_cannot_be_new_gets_its_sentence(names, sentence, tokenizer):
@@ -210,3 +210,16 @@ def test_with_several_tokens_a_caption_has_to_name_one_itself():
         ValueError, match=r"the caption of a\.png names none of <zwx>, <qrs>: with several tokens each caption says"
     ):
         place_token("a photo of <>", several, "a.png")
+
+
+@pytest.mark.parametrize(
+    ("caption", "class_word", "plain"),
+    [
+        ("a photo of a <zwx> dog", "", "a photo of a dog"),
+        ("a photo of <zwx>", "person", "a photo of person"),
+        ("<zwx> and <qrs> in a garden", "", "and in a garden"),
+        ("a garden", "dog", "a garden"),
+    ],
+)
+def test_the_prompt_that_preservation_keeps_has_the_class_word_in_the_tokens_place(caption, class_word, plain):
+    assert without_token(caption, ("<zwx>", "<qrs>"), class_word) == plain

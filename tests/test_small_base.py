@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from demo.small_base import ADDED_TOKENS, build_small_base
+from demo.small_base import ADDED_TOKENS, build_tiny_base
 from placeholder.models import load_scheduler
 
 
@@ -39,11 +39,11 @@ def test_it_has_the_classes_and_the_schedule_of_qwen_image(base):
 
 def test_the_seed_decides_the_weights_and_a_folder_is_built_once(tmp_path):
     torch.manual_seed(99)
-    first = build_small_base(tmp_path / "first", seed=0)
+    first = build_tiny_base(tmp_path / "first", seed=0)
     torch.manual_seed(1)
-    again = build_small_base(tmp_path / "again", seed=0)
+    again = build_tiny_base(tmp_path / "again", seed=0)
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(first).items())
     (first / "marker").touch()
-    assert build_small_base(first) == first
+    assert build_tiny_base(first) == first
     assert (first / "marker").exists()
     assert {folder.name for folder in tmp_path.iterdir()} == {"first", "again"}

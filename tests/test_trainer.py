@@ -1,11 +1,15 @@
 """The training loop: its loss, its gradients, what it updates, and that it learns."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from placeholder.lora import add_lora
+from placeholder import trainer as trainer_module
+from placeholder.config import TrainConfig
+from placeholder.lora import add_lora, without_lora
 from placeholder.models import (
     BaseModel,
     PromptEmbeddings,
@@ -17,7 +21,18 @@ from placeholder.models import (
 )
 from placeholder.optimizers import RowOptimizer, lora_optimizer
 from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
-from placeholder.trainer import Example, Sample, draw_sample, grouped, sample_losses, shuffled, training_steps
+from placeholder.trainer import (
+    Example,
+    Sample,
+    Trainee,
+    draw_sample,
+    grouped,
+    predict_velocity,
+    preservation_losses,
+    sample_losses,
+    shuffled,
+    training_steps,
+)
 from tests.samples import picture
 
 CAPTIONS = ["a photo of <zwx>", "<zwx> in a garden, at noon", "a close portrait of <zwx>"]
@@ -41,21 +56,30 @@ class Parts:
         ]
         self.empty_ids = prompt_ids(tokenizer, self.tokens, " ")
 
-    def steps(self, steps, batch_size=1, caption_dropout=0.0, seed=0, lora_optimizer=None, row_optimizer=None, examples=None):
+    def steps(
+        self,
+        steps,
+        batch_size=1,
+        caption_dropout=0.0,
+        seed=0,
+        lora_optimizer=None,
+        row_optimizer=None,
+        examples=None,
+        warmup_fraction=0.0,
+        prior_preservation=0.0,
+    ):
         """The loop over these parts; LoRA and row stay as they are unless their optimizers are given."""
-        return training_steps(
-            self.transformer,
-            self.prompt_embeds,
-            examples or self.examples,
-            self.empty_ids,
-            self.lora,
-            lora_optimizer or torch.optim.SGD(self.lora, lr=0.0),
-            row_optimizer,
-            steps,
-            batch_size,
-            caption_dropout,
-            torch.Generator().manual_seed(seed),
+        optimizer = lora_optimizer or torch.optim.SGD(self.lora, lr=0.0)
+        trainee = Trainee(self.transformer, self.prompt_embeds, self.lora, optimizer, row_optimizer)
+        config = TrainConfig(
+            steps=steps,
+            batch_size=batch_size,
+            caption_dropout=caption_dropout,
+            placeholder_warmup_fraction=warmup_fraction,
+            prior_preservation=prior_preservation,
         )
+        generator = torch.Generator().manual_seed(seed)
+        return training_steps(trainee, examples or self.examples, self.empty_ids, config, generator)
 
     def wake_lora(self):
         """Give the LoRA's B, zero at first, some size, so that A has a gradient too."""
@@ -171,7 +195,7 @@ def test_a_batch_of_mixed_shapes_and_lengths_has_the_mean_gradient_of_its_sample
 
 
 def test_samples_are_stacked_only_with_those_of_their_shape_and_length(parts):
-    batch = [Sample(example, example.input_ids, Tensor(), Tensor()) for example in (*parts.examples, parts.examples[0])]
+    batch = [Sample(example, example.input_ids, None, Tensor(), Tensor()) for example in (*parts.examples, parts.examples[0])]
     groups = grouped(batch)
     assert sorted(map(len, groups)) == [1, 1, 2]
     assert sorted(id(sample) for group in groups for sample in group) == sorted(map(id, batch))
@@ -198,6 +222,55 @@ def test_the_loras_gradient_is_clipped_to_norm_one(parts):
     list(parts.steps(1))
     gradients = [parameter.grad for parameter in parts.lora if parameter.grad is not None]
     assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_preservation_is_nothing_while_the_lora_is_zero_and_then_the_distance_from_the_base(parts, tokenizer):
+    plain = prompt_ids(tokenizer, parts.tokens, "a photo of a thing")
+    parts.prompt_embeds.cache([plain])
+    example = replace(parts.examples[0], class_ids=plain)
+    generator = torch.Generator().manual_seed(2)
+    group = [draw_sample(example, parts.empty_ids, 1.0, generator) for _ in range(2)]
+    assert preservation_losses(parts.transformer, parts.prompt_embeds, group).tolist() == [0.0, 0.0]
+    parts.wake_lora()
+    losses = preservation_losses(parts.transformer, parts.prompt_embeds, group)
+    for sample, loss in zip(group, losses, strict=True):
+        noisy = sample.sigma * sample.noise + (1 - sample.sigma) * example.latents
+        arguments = (sample.sigma[None], parts.prompt_embeds([plain]), example.grid)
+        with without_lora(parts.transformer):
+            base = predict_velocity(parts.transformer, noisy[None], *arguments)
+        expected = torch.nn.functional.mse_loss(predict_velocity(parts.transformer, noisy[None], *arguments), base)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    losses.sum().backward()
+    assert parts.tokens.rows.grad is None
+    assert (
+        sum(parameter.grad is not None and bool(parameter.grad.any()) for parameter in parts.lora) == 28
+    )  # what the last block asks and sends as text is not read
+
+
+def test_preservation_adds_its_gradient_with_its_weight(base, tokenizer, text_encoder, monkeypatch):
+    monkeypatch.setattr(trainer_module, "LORA_MAX_GRAD_NORM", 1e9)
+    gradients = []
+    for weight in (0.0, 1.0, 3.0):
+        parts = Parts(base, tokenizer, text_encoder)
+        parts.wake_lora()
+        plain = prompt_ids(tokenizer, parts.tokens, "a photo of a thing")
+        examples = [replace(example, class_ids=plain) for example in parts.examples]
+        (step,) = parts.steps(1, examples=examples, prior_preservation=weight)
+        assert (step.preservation > 0) == (weight > 0)
+        gradients.append(parts.lora[1].grad)
+    torch.testing.assert_close(gradients[2] - gradients[0], 3 * (gradients[1] - gradients[0]), rtol=1e-3, atol=1e-6)
+    assert (gradients[1] - gradients[0]).norm() > 1e-4
+
+
+def test_the_row_learns_alone_first_and_then_the_lora_joins_in(parts):
+    rows = RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT)
+    optimizer = lora_optimizer("adamw", parts.lora, 1e-2)
+    start, row = [parameter.detach().clone() for parameter in parts.lora], parts.tokens.rows.detach().clone()
+    moved = []
+    for _ in parts.steps(4, lora_optimizer=optimizer, row_optimizer=rows, warmup_fraction=0.5):
+        lora_moved = any(not torch.equal(now, before) for now, before in zip(parts.lora, start, strict=True))
+        moved.append((lora_moved, not torch.equal(parts.tokens.rows, row)))
+    assert moved == [(False, True), (False, True), (True, True), (True, True)]
 
 
 def test_a_dropped_caption_trains_the_lora_and_leaves_the_row(parts):

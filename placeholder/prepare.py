@@ -1,0 +1,173 @@
+"""From a data set and a configuration to everything a training needs: examples, models in their places, optimisers."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from placeholder.config import TrainConfig
+from placeholder.dataset import DatasetReport, Photo, read_dataset
+from placeholder.flow import shift_mu
+from placeholder.lora import add_lora
+from placeholder.models import (
+    EMPTY_PROMPT,
+    BaseModel,
+    PromptEmbeddings,
+    encode_picture,
+    load_scheduler,
+    load_text_encoder,
+    load_tokenizer,
+    load_transformer,
+    load_vae,
+    prompt_ids,
+)
+from placeholder.optimizers import RowOptimizer, lora_optimizer, row_rms_limit
+from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings, place_token, without_token
+from placeholder.trainer import Example, Trainee
+
+Log = Callable[[str], None]
+VAE_FACTOR, PATCH = 8, 2  # pixels a latent, latents a token, along one side
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that is ready to start. `initial_rows` is a copy of the token rows (R, D) before the first step."""
+
+    trainee: Trainee
+    examples: list[Example]
+    empty_ids: tuple[int, ...]
+    generator: torch.Generator
+    tokenizer: PreTrainedTokenizerBase
+    tokens: PlaceholderTokens
+    initial_rows: Tensor
+    prompt_embeds: PromptEmbeddings
+    report: DatasetReport
+
+
+def prepare(dataset: Path, config: TrainConfig, base: BaseModel, log: Log) -> Training:
+    """Read the data set, encode what cannot change, and put the models in their places; `config.seed` is not None.
+
+    Raises ValueError for a bad data set or token before any weight is loaded.
+    """
+    tokenizer = load_tokenizer(base)
+    for warning in check_tokens(config.tokens, tokenizer):
+        log(f"Warning: {warning}")
+    photos, report = read_dataset(dataset, config.resolution)
+    for line in report.lines():
+        log(line)
+    captions = _captions(photos, config, log)
+
+    generator = torch.Generator().manual_seed(config.seed)
+    latents = _latents(photos, base, log)
+    tokens, prompt_embeds = _prompt_embeds(config, base, tokenizer, generator, log)
+    empty_ids = prompt_ids(tokenizer, tokens, EMPTY_PROMPT)
+    ids = [prompt_ids(tokenizer, tokens, caption) for caption in captions]
+    class_ids = _class_ids(captions, config, tokenizer, tokens, log)
+    if config.log_prompt_ids:
+        for caption in dict.fromkeys(captions):
+            log(f"Prompt '{caption}' tokenized to: {tokens.tokenize(tokenizer, caption)}")
+    log(f"Text embeddings: {prompt_embeds.cache([empty_ids, *ids, *filter(None, class_ids)])} prompts cached")
+    row_optimizer = _row_optimizer(config, tokens, prompt_embeds, len(tokenizer))
+    if row_optimizer is None:
+        prompt_embeds.release()
+        free_memory()
+
+    examples = _examples(latents, ids, class_ids, base)
+    trainee = _trainee(config, base, prompt_embeds, row_optimizer, log)
+    initial_rows = tokens.rows.detach().clone()
+    return Training(trainee, examples, empty_ids, generator, tokenizer, tokens, initial_rows, prompt_embeds, report)
+
+
+def free_memory() -> None:
+    """Give memory back that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _captions(photos: list[Photo], config: TrainConfig, log: Log) -> list[str]:
+    """One caption a picture: its own or the default one, with the token in its place."""
+    captions = [photo.caption or config.default_caption for photo in photos]
+    if not config.tokens:
+        return captions
+    placed = [place_token(caption, config.tokens, photo.name) for caption, photo in zip(captions, photos, strict=True)]
+    log(f"Captions: {sum(in_front for _, in_front in placed)} of {len(placed)} lacked the token and got it in front")
+    return [caption for caption, _ in placed]
+
+
+def _latents(photos: list[Photo], base: BaseModel, log: Log) -> list[list[tuple[Tensor, tuple[int, int]]]]:
+    """For each picture its crops as packed latents with their height and width in tokens; the VAE is freed afterwards."""
+    vae = load_vae(base, torch.float32)
+    side = VAE_FACTOR * PATCH
+    latents = [
+        [(encode_picture(vae, pixels), (pixels.shape[1] // side, pixels.shape[2] // side)) for pixels in photo.crops]
+        for photo in photos
+    ]
+    log(f"Latents: {sum(map(len, latents))} crops cached")
+    del vae
+    free_memory()
+    return latents
+
+
+def _prompt_embeds(
+    config: TrainConfig, base: BaseModel, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator, log: Log
+) -> tuple[PlaceholderTokens, PromptEmbeddings]:
+    """The placeholder tokens with their fresh rows, and the text encoder behind its cache."""
+    text_encoder = load_text_encoder(base, config.quantize_te)
+    width = text_encoder.embed_tokens.embedding_dim
+    embeddings = initial_embeddings(config.tokens, width, config.placeholder_init_std, generator)
+    tokens = PlaceholderTokens(len(tokenizer), embeddings, width).to(base.device)
+    for token, ids in tokens.ids.items():
+        log(f"Placeholder token '{token}' registered with ID: {', '.join(map(str, ids))}")
+    if tokens.ids:
+        ids = [str(token_id) for token_ids in tokens.ids.values() for token_id in token_ids]
+        only = f"token {ids[0]} receives" if len(ids) == 1 else f"tokens {', '.join(ids)} receive"
+        log(f"Gradient mask active: only {only} updates")
+    return tokens, PromptEmbeddings(text_encoder, tokens)
+
+
+def _class_ids(
+    captions: list[str], config: TrainConfig, tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, log: Log
+) -> list[tuple[int, ...] | None]:
+    """For each caption the ids of the same prompt without the token, or None where nothing is preserved."""
+    if not config.tokens or not config.prior_preservation:
+        return [None] * len(captions)
+    prompts = [without_token(caption, config.tokens, config.class_word) for caption in captions]
+    log(f"Prior preservation: prompts such as '{prompts[0]}' keep what the base model draws for them")
+    return [prompt_ids(tokenizer, tokens, prompt) for prompt in prompts]
+
+
+def _row_optimizer(
+    config: TrainConfig, tokens: PlaceholderTokens, prompt_embeds: PromptEmbeddings, entries: int
+) -> RowOptimizer | None:
+    if not tokens.ids:
+        return None
+    limit = row_rms_limit(prompt_embeds.text_encoder.embed_tokens.weight, entries)
+    return RowOptimizer(tokens.rows, config.placeholder_learning_rate, limit)
+
+
+def _examples(latents: list, ids: list, class_ids: list, base: BaseModel) -> list[Example]:
+    scheduler = load_scheduler(base).config
+    shift = (scheduler.base_image_seq_len, scheduler.max_image_seq_len, scheduler.base_shift, scheduler.max_shift)
+    return [
+        Example(packed, grid, shift_mu(len(packed), *shift), caption_ids, plain_ids)
+        for crops, caption_ids, plain_ids in zip(latents, ids, class_ids, strict=True)
+        for packed, grid in crops
+    ]
+
+
+def _trainee(
+    config: TrainConfig, base: BaseModel, prompt_embeds: PromptEmbeddings, row_optimizer: RowOptimizer | None, log: Log
+) -> Trainee:
+    transformer = load_transformer(base, config.quantize)
+    lora = add_lora(transformer, config.rank, config.seed)
+    transformer.enable_gradient_checkpointing()
+    log(f"LoRA: rank {config.rank}, {sum(p.numel() for p in lora)} parameters in {len(lora) // 2} layers")
+    if config.optimizer == "prodigy":
+        log("Prodigy finds the LoRA's step size itself: learning_rate is not used")
+    optimizer = lora_optimizer(config.optimizer, lora, config.learning_rate)
+    return Trainee(transformer, prompt_embeds, lora, optimizer, row_optimizer)
