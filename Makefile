@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test lint format study base-check pretrain clean
 
 setup: .venv/installed
 
@@ -31,6 +31,20 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The study of docs/study.md: about half an hour on two cores.
+study: setup
+	$(BIN)/python -m demo.study
+
+# Whether the small base model draws what held-out captions ask for.
+base-check: setup
+	$(BIN)/python -m demo.check_base
+
+# Train the small base model and its judge anew: about two hours on two cores.
+pretrain: setup
+	$(BIN)/python -m demo.judge
+	$(BIN)/python -m demo.pretrain vae
+	$(BIN)/python -m demo.pretrain denoiser
 
 clean:
 	rm -rf .venv .cache demo-output

@@ -1,0 +1,53 @@
+"""Pictures from a transformer in training, many of one prompt at a time, at fixed seeds."""
+
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from demo.world import SIDE
+from placeholder.models import EMPTY_PROMPT, BaseModel, encode_prompts, load_scheduler, load_vae, prompt_ids
+from placeholder.placeholder_token import PlaceholderTokens
+
+STEPS, GUIDANCE, SEED = 16, 3.0, 5
+
+
+class Sampler:
+    """The pipeline around a transformer that is being trained, with its text encoder and tokens."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        transformer: QwenImageTransformer2DModel,
+        text_encoder: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: PlaceholderTokens,
+    ):
+        self.transformer, self.text_encoder, self.tokenizer, self.tokens = transformer, text_encoder, tokenizer, tokens
+        self.pipeline = QwenImagePipeline(load_scheduler(base), load_vae(base, base.dtype), None, None, transformer)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def draw_all(self, prompts: list[str] | tuple[str, ...], count: int) -> list[list[Image.Image]]:
+        """`count` pictures of each prompt."""
+        return [self.draw(prompt, count) for prompt in prompts]
+
+    @torch.no_grad()
+    def draw(self, prompt: str, count: int) -> list[Image.Image]:
+        """`count` pictures of the prompt; the same noise for every prompt."""
+        embeds, negative = self._encode(prompt, count), self._encode(EMPTY_PROMPT, count)
+        return self.pipeline(
+            prompt_embeds=embeds,
+            prompt_embeds_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+            negative_prompt_embeds=negative,
+            negative_prompt_embeds_mask=torch.ones(negative.shape[:2], dtype=torch.long),
+            true_cfg_scale=GUIDANCE,
+            width=SIDE,
+            height=SIDE,
+            num_inference_steps=STEPS,
+            generator=torch.Generator().manual_seed(SEED),
+        ).images
+
+    def _encode(self, prompt: str, count: int) -> Tensor:
+        ids = torch.tensor([prompt_ids(self.tokenizer, self.tokens, prompt)])
+        return encode_prompts(self.text_encoder, self.tokens, ids).repeat(count, 1, 1)

@@ -1,0 +1,278 @@
+"""What a zero-prior token is worth: the same subject and budget under trigger words and under variants of the token.
+
+`make study` runs it on the small base model and writes docs/study.json, docs/study-table.md and docs/study.png. docs/study.md
+defines every measure.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from demo.judge import background_of, kind_probabilities, subject_fidelity, to_pixels
+from demo.sampler import Sampler
+from demo.small_base import build_small_base
+from demo.subject import CLASS_WORD, SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS, named, write_dataset
+from demo.world import RARE_WORD, SUBJECT, TRIGGER
+from placeholder.config import TrainConfig
+from placeholder.diagnostics import diagnose
+from placeholder.lora import scale_lora, without_lora
+from placeholder.models import BaseModel, load_text_encoder, prompt_ids
+from placeholder.prepare import prepare
+from placeholder.trainer import training_steps
+
+TOKEN = "<zwx>"
+VOCABULARY_RMS = 0.02  # standard deviation of the small base's own embedding rows at their start
+BUDGET = {"steps": 400, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "resolution": (64,)}
+CHECKPOINTS = (0.25, 0.5, 0.75, 1.0)  # of the steps
+LOW_SCALE = 0.5
+EARLY = 0.25
+FIDELITY_GOAL = 0.6
+SAMPLES = 6  # pictures a prompt
+UNRELATED = (
+    "a photo of a red circle on a blue background",
+    "a photo of a green star on a white background",
+    "a photo of a flower on a pink background",
+    "a photo of a fish on a cyan background",
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to teach the subject: the word it is called by, and what differs from the defaults."""
+
+    trigger: str
+    options: dict
+    preserve_class: bool = False  # for trigger words, which train() offers no preservation for
+
+
+JOINT = {"placeholder_warmup_fraction": 0.0, "prior_preservation": 0.0}
+ROW_FIRST = {"placeholder_warmup_fraction": 0.25, "prior_preservation": 0.0}
+PRESERVED = {"prior_preservation": 1.0}
+ARMS: dict[str, Arm] = {
+    "trigger word TOK": Arm(TRIGGER, {}),
+    "trigger word TOK, preservation": Arm(TRIGGER, {}, preserve_class=True),
+    "rare word sks": Arm(RARE_WORD, {}),
+    "class word alone": Arm("", {}),
+    "token, joint": Arm(TOKEN, JOINT),
+    "token, joint, preservation": Arm(TOKEN, JOINT | PRESERVED),
+    "token, row first": Arm(TOKEN, ROW_FIRST),
+    "token, row first, preservation": Arm(TOKEN, ROW_FIRST | PRESERVED),
+    "token, row frozen": Arm(TOKEN, JOINT | {"placeholder_learning_rate": 0.0}),
+    "token, row frozen, preservation": Arm(TOKEN, JOINT | PRESERVED | {"placeholder_learning_rate": 0.0}),
+    "token, vocabulary-sized start": Arm(TOKEN, ROW_FIRST | {"placeholder_init_std": VOCABULARY_RMS}),
+}
+
+
+def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Image]]:
+    """One training with its measures and a strip of pictures."""
+    started = time.monotonic()
+    tokens_on = arm.trigger == TOKEN
+    config = TrainConfig(
+        **(BUDGET | arm.options), seed=seed, train_placeholder_token=tokens_on, placeholder_token=(TOKEN,) if tokens_on else ()
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = write_dataset(Path(folder) / "data.zip", arm.trigger)
+        training = prepare(dataset, config, base, log=lambda line: None)
+    encoder = training.prompt_embeds.text_encoder or load_text_encoder(base)
+    examples = training.examples
+    if arm.preserve_class:
+        examples = with_class_prompts(examples, training, encoder)
+        config = replace(config, prior_preservation=1.0)
+    sampler = Sampler(base, training.trainee.transformer, encoder, training.tokenizer, training.tokens)
+    prompts = Prompts(arm.trigger)
+    with without_lora(training.trainee.transformer):
+        base_class, base_unrelated = sampler.draw_all(prompts.class_word, SAMPLES), sampler.draw_all(UNRELATED, SAMPLES)
+
+    measures: dict = {"fidelity_by_step": {}}
+    marks = {round(share * config.steps) for share in CHECKPOINTS}
+    for step in training_steps(training.trainee, examples, training.empty_ids, config, training.generator):
+        if step.number in marks:
+            images = sampler.draw_all(prompts.seen, 3)
+            measures["fidelity_by_step"][step.number] = mean_fidelity(images, SEEN_BACKGROUNDS)
+        if step.number == round(EARLY * config.steps):
+            measures["prior_leakage_early"] = old_meaning(sampler.draw_all(prompts.trigger, SAMPLES))
+    measures |= final_measures(sampler, prompts, base_class, base_unrelated)
+    if tokens_on:
+        vocabulary = encoder.embed_tokens.weight
+        measures |= diagnose(
+            training.trainee, training.tokens, training.initial_rows, examples, vocabulary, training.tokenizer
+        ).meta()
+        measures["row_rms"] = training.tokens.rows.detach().square().mean().sqrt().item()
+    reached = [step for step, fidelity in measures["fidelity_by_step"].items() if fidelity >= FIDELITY_GOAL]
+    measures["steps_to_goal"] = min(reached) if reached else None
+    measures["seconds"] = round(time.monotonic() - started, 1)
+    return measures, strip(sampler, prompts)
+
+
+class Prompts:
+    """The prompts of one arm."""
+
+    def __init__(self, trigger: str):
+        self.seen = [f"a photo of {named(trigger)} on a {background} background" for background in SEEN_BACKGROUNDS]
+        self.unseen = [f"a photo of {named(trigger)} on a {background} background" for background in UNSEEN_BACKGROUNDS]
+        self.trigger = [
+            f"a photo of {trigger or 'a ' + CLASS_WORD} on a {background} background" for background in ("blue", "yellow")
+        ]
+        self.class_word = [
+            f"a photo of a {CLASS_WORD} on a {background} background" for background in ("blue", "green", "yellow", "white")
+        ]
+
+
+def final_measures(sampler: Sampler, prompts: Prompts, base_class: list, base_unrelated: list) -> dict:
+    """The measures at the end of training; docs/study.md defines each."""
+    seen, unseen = sampler.draw_all(prompts.seen, SAMPLES), sampler.draw_all(prompts.unseen, SAMPLES)
+    class_word, unrelated = sampler.draw_all(prompts.class_word, SAMPLES), sampler.draw_all(UNRELATED, SAMPLES)
+    measures = {
+        "fidelity_seen": mean_fidelity(seen, SEEN_BACKGROUNDS),
+        "fidelity_unseen": mean_fidelity(unseen, UNSEEN_BACKGROUNDS),
+        "following": mean(
+            background_of(image) == background
+            for images, background in zip(seen + unseen, SEEN_BACKGROUNDS + UNSEEN_BACKGROUNDS, strict=True)
+            for image in images
+        ),
+        "prior_leakage": old_meaning(sampler.draw_all(prompts.trigger, SAMPLES)),
+        "class_leak": probability(SUBJECT, class_word) - probability(SUBJECT, base_class),
+        "class_change": difference(class_word, base_class),
+        "drift": difference(unrelated, base_unrelated),
+    }
+    scale_lora(sampler.transformer, LOW_SCALE)
+    measures["prior_leakage_low_scale"] = old_meaning(sampler.draw_all(prompts.trigger, SAMPLES))
+    scale_lora(sampler.transformer, 1.0)
+    return measures
+
+
+def with_class_prompts(examples: list, training, encoder) -> list:
+    """The examples with the ids of their prompt less the trigger word, cached: preservation for a trigger word."""
+    ids = [
+        prompt_ids(training.tokenizer, training.tokens, f"a photo of a {CLASS_WORD} on a {background} background")
+        for background in SEEN_BACKGROUNDS * 2
+    ]
+    training.prompt_embeds.text_encoder = encoder
+    training.prompt_embeds.cache(ids)
+    return [replace(example, class_ids=class_ids) for example, class_ids in zip(examples, ids, strict=True)]
+
+
+def mean_fidelity(images: list[list[Image.Image]], backgrounds: tuple[str, ...]) -> float:
+    """The subject's fidelity averaged over the pictures of each background."""
+    return mean(
+        subject_fidelity(image, background) for group, background in zip(images, backgrounds, strict=True) for image in group
+    )
+
+
+def old_meaning(images: list[list[Image.Image]]) -> float:
+    """The mean probability that a picture shows what a trigger word meant before: a waffle or an arrow."""
+    return probability(TRIGGER, images) + probability(RARE_WORD, images)
+
+
+def probability(kind: str, images: list[list[Image.Image]]) -> float:
+    """The mean probability of a kind."""
+    return mean(kind_probabilities([image for group in images for image in group])[kind])
+
+
+def difference(images: list[list[Image.Image]], others: list[list[Image.Image]]) -> float:
+    """The mean absolute difference of pixels, 0 to 1, between pictures of the same prompt and seed."""
+    pairs = [pair for group, other in zip(images, others, strict=True) for pair in zip(group, other, strict=True)]
+    return mean((to_pixels(a) - to_pixels(b)).abs().mean().item() for a, b in pairs)
+
+
+def mean(values) -> float:
+    """The mean as a plain number."""
+    return float(statistics.fmean(map(float, values)))
+
+
+def strip(sampler: Sampler, prompts: Prompts) -> list[Image.Image]:
+    """Two seen and two unseen contexts, the trigger at low scale, the class word twice, two unrelated prompts."""
+    images = [sampler.draw(prompt, 1)[0] for prompt in (*prompts.seen[:2], *prompts.unseen[:2])]
+    scale_lora(sampler.transformer, LOW_SCALE)
+    images.append(sampler.draw(prompts.trigger[1], 1)[0])
+    scale_lora(sampler.transformer, 1.0)
+    return images + [sampler.draw(prompt, 1)[0] for prompt in (*prompts.class_word[:2], *UNRELATED[:2])]
+
+
+COLUMNS = ("seen", "seen", "unseen", "unseen", f"trigger at {LOW_SCALE}", "class word", "class word", "unrelated", "unrelated")
+TABLE = {
+    "fidelity_seen": "fidelity, seen",
+    "fidelity_unseen": "fidelity, unseen",
+    "prior_leakage_early": "prior leakage, early",
+    "prior_leakage_low_scale": f"prior leakage, scale {LOW_SCALE}",
+    "prior_leakage": "prior leakage, end",
+    "class_leak": "class leak",
+    "drift": "drift",
+    "following": "following",
+}
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """Mean and standard deviation over the seeds, an arm a row."""
+    lines = ["| arm | " + " | ".join(TABLE.values()) + " |", "|" + " --- |" * (len(TABLE) + 1)]
+    for name, runs in results.items():
+        cells = []
+        for measure in TABLE:
+            values = [run[measure] for run in runs]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.2f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(strips: dict[str, list[Image.Image]], cell: int = 96) -> Image.Image:
+    """The strips of one seed under each other."""
+    sheet = Image.new("RGB", (220 + len(COLUMNS) * cell, 24 + len(strips) * cell), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(COLUMNS):
+        pen.text((224 + column * cell, 6), title, fill="black")
+    for row, (name, images) in enumerate(strips.items()):
+        pen.text((6, 24 + row * cell + cell // 2 - 6), name, fill="black")
+        for column, image in enumerate(images):
+            sheet.paste(image.resize((cell - 4, cell - 4), Image.Resampling.NEAREST), (220 + column * cell, 24 + row * cell))
+    return sheet
+
+
+def _job(task: tuple[str, int, str]) -> tuple[str, int, dict, list[Image.Image]]:
+    name, seed, source = task
+    torch.set_num_threads(1)
+    base = BaseModel(source, torch.device("cpu"), torch.float32)
+    measures, images = train_arm(ARMS[name], seed, base)
+    return name, seed, measures, images
+
+
+def main() -> None:
+    """Run all arms and seeds, two at a time, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="*", default=list(ARMS))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs")
+    arguments = parser.parse_args()
+    source = str(build_small_base())
+    tasks = [(name, seed, source) for seed in range(arguments.seeds) for name in arguments.arms]
+    results: dict[str, list[dict]] = {name: [] for name in arguments.arms}
+    strips: dict[str, list[Image.Image]] = {}
+    started = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        for name, seed, measures, images in pool.imap(_job, tasks):
+            results[name].append({"seed": seed, **measures})
+            strips.setdefault(name, images)
+            print(
+                f"{time.monotonic() - started:.0f} s: {name}, seed {seed}: fidelity {measures['fidelity_seen']:.2f}, class leak {measures['class_leak']:.2f}",
+                flush=True,
+            )
+            arguments.output.mkdir(exist_ok=True)
+            done = {arm: runs for arm, runs in results.items() if runs}
+            record = {"budget": BUDGET, "samples": SAMPLES, "torch": torch.__version__, "results": done}
+            (arguments.output / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+            (arguments.output / "study-table.md").write_text(table(done))
+            figure(strips).save(arguments.output / "study.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
