@@ -32,7 +32,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The study of docs/study.md: about half an hour on two cores.
+# The study of docs/study.md, on the small base model that make pretrain leaves.
 study: setup
 	$(BIN)/python -m demo.study
 
@@ -40,7 +40,7 @@ study: setup
 base-check: setup
 	$(BIN)/python -m demo.check_base
 
-# Train the small base model and its judge anew: about two hours on two cores.
+# Train the judge and a small base model: well over an hour on two cores.
 pretrain: setup
 	$(BIN)/python -m demo.judge
 	$(BIN)/python -m demo.pretrain vae
