@@ -15,7 +15,7 @@ TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj"
 ADAPTER = "default"
 PREFIX = "transformer."
 A, B = ".lora_A.weight", ".lora_B.weight"
-METADATA_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNSUPPORTED_METADATA = ("use_dora", "lora_bias", "modules_to_save")
 
 
@@ -67,6 +67,8 @@ def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, 
             raise ValueError(f"the LoRA holds an unknown key {key!r}: expected names that end in {A} or {B}")
         if value.ndim != 2 or 0 in value.shape:
             raise ValueError(f"the LoRA has {key!r} of shape {tuple(value.shape)}: expected two dimensions")
+        if value.dtype not in DTYPES:
+            raise ValueError(f"the LoRA has {key!r} in {value.dtype}: save it in float32, bfloat16 or float16")
         if key.endswith(B):
             value = value * _scale(key.removesuffix(B), value.shape[-1], metadata)
         folded[key] = value

@@ -12,11 +12,17 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.utils import logging as transformers_logging
 
 from placeholder.latents import normalise, pack
 from placeholder.placeholder_token import PlaceholderTokens
+
+# Replicate reads progress from log lines that look like a bar; only the training's own may.
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 
 MODEL_VARIABLE = "QWEN_IMAGE_MODEL"
 DEFAULT_MODEL = "Qwen/Qwen-Image"

@@ -44,10 +44,6 @@ class PlaceholderTokens(nn.Module):
             ids += tokenizer(piece).input_ids
         return ids
 
-    def named_in(self, prompt: str) -> bool:
-        """Whether the prompt holds a placeholder token."""
-        return self._pattern.search(prompt) is not None
-
     def contains(self, input_ids: list[int]) -> bool:
         """Whether any of the ids is a placeholder's."""
         return any(self.first_id <= token_id < self.first_id + len(self.rows) for token_id in input_ids)

@@ -225,10 +225,11 @@ def test_a_lora_with_unreadable_settings_gets_its_sentence(settings, tmp_path):
     [
         {FIRST + A: torch.tensor(1.0), FIRST + B: torch.tensor(1.0)},
         {FIRST + A: torch.zeros(0, 64), FIRST + B: torch.zeros(64, 0)},
+        {FIRST + A: torch.zeros(4, 64).to(torch.float8_e4m3fn), FIRST + B: torch.zeros(64, 4).to(torch.float8_e4m3fn)},
     ],
-    ids=["no dimension", "rank 0"],
+    ids=["no dimension", "rank 0", "fp8"],
 )
-def test_a_lora_of_impossible_shapes_gets_a_sentence(wrong, tmp_path):
+def test_a_lora_of_impossible_shapes_or_numbers_gets_a_sentence(wrong, tmp_path):
     path = tmp_path / "lora.safetensors"
     path.write_bytes(safetensors_of(prefixed(wrong), {"transformer.lora_alpha": 8}))
     with pytest.raises(ValueError, match="LoRA"):
