@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint format study base-check pretrain clean
+.PHONY: setup demo test lint format study base-check pretrain check-gpu clean
 
 setup: .venv/installed
 
@@ -31,6 +31,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Train and draw with the full-size model, random weights, on a CUDA GPU; writes benchmarks/full_size.json.
+check-gpu: setup
+	$(BIN)/python -m benchmarks.full_size
 
 # The study of docs/study.md, on the small base model that make pretrain leaves.
 study: setup

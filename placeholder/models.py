@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from diffusers import (
@@ -54,28 +55,30 @@ class BaseModel:
             )
         return cls(source, torch.device("cpu"), torch.float32)
 
+    def component(self, kind: type, name: str, **options: Any) -> Any:
+        """A component of the class `kind` from the base model's subfolder `name`, on the CPU."""
+        return kind.from_pretrained(self.source, subfolder=name, **options)
+
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     """The tokenizer alone; no weights are read."""
-    return Qwen2Tokenizer.from_pretrained(base.source, subfolder="tokenizer")
+    return base.component(Qwen2Tokenizer, "tokenizer")
 
 
 def load_scheduler(base: BaseModel) -> FlowMatchEulerDiscreteScheduler:
     """The sampling schedule, whose configuration also holds the constants of the resolution shift."""
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(base.source, subfolder="scheduler")
+    return base.component(FlowMatchEulerDiscreteScheduler, "scheduler")
 
 
 def load_vae(base: BaseModel, dtype: torch.dtype) -> AutoencoderKLQwenImage:
     """The VAE, frozen."""
-    vae = AutoencoderKLQwenImage.from_pretrained(base.source, subfolder="vae", dtype=dtype, use_safetensors=True)
+    vae = base.component(AutoencoderKLQwenImage, "vae", dtype=dtype, use_safetensors=True)
     return vae.requires_grad_(False).eval().to(base.device)
 
 
 def load_text_encoder(base: BaseModel, quantize: bool = False) -> nn.Module:
     """The language model inside Qwen2.5-VL, frozen: without the vision tower and the head that computes logits."""
-    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        base.source, subfolder="text_encoder", dtype=base.dtype, use_safetensors=True
-    )
+    whole = base.component(Qwen2_5_VLForConditionalGeneration, "text_encoder", dtype=base.dtype, use_safetensors=True)
     text_encoder = whole.model.language_model
     if quantize:
         quantize_int8(text_encoder.layers, base.device)
@@ -84,9 +87,7 @@ def load_text_encoder(base: BaseModel, quantize: bool = False) -> nn.Module:
 
 def load_transformer(base: BaseModel, quantize: bool = False) -> QwenImageTransformer2DModel:
     """The denoising transformer, frozen."""
-    transformer = QwenImageTransformer2DModel.from_pretrained(
-        base.source, subfolder="transformer", dtype=base.dtype, use_safetensors=True
-    )
+    transformer = base.component(QwenImageTransformer2DModel, "transformer", dtype=base.dtype, use_safetensors=True)
     if quantize:
         quantize_int8(transformer.transformer_blocks, base.device)
     return transformer.requires_grad_(False).eval().to(base.device)

@@ -1,0 +1,183 @@
+"""The full-size model with seeded random weights, built in memory: training in both modes and one prediction on CUDA.
+
+`make check-gpu` runs the package's own functions below loading and writes benchmarks/full_size.json with losses, step times
+and peak memory. Nothing is downloaded, and nothing is said of quality: the weights are noise.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import tempfile
+import time
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import Qwen2_5_VLConfig
+
+from demo.small_base import VOCABULARY_ROWS, qwen_tokenizer, scheduler
+from placeholder.config import TrainConfig
+from placeholder.finetune import finetune
+from placeholder.generate import ImageGenerator
+from placeholder.models import BaseModel
+from placeholder.request import Request
+
+# config.json of Qwen/Qwen-Image, text_encoder. The defaults of the other classes are the full size.
+FULL_TEXT_ENCODER = {
+    "vocab_size": VOCABULARY_ROWS,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
+}
+STD = 0.02
+WARM_UP_STEPS = 5  # left out of the median
+
+
+@dataclass(frozen=True)
+class RandomBase(BaseModel):
+    """A base model that is built from its configuration on the device, with weights from N(0, 0.02^2), never zeros.
+
+    `sizes` holds the constructors' arguments by component; a component's weights are seeded by its name.
+    """
+
+    sizes: dict[str, dict[str, Any]] = field(default_factory=lambda: {"text_encoder": {"text_config": FULL_TEXT_ENCODER}})
+
+    def component(self, kind: type, name: str, dtype: torch.dtype | None = None, **_: Any) -> Any:
+        """The component, built rather than loaded; tokenizer and scheduler are the real ones."""
+        if name == "tokenizer":
+            return qwen_tokenizer()
+        if name == "scheduler":
+            return scheduler()
+        arguments = self.sizes.get(name, {})
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # so that no fp32 copy of 20 billion parameters is ever made
+        try:
+            with torch.device(self.device):
+                module = kind(Qwen2_5_VLConfig(**arguments)) if name == "text_encoder" else kind(**arguments)
+        finally:
+            torch.set_default_dtype(default)
+        return fill(module, name)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, name: str) -> nn.Module:
+    """Seeded noise in every matrix, kernel and bias; norms keep the scales they are initialised with."""
+    device = next(module.parameters()).device
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    for parameter_name, parameter in module.named_parameters():
+        if parameter.ndim > 1 or parameter_name.endswith("bias"):
+            parameter.normal_(0.0, STD, generator=generator)
+    return module
+
+
+def write_dataset(path: Path, side: int) -> Path:
+    """Four pictures of noise with captions that name <zwx>."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(4):
+            noise = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+            content = io.BytesIO()
+            Image.fromarray(noise).save(content, "PNG", compress_level=1)
+            archive.writestr(f"{number}.png", content.getvalue())
+            archive.writestr(f"{number}.txt", f"a photo of <zwx> number {number} in a garden at noon")
+    return path
+
+
+class StepClock:
+    """A log that prints, and notes the time of every progress line; the loss in the line has been waited for."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, line: str) -> None:
+        print(line, flush=True)
+        if "%|" in line:
+            self.times.append(time.monotonic())
+
+    def step_seconds(self) -> list[float]:
+        """Seconds from each line to the next, the warm-up left out."""
+        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)][WARM_UP_STEPS:]
+
+
+def train(base: BaseModel, config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """One training, with its losses, step time and peak memory; the archive stays in the folder."""
+    clock = StepClock()
+    _reset_peak()
+    dataset = write_dataset(folder / "data.zip", config.resolution[0])
+    meta = finetune(dataset, config, folder / f"{config.training_mode}.zip", base, clock)
+    seconds = clock.step_seconds()
+    return {
+        "loss": meta["loss"],
+        "median_step_seconds": statistics.median(seconds) if seconds else None,
+        "peak_reserved_gb": _peak_gb(),
+    }
+
+
+def draw(base: BaseModel, archive: Path, side: int, steps: int) -> dict[str, Any]:
+    """One picture with an archive."""
+    clock = StepClock()
+    _reset_peak()
+    generator = ImageGenerator(base, clock)
+    image = generator.generate(Request("a photo of <zwx>", "", steps, 4.0, side, side, 0, 1.0, False, "png", 80), archive)
+    seconds = clock.step_seconds()
+    return {
+        "size": image.size,
+        "median_step_seconds": statistics.median(seconds) if seconds else None,
+        "peak_reserved_gb": _peak_gb(),
+    }
+
+
+def run(base: BaseModel, side: int, training_steps: int, drawing_steps: int) -> dict[str, Any]:
+    """Train in both modes, draw once with the zero-prior archive."""
+    common = {"steps": training_steps, "resolution": (side,), "seed": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        found = {
+            "zero_prior": train(
+                base, TrainConfig(**common, train_placeholder_token=True, placeholder_token=("<zwx>",)), Path(folder)
+            ),
+            "baseline": train(base, TrainConfig(**common), Path(folder)),
+            "prediction": draw(base, Path(folder) / "zero_prior.zip", side, drawing_steps),
+        }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    settings = {"side": side, "training_steps": training_steps, "drawing_steps": drawing_steps, "rank": TrainConfig.rank}
+    return {"device": device, "torch": torch.__version__, **settings, **found}
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_gb() -> float | None:
+    return torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
+
+
+def main() -> None:
+    """Run at full size on the GPU and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--side", type=int, default=1024)
+    parser.add_argument("--training-steps", type=int, default=20)
+    parser.add_argument("--drawing-steps", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("full_size.json"))
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA GPU was found: the full-size model does not fit anything else")
+    base = RandomBase("Qwen-Image with random weights", torch.device("cuda"), torch.bfloat16)
+    found = run(base, arguments.side, arguments.training_steps, arguments.drawing_steps)
+    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
