@@ -44,7 +44,7 @@ study: setup
 base-check: setup
 	$(BIN)/python -m demo.check_base
 
-# Train the judge and a small base model: well over an hour on two cores.
+# Train the judge and a small base model: hours on two cores.
 pretrain: setup
 	$(BIN)/python -m demo.judge
 	$(BIN)/python -m demo.pretrain vae

@@ -28,7 +28,7 @@ from placeholder.placeholder_token import PlaceholderTokens
 FOLDER = small_base.CACHE / "pretrain"
 POOL = 30_000  # scenes
 VAE_STEPS, VAE_BATCH, VAE_RATE = 4000, 16, 6e-4
-STEPS, BATCH, RATE = 4200, 64, 1e-3
+STEPS, BATCH, RATE = 12_000, 64, 1e-3
 CAPTION_DROPOUT = 0.1
 SAVE_EVERY = 1000
 LATENT_NOISE = 0.1  # added to the latents while the VAE learns, so that small errors of the transformer decode well

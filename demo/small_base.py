@@ -192,7 +192,7 @@ def build_small_base() -> Path:
     Its name changes with the trained weights and with this file.
     """
     if not TRAINED.exists():
-        raise FileNotFoundError(f"{TRAINED.name} is not there: make pretrain makes it, in well over an hour on two cores")
+        raise FileNotFoundError(f"{TRAINED.name} is not there: make pretrain makes it, in hours on two cores")
     digest = hashlib.sha256(TRAINED.read_bytes() + Path(__file__).read_bytes()).hexdigest()
     return _write(CACHE / f"small-base-{digest[:12]}", trained_components)
 
