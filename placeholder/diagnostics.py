@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from placeholder.lora import without_lora
 from placeholder.placeholder_token import PlaceholderTokens
-from placeholder.trainer import Example, Trainee, draw_sample, grouped, sample_losses
+from placeholder.trainer import Example, Trainee, draw_sample, sample_losses
 
-SAMPLES = 32
+SAMPLES = 16
 SEED = 0
 NEAREST = 5
 IGNORED_SHARE = 0.05  # of what the training gained
@@ -46,7 +46,9 @@ class Diagnostics:
         ]
         for token, nearest in self.nearest_tokens.items():
             lines.append(f"Nearest to {token}: " + ", ".join(f"{entry!r} {cosine:.2f}" for entry, cosine in nearest))
-        if self.row_share < IGNORED_SHARE:
+        if self.loss >= self.loss_base:
+            lines.append("Warning: the training did not lower the loss: train for longer, or change learning_rate")
+        elif self.row_share < IGNORED_SHARE:
             lines.append(
                 f"Warning: the token was ignored: with its row reset only {max(self.row_share, 0):.0%} of what training gained is lost; "
                 "train for longer, raise placeholder_learning_rate or placeholder_warmup_fraction, or lower learning_rate"
@@ -72,8 +74,9 @@ def diagnose(
     def loss() -> float:
         generator = torch.Generator().manual_seed(SEED)
         samples = [draw_sample(examples[i % len(examples)], (), 0.0, generator) for i in range(SAMPLES)]
-        parts = [sample_losses(trainee.transformer, trainee.prompt_embeds, group) for group in grouped(samples)]
-        return torch.cat(parts).mean().item()
+        # One at a time: stacked, they would take more memory than any step of the training has.
+        losses = [sample_losses(trainee.transformer, trainee.prompt_embeds, [sample]) for sample in samples]
+        return torch.cat(losses).mean().item()
 
     def both(lora_off: bool) -> tuple[float, float]:
         with without_lora(trainee.transformer) if lora_off else nullcontext():

@@ -57,6 +57,12 @@ def test_a_token_that_makes_no_difference_is_warned_of(row_reset, ignored):
     assert any(line.startswith("Warning: the token was ignored") for line in lines) == ignored
 
 
+def test_a_training_that_gained_nothing_is_warned_of_as_that():
+    lines = replace(FOUND, loss=2.0, loss_row_reset=2.0).lines()
+    assert lines[-1] == "Warning: the training did not lower the loss: train for longer, or change learning_rate"
+    assert not any("ignored" in line for line in lines)
+
+
 def test_the_lines_name_the_losses_and_the_nearest_entries():
     first, second = FOUND.lines()
     assert first == "Loss on fixed noise: 1.0000; with the token's row reset 1.5000; without the LoRA 1.6000; base model 2.0000"
