@@ -36,7 +36,7 @@ format: setup
 check-gpu: setup
 	$(BIN)/python -m benchmarks.full_size
 
-# The study of docs/study.md, on the small base model that make pretrain leaves.
+# The study of docs/study.md, on the small base model.
 study: setup
 	$(BIN)/python -m demo.study
 
@@ -49,6 +49,8 @@ pretrain: setup
 	$(BIN)/python -m demo.judge
 	$(BIN)/python -m demo.pretrain vae
 	$(BIN)/python -m demo.pretrain denoiser
+	$(BIN)/python -m demo.pretrain denoiser --go-on 1
+	$(BIN)/python -m demo.pretrain denoiser --go-on 2
 
 clean:
 	rm -rf .venv .cache demo-output

@@ -37,22 +37,26 @@ def caption(thing: Thing, background: str) -> str:
     return f"a photo of a {size}{thing.color} {thing.kind}{place} on a {background} background"
 
 
+def draw_all(scenes: list[Scene]) -> list[Image.Image]:
+    """One picture by the small base model of what each scene's caption says."""
+    base = BaseModel(str(build_small_base()), torch.device("cpu"), torch.float32)
+    tokenizer, encoder = load_tokenizer(base), load_text_encoder(base)
+    tokens = PlaceholderTokens(len(tokenizer), {}, encoder.embed_tokens.embedding_dim)
+    sampler = Sampler(base, load_transformer(base), encoder, tokenizer, tokens)
+    return [sampler.draw(caption(scene.things[0], scene.background), 1)[0] for scene in scenes]
+
+
 def main() -> None:
     """Draw one picture of each caption, judge it, and compare the shares with what is required."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs")
     arguments = parser.parse_args()
-    base = BaseModel(str(build_small_base()), torch.device("cpu"), torch.float32)
-    tokenizer, encoder = load_tokenizer(base), load_text_encoder(base)
-    tokens = PlaceholderTokens(len(tokenizer), {}, encoder.embed_tokens.embedding_dim)
-    sampler = Sampler(base, load_transformer(base), encoder, tokenizer, tokens)
-
     scenes = held_out_scenes(arguments.count, seed=7)
-    drawn = [sampler.draw(caption(scene.things[0], scene.background), 1)[0] for scene in scenes]
+    drawn = draw_all(scenes)
     shares = {
-        "drawn": _shares(drawn, scenes),
-        "rendered, to judge the judge": _shares([render(scene) for scene in scenes], scenes),
+        "drawn": right_shares(drawn, scenes),
+        "rendered, to judge the judge": right_shares([render(scene) for scene in scenes], scenes),
     }
     arguments.output.mkdir(exist_ok=True)
     (arguments.output / "base-check.json").write_text(json.dumps({"captions": len(scenes), **shares}, indent=1) + "\n")
@@ -66,7 +70,7 @@ def main() -> None:
         raise SystemExit(f"below what is required: {missed}")
 
 
-def _shares(images: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
+def right_shares(images: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
     """The share of pictures with the right background, colour and shape."""
     pairs = list(zip(images, scenes, strict=True))
     return {

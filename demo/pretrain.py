@@ -1,19 +1,18 @@
 """Train the small base model on the synthetic world: the VAE, then text encoder and transformer together.
 
-`python -m demo.pretrain vae`, then `python -m demo.pretrain denoiser`; each keeps its result under .cache/pretrain and the
-second writes demo/small_base.safetensors, which is what ships. docs/study.md says how long it took on which machine.
+`python -m demo.pretrain vae`, which keeps its result under .cache/pretrain, then `python -m demo.pretrain denoiser`, which
+writes demo/small_base.safetensors, and goes on from it with `--go-on 1` and `--go-on 2`. docs/study.md says how the weights
+that ship were made, on which machine and in what time.
 """
 
 import argparse
 import random
 import time
-from types import MethodType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,11 +23,12 @@ from placeholder.flow import add_noise, flow_loss, shift_mu, shift_sigmas, veloc
 from placeholder.latents import normalise, pack
 from placeholder.models import EMPTY_PROMPT, prompt_ids, prompt_template
 from placeholder.placeholder_token import PlaceholderTokens
+from placeholder.vae import as_single_frame
 
 FOLDER = small_base.CACHE / "pretrain"
 POOL = 30_000  # scenes
 VAE_STEPS, VAE_BATCH, VAE_RATE = 4000, 16, 6e-4
-STEPS, BATCH, RATE = 12_000, 64, 1e-3
+STEPS, BATCH, RATE = 4200, 64, 8e-4  # of one round
 CAPTION_DROPOUT = 0.1
 SAVE_EVERY = 1000
 LATENT_NOISE = 0.1  # added to the latents while the VAE learns, so that small errors of the transformer decode well
@@ -67,13 +67,19 @@ def train_vae(steps: int) -> None:
     sheet(reconstructions, columns=8).save(FOLDER / "vae.png")
 
 
-def train_denoiser(steps: int) -> None:
-    """Text encoder and transformer together on the VAE's latents; then everything is written out."""
-    torch.manual_seed(small_base.SEED)
-    rng = random.Random(small_base.SEED + 1)
-    components = small_base.new_components(small_base.TRAINED_SIZE, small_base.SEED)
+def train_denoiser(steps: int, go_on: int) -> None:
+    """Text encoder and transformer together on the VAE's latents; then everything is written out.
+
+    With `go_on` 0 from the seeded start, otherwise from what was written last, with other scenes for every number.
+    """
+    torch.manual_seed(small_base.SEED + go_on)
+    rng = random.Random(small_base.SEED + 1 + go_on)
+    if go_on:
+        components = small_base.trained_components()
+    else:
+        components = small_base.new_components(small_base.TRAINED_SIZE, small_base.SEED)
+        components["vae"].load_state_dict(load_file(FOLDER / "vae.safetensors"))
     vae, transformer = components["vae"], components["transformer"]
-    vae.load_state_dict(load_file(FOLDER / "vae.safetensors"))
     as_single_frame(vae.eval())
     scenes = [scene for scene in (random_scene(rng) for _ in range(POOL)) if not held_out(scene)]
     latents, mean, std = encode_pool(vae, scenes)
@@ -91,7 +97,13 @@ def train_denoiser(steps: int) -> None:
     rows = torch.nn.Parameter(text_encoder.embed_tokens.weight.detach()[used].clone())
     text_encoder.embed_tokens.requires_grad_(False)
     parameters = [rows, *transformer.parameters(), *(p for p in text_encoder.parameters() if p.requires_grad)]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    matrices = [p for p in (*transformer.transformer_blocks.parameters(), *text_encoder.layers.parameters()) if p.ndim == 2]
+    of_matrices = {id(p) for p in matrices}
+    others = [p for p in parameters if id(p) not in of_matrices]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=RATE, weight_decay=0.01, betas=(0.9, 0.99), fused=True),
+    ]
     dropped = prompt_template()[2]
     mu = shift_mu(latents.shape[1], 256, 8192, 0.5, 0.9)
     grid = SIDE // 16
@@ -118,28 +130,18 @@ def train_denoiser(steps: int) -> None:
                 return_dict=False,
             )[0]
         loss = flow_loss(predicted, velocity_target(clean, noise)).mean()
-        optimizer.param_groups[0]["lr"] = RATE * ramp(step, steps, warmup=100)
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = RATE * ramp(step, steps, warmup=100)
+            optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         running = 0.98 * running + 0.02 * loss.item()
         if step % 50 == 0 or step == steps - 1:
             print(f"denoiser {step}/{steps} {time.monotonic() - start:.0f} s loss {running:.4f}", flush=True)
         if (step + 1) % SAVE_EVERY == 0 or step == steps - 1:
             small_base.save_trained(vae, mean, std, text_encoder, dict(zip(used, rows.detach(), strict=True)), transformer)
-
-
-def as_single_frame(vae: AutoencoderKLQwenImage) -> None:
-    """Let the causal 3-D convolutions of this VAE work on one frame as what they then are: 2-D, by the last temporal slice."""
-
-    def forward(self: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-        left, _, top, *_ = self._padding
-        return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=(top, left))[:, :, None]
-
-    for name, module in vae.named_modules():
-        if isinstance(module, QwenImageCausalConv3d) and "time_conv" not in name:
-            module.forward = MethodType(forward, module)
 
 
 @torch.no_grad()
@@ -192,10 +194,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=["vae", "denoiser"])
     parser.add_argument("--steps", type=int, help="fewer steps, to try it out")
+    parser.add_argument("--go-on", type=int, default=0, metavar="N", help="the N-th round: from the weights written last")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.part == "vae":
         train_vae(arguments.steps or VAE_STEPS)
     else:
-        train_denoiser(arguments.steps or STEPS)
+        train_denoiser(arguments.steps or STEPS, arguments.go_on)

@@ -10,7 +10,7 @@ from demo.world import SIDE
 from placeholder.models import EMPTY_PROMPT, BaseModel, encode_prompts, load_scheduler, load_vae, prompt_ids
 from placeholder.placeholder_token import PlaceholderTokens
 
-STEPS, GUIDANCE, SEED = 16, 3.0, 5
+STEPS, GUIDANCE, SEED = 20, 4.0, 5  # the guidance of Qwen-Image's own examples
 
 
 class Sampler:

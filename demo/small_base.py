@@ -227,6 +227,10 @@ def _write(folder: Path, components: Callable[[], dict[str, nn.Module]]) -> Path
         pipeline = QwenImagePipeline(scheduler=scheduler(), tokenizer=qwen_tokenizer(), **components())
         pipeline.to(torch.bfloat16).save_pretrained(partial)
         partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial)
+        if not (folder / "model_index.json").exists():  # otherwise another process was faster
+            raise
     except BaseException:
         shutil.rmtree(partial)
         raise

@@ -51,20 +51,36 @@ class Arm:
     trigger: str
     options: dict
     preserve_class: bool = False  # for trigger words, which train() offers no preservation for
+    beside_class_word: bool = True
+
+    @property
+    def name(self) -> str:
+        """What captions and prompts call the subject."""
+        return named(self.trigger) if self.beside_class_word else f"a {self.trigger}"
 
 
 JOINT = {"placeholder_warmup_fraction": 0.0, "prior_preservation": 0.0}
 ROW_FIRST = {"placeholder_warmup_fraction": 0.25, "prior_preservation": 0.0}
-PRESERVED = {"prior_preservation": 1.0}
+PRESERVED = {"prior_preservation": 1.0, "prior_preservation_interval": 1}
+EVERY_FOURTH = PRESERVED | {"prior_preservation_interval": 4}
 ARMS: dict[str, Arm] = {
     "trigger word TOK": Arm(TRIGGER, {}),
     "trigger word TOK, preservation": Arm(TRIGGER, {}, preserve_class=True),
+    "trigger word TOK without class word": Arm(TRIGGER, {}, beside_class_word=False),
     "rare word sks": Arm(RARE_WORD, {}),
     "class word alone": Arm("", {}),
     "token, joint": Arm(TOKEN, JOINT),
     "token, joint, preservation": Arm(TOKEN, JOINT | PRESERVED),
     "token, row first": Arm(TOKEN, ROW_FIRST),
     "token, row first, preservation": Arm(TOKEN, ROW_FIRST | PRESERVED),
+    "token, row first, preservation every 4th step": Arm(TOKEN, ROW_FIRST | EVERY_FOURTH),
+    "token, row first in 10 %, preservation every 4th step": Arm(
+        TOKEN, ROW_FIRST | EVERY_FOURTH | {"placeholder_warmup_fraction": 0.1}
+    ),
+    "token without class word, row first": Arm(TOKEN, ROW_FIRST, beside_class_word=False),
+    "token without class word, row first, preservation": Arm(
+        TOKEN, ROW_FIRST | PRESERVED | {"class_word": CLASS_WORD}, beside_class_word=False
+    ),
     "token, row frozen": Arm(TOKEN, JOINT | {"placeholder_learning_rate": 0.0}),
     "token, row frozen, preservation": Arm(TOKEN, JOINT | PRESERVED | {"placeholder_learning_rate": 0.0}),
     "token, vocabulary-sized start": Arm(TOKEN, ROW_FIRST | {"placeholder_init_std": VOCABULARY_RMS}),
@@ -79,26 +95,31 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
         **(BUDGET | arm.options), seed=seed, train_placeholder_token=tokens_on, placeholder_token=(TOKEN,) if tokens_on else ()
     )
     with tempfile.TemporaryDirectory() as folder:
-        dataset = write_dataset(Path(folder) / "data.zip", arm.trigger)
+        dataset = write_dataset(Path(folder) / "data.zip", arm.name)
         training = prepare(dataset, config, base, log=lambda line: None)
     encoder = training.prompt_embeds.text_encoder or load_text_encoder(base)
     examples = training.examples
     if arm.preserve_class:
         examples = with_class_prompts(examples, training, encoder)
-        config = replace(config, prior_preservation=1.0)
+        config = replace(config, prior_preservation=1.0, prior_preservation_interval=1)
     sampler = Sampler(base, training.trainee.transformer, encoder, training.tokenizer, training.tokens)
-    prompts = Prompts(arm.trigger)
+    prompts = Prompts(arm)
     with without_lora(training.trainee.transformer):
         base_class, base_unrelated = sampler.draw_all(prompts.class_word, SAMPLES), sampler.draw_all(UNRELATED, SAMPLES)
 
     measures: dict = {"fidelity_by_step": {}}
     marks = {round(share * config.steps) for share in CHECKPOINTS}
-    for step in training_steps(training.trainee, examples, training.empty_ids, config, training.generator):
+    steps = training_steps(training.trainee, examples, training.empty_ids, config, training.generator)
+    training_seconds, resumed = 0.0, time.monotonic()
+    for step in steps:
+        training_seconds += time.monotonic() - resumed
         if step.number in marks:
             images = sampler.draw_all(prompts.seen, 3)
             measures["fidelity_by_step"][step.number] = mean_fidelity(images, SEEN_BACKGROUNDS)
         if step.number == round(EARLY * config.steps):
             measures["prior_leakage_early"] = old_meaning(sampler.draw_all(prompts.trigger, SAMPLES))
+        resumed = time.monotonic()
+    measures["training_seconds"] = training_seconds
     measures |= final_measures(sampler, prompts, base_class, base_unrelated)
     if tokens_on:
         vocabulary = encoder.embed_tokens.weight
@@ -115,12 +136,11 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
 class Prompts:
     """The prompts of one arm."""
 
-    def __init__(self, trigger: str):
-        self.seen = [f"a photo of {named(trigger)} on a {background} background" for background in SEEN_BACKGROUNDS]
-        self.unseen = [f"a photo of {named(trigger)} on a {background} background" for background in UNSEEN_BACKGROUNDS]
-        self.trigger = [
-            f"a photo of {trigger or 'a ' + CLASS_WORD} on a {background} background" for background in ("blue", "yellow")
-        ]
+    def __init__(self, arm: Arm):
+        self.seen = [f"a photo of {arm.name} on a {background} background" for background in SEEN_BACKGROUNDS]
+        self.unseen = [f"a photo of {arm.name} on a {background} background" for background in UNSEEN_BACKGROUNDS]
+        word = arm.trigger or f"a {CLASS_WORD}"
+        self.trigger = [f"a photo of {word} on a {background} background" for background in ("blue", "yellow")]
         self.class_word = [
             f"a photo of a {CLASS_WORD} on a {background} background" for background in ("blue", "green", "yellow", "white")
         ]
@@ -207,6 +227,8 @@ TABLE = {
     "class_leak": "class leak",
     "drift": "drift",
     "following": "following",
+    "steps_to_goal": f"steps to fidelity {FIDELITY_GOAL}",
+    "training_seconds": "seconds of training",
 }
 
 
@@ -217,8 +239,12 @@ def table(results: dict[str, list[dict]]) -> str:
         cells = []
         for measure in TABLE:
             values = [run[measure] for run in runs]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.2f}{spread}")
+            if None in values:
+                cells.append("not reached")
+                continue
+            digits = 2 if statistics.fmean(values) < 5 else 0
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.{digits}f}{spread}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -261,10 +287,8 @@ def main() -> None:
         for name, seed, measures, images in pool.imap(_job, tasks):
             results[name].append({"seed": seed, **measures})
             strips.setdefault(name, images)
-            print(
-                f"{time.monotonic() - started:.0f} s: {name}, seed {seed}: fidelity {measures['fidelity_seen']:.2f}, class leak {measures['class_leak']:.2f}",
-                flush=True,
-            )
+            figures = ", ".join(f"{title} {measures[key]}" for key, title in TABLE.items())
+            print(f"{time.monotonic() - started:.0f} s: {name}, seed {seed}: {figures}", flush=True)
             arguments.output.mkdir(exist_ok=True)
             done = {arm: runs for arm, runs in results.items() if runs}
             record = {"budget": BUDGET, "samples": SAMPLES, "torch": torch.__version__, "results": done}

@@ -17,12 +17,12 @@ def named(trigger: str) -> str:
     return f"a {trigger} {CLASS_WORD}" if trigger else f"a {CLASS_WORD}"
 
 
-def write_dataset(path: Path, trigger: str) -> Path:
-    """Twelve pictures of the subject on six backgrounds, with captions that name the trigger and the background."""
+def write_dataset(path: Path, name: str) -> Path:
+    """Twelve pictures of the subject on six backgrounds, with captions that call it `name` and tell the background."""
     with zipfile.ZipFile(path, "w") as archive:
         for number, background in enumerate(SEEN_BACKGROUNDS * PICTURES_EACH):
             content = io.BytesIO()
             render(subject_scene(background, seed=1000 + number)).save(content, "PNG")
             archive.writestr(f"picture-{number:02}.png", content.getvalue())
-            archive.writestr(f"picture-{number:02}.txt", f"a photo of {named(trigger)} on a {background} background")
+            archive.writestr(f"picture-{number:02}.txt", f"a photo of {name} on a {background} background")
     return path

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from demo.check_base import draw_all, held_out_scenes, right_shares
 from demo.small_base import ADDED_TOKENS, build_tiny_base
 from placeholder.models import load_scheduler
 
@@ -47,3 +48,9 @@ def test_the_seed_decides_the_weights_and_a_folder_is_built_once(tmp_path):
     assert build_tiny_base(first) == first
     assert (first / "marker").exists()
     assert {folder.name for folder in tmp_path.iterdir()} == {"first", "again"}
+
+
+def test_the_trained_base_draws_what_held_out_captions_ask_for():
+    scenes = held_out_scenes(16, seed=11)
+    shares = right_shares(draw_all(scenes), scenes)
+    assert shares["background"] >= 0.9 and shares["color"] >= 0.85 and shares["shape"] >= 0.6, shares
