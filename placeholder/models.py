@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from placeholder.latents import normalise, pack
 from placeholder.placeholder_token import PlaceholderTokens
+from placeholder.vae import as_single_frame
 
 # Replicate reads progress from log lines that look like a bar; only the training's own may.
 diffusers_logging.disable_progress_bar()
@@ -71,8 +72,8 @@ def load_scheduler(base: BaseModel) -> FlowMatchEulerDiscreteScheduler:
 
 
 def load_vae(base: BaseModel, dtype: torch.dtype) -> AutoencoderKLQwenImage:
-    """The VAE, frozen."""
-    vae = base.component(AutoencoderKLQwenImage, "vae", dtype=dtype, use_safetensors=True)
+    """The VAE for single pictures, frozen."""
+    vae = as_single_frame(base.component(AutoencoderKLQwenImage, "vae", dtype=dtype, use_safetensors=True))
     return vae.requires_grad_(False).eval().to(base.device)
 
 
