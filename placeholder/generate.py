@@ -2,7 +2,9 @@
 
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -29,6 +31,8 @@ from placeholder.weights import Weights, content_digest, read_weights
 
 Log = Callable[[str], None]
 INCOMPLETE = "incomplete"
+ARCHIVES_KEPT = 4  # read and checked, in the host's memory; one of rank 32 takes 0.2 GB
+PROMPTS_KEPT = 32  # as embeddings, on the device; one takes about a megabyte
 PILLOW_FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 
 
@@ -49,6 +53,8 @@ class ImageGenerator:
             transformer=load_transformer(base),
         )
         self.pipeline.set_progress_bar_config(disable=True)  # its line is rewritten in place, which logs do not show
+        self.archives: OrderedDict[str, Weights] = OrderedDict()  # by digest, the least recently used first
+        self.embeddings = lru_cache(maxsize=PROMPTS_KEPT)(self._encode)
         self._plain()
 
     @torch.no_grad()
@@ -72,7 +78,7 @@ class ImageGenerator:
         digest = content_digest(path)
         if digest == self.applied:
             return
-        weights = read_weights(path)
+        weights = self._read(path, digest)
         tokens = self._tokens(weights)
         self.unload()
         self.applied = INCOMPLETE  # so that an interruption here is undone by the next request
@@ -81,6 +87,14 @@ class ImageGenerator:
         for token, ids in tokens.ids.items():
             self.log(f"Placeholder token '{token}' registered with ID: {', '.join(map(str, ids))}")
         self.log(f"Weights applied: {len(weights.lora)} LoRA tensors, {len(tokens.ids)} embeddings")
+
+    def _read(self, path: Path, digest: str) -> Weights:
+        """The archive, from memory where one of the same content was read lately."""
+        weights = self.archives.pop(digest, None) or read_weights(path)
+        self.archives[digest] = weights
+        if len(self.archives) > ARCHIVES_KEPT:
+            self.archives.popitem(last=False)
+        return weights
 
     def unload(self) -> None:
         """Back to the base model alone, bit for bit."""
@@ -107,8 +121,8 @@ class ImageGenerator:
             self.log(f"Warning: trained on {trained_on}, applied to {self.base.source}")
         return tokens.to(self.base.device)
 
-    def _encode(self, prompt: str) -> dict[str, Tensor]:
-        """Prompt embeddings (1, T, D) and a mask (1, T) that leaves nothing out."""
+    def _encode(self, prompt: str, applied: str | None) -> dict[str, Tensor]:
+        """Prompt embeddings (1, T, D) and a mask (1, T) that leaves nothing out, with the tokens of the archive `applied`."""
         input_ids = torch.tensor([prompt_ids(self.tokenizer, self.tokens, prompt)], device=self.base.device)
         embeds = encode_prompts(self.text_encoder, self.tokens, input_ids)
         return {
@@ -119,9 +133,11 @@ class ImageGenerator:
     def _render(self, request: Request) -> Image.Image:
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         self.log(f"Seed: {seed}{' (drawn)' if request.seed is None else ''}, size: {request.width}x{request.height}")
-        prompts = self._encode(request.prompt)
+        prompts = dict(self.embeddings(request.prompt, self.applied))
         if request.guidance > 1:
-            prompts |= {f"negative_{name}": value for name, value in self._encode(request.negative_prompt).items()}
+            prompts |= {
+                f"negative_{name}": value for name, value in self.embeddings(request.negative_prompt, self.applied).items()
+            }
         start = time.monotonic()
 
         def progress(_pipeline, index: int, _timestep, kept: dict) -> dict:

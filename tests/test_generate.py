@@ -93,6 +93,8 @@ def test_a_picture_equals_the_one_that_stock_diffusers_draws(case, draw, base, r
     expected = stock_picture(base.source, archive=archive, **options)
     assert found.shape == expected.shape
     assert np.array_equal(found, expected)
+    untouched = stock_picture(base.source, archive=archive, **options, two_dimensional_vae=False)
+    assert np.abs(found.astype(int) - untouched.astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("request_", [PLAIN, NAMED], ids=["plain", "named"])
@@ -163,6 +165,54 @@ def test_weights_are_logged_once_and_applied_again_only_when_their_content_chang
     copy.write_bytes(zero_prior.archive.read_bytes())
     draw(NAMED, copy)
     assert not any(line.startswith("Weights applied") for line in draw.log)
+
+
+@pytest.fixture
+def work(monkeypatch) -> list[str]:
+    """What is read and encoded from here on, in order."""
+    done: list[str] = []
+    for name in ("read_weights", "encode_prompts"):
+        original = getattr(generate_module, name)
+
+        def noted(*args, name=name, original=original):
+            done.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(generate_module, name, noted)
+    return done
+
+
+def test_the_same_prompt_and_archive_are_neither_encoded_nor_read_again(base, zero_prior, work):
+    fresh = Drawer(base)
+    first = fresh(NAMED, zero_prior.archive)
+    assert work == ["read_weights", "encode_prompts", "encode_prompts"]
+    again = fresh(NAMED, zero_prior.archive)
+    assert np.array_equal(first, again) and len(work) == 3
+    fresh(PLAIN, zero_prior.archive)
+    assert work[3:] == ["encode_prompts"]  # the negative prompt is the same
+
+
+def test_a_prompt_is_encoded_again_with_other_weights(base, zero_prior, work):
+    fresh = Drawer(base)
+    fresh(NAMED, zero_prior.archive)
+    fresh(NAMED)
+    assert work == ["read_weights", *["encode_prompts"] * 4]
+
+
+def test_archives_switch_without_reading_them_again_until_four_others_were_used(
+    base, zero_prior, baseline, zipped, work, tmp_path
+):
+    fresh = Drawer(base)
+    others = [baseline.archive]
+    for number in range(3):
+        meta = json.loads(zero_prior.entry("meta.json")) | {"created": str(number)}
+        others.append(zipped({"meta.json": json.dumps(meta).encode()}).rename(tmp_path / f"{number}.zip"))
+    for archive in (zero_prior.archive, baseline.archive, zero_prior.archive, baseline.archive):
+        fresh.generator.load(archive)
+    assert work == ["read_weights"] * 2
+    for archive in (*others, zero_prior.archive):
+        fresh.generator.load(archive)
+    assert work == ["read_weights"] * 6
 
 
 def test_a_prompt_that_does_not_name_the_token_is_warned_about(draw, zero_prior):
