@@ -4,10 +4,9 @@ from typing import Optional
 
 from cog import BaseModel, Input, Path
 
-from placeholder import models
 from placeholder.config import train_config
 from placeholder.files import OutputFolder
-from placeholder.finetune import finetune
+from placeholder.launch import finetune_on_all_gpus
 
 OUTPUT = OutputFolder("placeholder-training-")
 
@@ -73,6 +72,12 @@ def train(
         le=10.0,
         description="With a placeholder token: how strongly captions without the token keep drawing what the base model draws. 0 turns it off; otherwise a step takes about twice as long.",
     ),
+    prior_preservation_interval: int = Input(
+        default=4,
+        ge=1,
+        le=100,
+        description="prior_preservation acts in every so-manieth step; such a step takes about twice as long.",
+    ),
     class_word: str = Input(
         default="",
         description="What stands in the token's place in the captions that prior_preservation keeps, such as person. Blank: nothing, which suits captions such as: a photo of a <zwx> dog.",
@@ -108,5 +113,5 @@ def train(
         raise ValueError("dataset is missing: give a zip or tar of jpg, png or webp pictures")
     with OUTPUT.fresh() as folder:
         weights = folder / "weights.zip"
-        finetune(dataset, options, weights, models.BaseModel.from_environment())
+        finetune_on_all_gpus(dataset, options, weights)
         return TrainingOutput(weights=Path(weights))

@@ -32,6 +32,7 @@ YAML_SECTIONS: dict[str, tuple[str, ...]] = {
         "placeholder_learning_rate",
         "placeholder_warmup_fraction",
         "prior_preservation",
+        "prior_preservation_interval",
         "class_word",
         "optimizer",
         "seed",
@@ -62,6 +63,7 @@ class TrainConfig:
     placeholder_learning_rate: float = 1e-3
     placeholder_warmup_fraction: float = 0.25
     prior_preservation: float = 0.0
+    prior_preservation_interval: int = 4
     class_word: str = ""
     optimizer: str = "adamw"
     quantize: bool = False
@@ -169,6 +171,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "placeholder_learning_rate": lambda name, value: number(name, value, 0.0, 1.0),
     "placeholder_warmup_fraction": lambda name, value: number(name, value, 0.0, 0.9),
     "prior_preservation": lambda name, value: number(name, value, 0.0, 10.0),
+    "prior_preservation_interval": lambda name, value: whole(name, value, 1, 100),
     "class_word": text,
     "optimizer": lambda name, value: choice(name, value, OPTIMIZERS),
     "quantize": flag,

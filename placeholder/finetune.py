@@ -24,25 +24,31 @@ from placeholder.lora import load_lora, lora_metadata, lora_state_dict, unload_l
 from placeholder.models import BaseModel, PromptEmbeddings
 from placeholder.placeholder_token import PlaceholderTokens
 from placeholder.prepare import Log, Training, prepare
-from placeholder.trainer import Example, Step, predict_velocity, training_steps
+from placeholder.processes import Processes
+from placeholder.trainer import ALONE, Example, Step, predict_velocity, training_steps
 from placeholder.weights import Weights, read_weights, write_weights
 
 
-def finetune(dataset: Path, config: TrainConfig, output: Path, base: BaseModel, log: Log = print) -> dict[str, Any]:
+def finetune(
+    dataset: Path, config: TrainConfig, output: Path, base: BaseModel, log: Log = print, processes: Processes = ALONE
+) -> dict[str, Any] | None:
     """Train on the data-set archive and write the weights archive to `output`; returns what meta.json holds.
 
+    Of several processes the first alone writes and returns that, the others None.
     Raises ValueError for a bad data set or token before any weight is loaded, and RuntimeError when the loss stops being
     finite or the archive does not prove itself.
     """
-    config = with_seed(config, log)
+    config = processes.agree(with_seed(config, log))
     if config.placeholder_token and not config.tokens:
         log(f"Placeholder token '{','.join(config.placeholder_token)}' is not used: train_placeholder_token is false")
     training = prepare(dataset, config, base, log)
-    steps = training_steps(training.trainee, training.examples, training.empty_ids, config, training.generator)
+    steps = training_steps(training.trainee, training.examples, training.empty_ids, config, training.generator, processes)
     figures = run(steps, config.steps, training.tokens, log)
+    if processes.index > 0:
+        return None
     if config.tokens:
         figures |= _diagnostics(training, log)
-    meta = _meta(config, base, training, figures)
+    meta = _meta(config, base, training, figures | {"processes": processes.count})
     transformer = training.trainee.transformer
     weights = Weights(lora_state_dict(transformer), training.tokens.embeddings(), meta)
     write_weights(output, weights, lora_metadata(transformer))
@@ -65,20 +71,26 @@ def with_seed(config: TrainConfig, log: Log) -> TrainConfig:
 def run(steps: Iterator[Step], total: int, tokens: PlaceholderTokens, log: Log) -> dict[str, Any]:
     """Go through the steps with about a hundred progress lines; returns the last mean loss and the rows' norms."""
     interval = max(1, total // 100)
-    start, losses, mean_loss = time.monotonic(), [], math.nan
+    start, losses, preservations, mean_loss, recomputed = time.monotonic(), [], [], math.nan, None
     for step in steps:
-        losses.append(torch.stack([step.loss, step.preservation]))
+        if recomputed is not None and step.recomputed != recomputed:
+            log(f"Memory: step {step.number} ran out of it and was made again with {step.recomputed} blocks recomputed")
+        recomputed = step.recomputed
+        losses.append(step.loss)
+        if step.preservation is not None:
+            preservations.append(step.preservation)
         if step.number != 1 and step.number % interval and step.number != total:
             continue
-        mean_loss, preservation = torch.stack(losses).mean(0).tolist()
-        losses = []
-        if not math.isfinite(mean_loss + preservation):
+        mean_loss = torch.stack(losses).mean().item()
+        preservation = torch.stack(preservations).mean().item() if preservations else None
+        losses, preservations = [], []
+        if not math.isfinite(mean_loss + (preservation or 0.0)):
             raise RuntimeError(
                 f"the loss became {mean_loss} by step {step.number}: train again with a lower learning_rate or "
                 "placeholder_learning_rate"
             )
         figures = f"loss={mean_loss:.4f}"
-        if preservation:
+        if preservation is not None:
             figures += f", preservation={preservation:.4f}"
         if tokens.ids:
             figures += f", row norm={tokens.rows.detach().norm(dim=1).mean().item():.3g}"

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 LORA_WEIGHT_DECAY = 1e-4  # adam_weight_decay of diffusers' DreamBooth LoRA scripts
+# How many numbers each optimiser keeps for each parameter, in the parameter's dtype, rounded up.
+STATES = {"adamw": 2, "adamw8bit": 1, "adam8bit": 1, "prodigy": 4}
 ROW_WARMUP_STEPS = 10
 ROW_RMS_LIMIT = 1.5  # times the median rms of the vocabulary's rows
 

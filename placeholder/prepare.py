@@ -1,18 +1,19 @@
 """From a data set and a configuration to everything a training needs: examples, models in their places, optimisers."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.config import TrainConfig
 from placeholder.dataset import DatasetReport, Photo, read_dataset
 from placeholder.flow import shift_mu
 from placeholder.lora import add_lora
+from placeholder.memory import KEPT_FREE, BlockCheckpointing, free_bytes, free_memory, measure
 from placeholder.models import (
     EMPTY_PROMPT,
     BaseModel,
@@ -25,9 +26,9 @@ from placeholder.models import (
     load_vae,
     prompt_ids,
 )
-from placeholder.optimizers import RowOptimizer, lora_optimizer, row_rms_limit
+from placeholder.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms_limit
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings, place_token, without_token
-from placeholder.trainer import Example, Trainee
+from placeholder.trainer import Example, Trainee, draw_sample, sample_losses
 
 Log = Callable[[str], None]
 VAE_FACTOR, PATCH = 8, 2  # pixels a latent, latents a token, along one side
@@ -77,16 +78,9 @@ def prepare(dataset: Path, config: TrainConfig, base: BaseModel, log: Log) -> Tr
         free_memory()
 
     examples = _examples(latents, ids, class_ids, base)
-    trainee = _trainee(config, base, prompt_embeds, row_optimizer, log)
+    trainee = _trainee(config, base, prompt_embeds, row_optimizer, examples, log)
     initial_rows = tokens.rows.detach().clone()
     return Training(trainee, examples, empty_ids, generator, tokenizer, tokens, initial_rows, prompt_embeds, report)
-
-
-def free_memory() -> None:
-    """Give memory back that nothing refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _captions(photos: list[Photo], config: TrainConfig, log: Log) -> list[str]:
@@ -161,13 +155,44 @@ def _examples(latents: list, ids: list, class_ids: list, base: BaseModel) -> lis
 
 
 def _trainee(
-    config: TrainConfig, base: BaseModel, prompt_embeds: PromptEmbeddings, row_optimizer: RowOptimizer | None, log: Log
+    config: TrainConfig,
+    base: BaseModel,
+    prompt_embeds: PromptEmbeddings,
+    row_optimizer: RowOptimizer | None,
+    examples: list[Example],
+    log: Log,
 ) -> Trainee:
     transformer = load_transformer(base, config.quantize)
     lora = add_lora(transformer, config.rank, config.seed)
-    transformer.enable_gradient_checkpointing()
     log(f"LoRA: rank {config.rank}, {sum(p.numel() for p in lora)} parameters in {len(lora) // 2} layers")
     if config.optimizer == "prodigy":
         log("Prodigy finds the LoRA's step size itself: learning_rate is not used")
     optimizer = lora_optimizer(config.optimizer, lora, config.learning_rate)
-    return Trainee(transformer, prompt_embeds, lora, optimizer, row_optimizer)
+    checkpointing = _checkpointing(config, transformer, prompt_embeds, lora, examples, log)
+    return Trainee(transformer, prompt_embeds, lora, optimizer, checkpointing, row_optimizer)
+
+
+def _checkpointing(
+    config: TrainConfig,
+    transformer: QwenImageTransformer2DModel,
+    prompt_embeds: PromptEmbeddings,
+    lora: list[nn.Parameter],
+    examples: list[Example],
+    log: Log,
+) -> BlockCheckpointing:
+    """As few recomputed blocks as a full batch of the largest example allows, in the memory that is free now."""
+    largest = max(examples, key=lambda example: (len(example.latents), len(example.input_ids)))
+    batch = [draw_sample(largest, (), 0.0, torch.Generator().manual_seed(0))] * config.batch_size
+    encoder = prompt_embeds.text_encoder
+    footprint = measure(
+        transformer, lambda: sample_losses(transformer, prompt_embeds, batch).sum(), encoder.parameters() if encoder else ()
+    )
+    free_memory()
+    gradients_and_states = (1 + STATES[config.optimizer]) * sum(p.nbytes for p in lora)
+    free = round((1 - KEPT_FREE) * free_bytes(transformer.device)) - gradients_and_states
+    recomputed = footprint.blocks_to_recompute(free)
+    log(
+        f"Memory: {free / 1e9:.3g} GB free for activations, a step needs {footprint.total(0) / 1e9:.3g} GB: "
+        f"{recomputed} of {footprint.blocks} blocks are recomputed"
+    )
+    return BlockCheckpointing(transformer, recomputed)

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from placeholder.config import TrainConfig
 from placeholder.flow import add_noise, flow_loss, sample_sigma, velocity_target
 from placeholder.lora import without_lora
+from placeholder.memory import BlockCheckpointing, free_memory
 from placeholder.optimizers import RowOptimizer
+from placeholder.processes import Processes
 
+ALONE = Processes()
 LORA_MAX_GRAD_NORM = 1.0  # max_grad_norm of diffusers' DreamBooth LoRA scripts
 
 PromptEmbeds = Callable[[Sequence[tuple[int, ...]]], Tensor]
@@ -45,58 +48,104 @@ class Sample:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step came to: its number from 1, its loss and its preservation loss, fp32 (), still on the device."""
+    """What a step came to: its number from 1, its loss and its preservation loss, fp32 (), still on the device.
+
+    `preservation` is None where nothing was preserved in this step; `recomputed` is the number of blocks whose activations were recomputed in its backward pass.
+    """
 
     number: int
     loss: Tensor
-    preservation: Tensor
+    preservation: Tensor | None
+    recomputed: int
 
 
 @dataclass(frozen=True)
 class Trainee:
-    """What is trained and what it takes: the transformer with its LoRA, the prompts' embeddings, and both optimisers."""
+    """What is trained and what it takes: the transformer with its LoRA, the prompts' embeddings, optimisers, checkpointing."""
 
     transformer: QwenImageTransformer2DModel
     prompt_embeds: PromptEmbeds
     lora: list[nn.Parameter]
     lora_optimizer: torch.optim.Optimizer
+    checkpointing: BlockCheckpointing
     row_optimizer: RowOptimizer | None = None
 
 
 def training_steps(
-    trainee: Trainee, examples: list[Example], empty_ids: tuple[int, ...], config: TrainConfig, generator: torch.Generator
+    trainee: Trainee,
+    examples: list[Example],
+    empty_ids: tuple[int, ...],
+    config: TrainConfig,
+    generator: torch.Generator,
+    processes: Processes = ALONE,
 ) -> Iterator[Step]:
-    """Train for `config.steps` steps; every random number comes from `generator`, on the CPU.
+    """Train for `config.steps` steps; every random number comes from `generator`, on the CPU, the same in every process.
 
-    The gradient is that of the mean loss over a batch of `config.batch_size`, plus `config.prior_preservation` times the mean
-    preservation loss. In the first `config.placeholder_warmup_fraction` of the steps the rows learn alone. Their gradient
-    and the LoRA's are handled apart: a shared clip would let the rows' first huge gradients silence the LoRA.
+    The gradient is that of the mean loss over a batch of `config.batch_size` for each process, plus `config.prior_preservation` times the mean
+    preservation loss in every `config.prior_preservation_interval`-th step. In the first `config.placeholder_warmup_fraction` of
+    the steps the rows learn alone. Their gradient and the LoRA's are handled apart: a shared clip would let the rows' first huge
+    gradients silence the LoRA. A step that runs out of CUDA memory is made again with more blocks recomputed;
+    torch.OutOfMemoryError is raised once all of them are.
     """
     order = shuffled(len(examples), generator)
     rows_alone = round(config.steps * config.placeholder_warmup_fraction) if trainee.row_optimizer else 0
+    batch_size = config.batch_size * processes.count
     for number in range(1, config.steps + 1):
         lora_learns = number > rows_alone
-        batch = [
-            draw_sample(examples[next(order)], empty_ids, config.caption_dropout, generator) for _ in range(config.batch_size)
-        ]
-        loss = torch.zeros((), device=trainee.transformer.device)
-        preservation = torch.zeros_like(loss)
-        trainee.lora_optimizer.zero_grad(set_to_none=True)
-        for group in grouped(batch):
-            part = sample_losses(trainee.transformer, trainee.prompt_embeds, group).sum() / config.batch_size
-            part.backward()
-            loss += part.detach()
-            # While the LoRA is still zero there is nothing that it could have changed.
-            if lora_learns and config.prior_preservation and group[0].class_ids is not None:
-                part = preservation_losses(trainee.transformer, trainee.prompt_embeds, group).sum() / config.batch_size
-                (config.prior_preservation * part).backward()
-                preservation += part.detach()
+        # While the LoRA is still zero there is nothing that it could have changed.
+        preserves = lora_learns and number % config.prior_preservation_interval == 0
+        batch = [draw_sample(examples[next(order)], empty_ids, config.caption_dropout, generator) for _ in range(batch_size)]
+        while True:
+            try:
+                loss, preservation = gradients(
+                    trainee, processes.share(batch), batch_size, config.prior_preservation * preserves
+                )
+                break
+            except torch.OutOfMemoryError:
+                if not trainee.checkpointing.recompute_more():
+                    raise
+            free_memory()
+        rows_learn = any(sample.input_ids != empty_ids for sample in batch)
+        _add_up(processes, trainee, [loss] if preservation is None else [loss, preservation], rows_learn)
         if lora_learns:
             torch.nn.utils.clip_grad_norm_(trainee.lora, LORA_MAX_GRAD_NORM)
             trainee.lora_optimizer.step()
         if trainee.row_optimizer is not None:
             trainee.row_optimizer.step()
-        yield Step(number, loss, preservation)
+        yield Step(number, loss, preservation, trainee.checkpointing.recomputed)
+
+
+def gradients(
+    trainee: Trainee, batch: list[Sample], batch_size: int, prior_preservation: float
+) -> tuple[Tensor, Tensor | None]:
+    """Set the gradients of the LoRA and of the rows from `batch`, which is all or a part of `batch_size` samples.
+
+    Returns its share in the mean loss and in the mean preservation loss, fp32 ().
+    """
+    loss, preservation = torch.zeros((), device=trainee.transformer.device), None
+    trainee.lora_optimizer.zero_grad(set_to_none=True)
+    if trainee.row_optimizer is not None:
+        trainee.row_optimizer.rows.grad = None
+    for group in grouped(batch):
+        part = sample_losses(trainee.transformer, trainee.prompt_embeds, group).sum() / batch_size
+        part.backward()
+        loss += part.detach()
+        if prior_preservation and group[0].class_ids is not None:
+            part = preservation_losses(trainee.transformer, trainee.prompt_embeds, group).sum() / batch_size
+            (prior_preservation * part).backward()
+            preservation = part.detach() if preservation is None else preservation + part.detach()
+    return loss, preservation
+
+
+def _add_up(processes: Processes, trainee: Trainee, losses: list[Tensor], rows_learn: bool) -> None:
+    """Add the processes' gradients and losses up, in place; without a placeholder in any prompt the rows have no gradient."""
+    # The last block's text stream ends unread: its LoRA has no gradient, in no process.
+    gradients_of = [parameter for parameter in trainee.lora if parameter.grad is not None]
+    if trainee.row_optimizer is not None and rows_learn:
+        rows = trainee.row_optimizer.rows
+        rows.grad = torch.zeros_like(rows) if rows.grad is None else rows.grad
+        gradients_of.append(rows)
+    processes.add_up([*losses, *(parameter.grad for parameter in gradients_of)])
 
 
 def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:

@@ -85,6 +85,7 @@ train:
   placeholder_learning_rate: 1e-2
   placeholder_warmup_fraction: 0.5
   prior_preservation: 2
+  prior_preservation_interval: 3
   class_word: person
   optimizer: prodigy
   seed: 0
@@ -119,6 +120,7 @@ def test_every_option_can_stand_in_the_yaml_file_and_overrules_the_inputs(yaml_f
         placeholder_learning_rate=1e-2,
         placeholder_warmup_fraction=0.5,
         prior_preservation=2.0,
+        prior_preservation_interval=3,
         class_word="person",
         optimizer="prodigy",
         quantize=True,
@@ -207,6 +209,7 @@ def test_a_yaml_file_that_is_not_there_gets_its_sentence(tmp_path):
         ("placeholder_learning_rate", 2, r"from 0\.0 to 1\.0"),
         ("placeholder_warmup_fraction", 0.95, r"from 0\.0 to 0\.9"),
         ("prior_preservation", -1, r"from 0\.0 to 10\.0"),
+        ("prior_preservation_interval", 0, "from 1 to 100"),
         ("optimizer", "sgd", "choose one of adamw, adamw8bit, adam8bit, prodigy"),
         ("quantize", "no", "give true or false"),
         ("quantize_te", 0, "give true or false"),

@@ -164,7 +164,7 @@ def test_each_step_of_a_short_training_has_a_progress_line(zero_prior, baseline)
 
 def test_a_long_training_has_about_a_hundred_progress_lines_with_the_mean_loss_between_them():
     log: list[str] = []
-    steps = (Step(number, torch.tensor(float(number)), torch.tensor(0.0)) for number in range(1, 1001))
+    steps = (Step(number, torch.tensor(float(number)), None, 0) for number in range(1, 1001))
     figures = finetune_module.run(steps, 1000, PlaceholderTokens(151665, {}, 32), log.append)
     assert len(log) == 101
     assert log[0].startswith("  0%|          | 1/1000 [")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from placeholder import trainer as trainer_module
 from placeholder.config import TrainConfig
 from placeholder.lora import add_lora, without_lora
+from placeholder.memory import BlockCheckpointing
 from placeholder.models import (
     BaseModel,
     PromptEmbeddings,
@@ -67,16 +68,20 @@ class Parts:
         examples=None,
         warmup_fraction=0.0,
         prior_preservation=0.0,
+        prior_preservation_interval=1,
+        recomputed=0,
     ):
         """The loop over these parts; LoRA and row stay as they are unless their optimizers are given."""
         optimizer = lora_optimizer or torch.optim.SGD(self.lora, lr=0.0)
-        trainee = Trainee(self.transformer, self.prompt_embeds, self.lora, optimizer, row_optimizer)
+        checkpointing = BlockCheckpointing(self.transformer, recomputed)
+        trainee = Trainee(self.transformer, self.prompt_embeds, self.lora, optimizer, checkpointing, row_optimizer)
         config = TrainConfig(
             steps=steps,
             batch_size=batch_size,
             caption_dropout=caption_dropout,
             placeholder_warmup_fraction=warmup_fraction,
             prior_preservation=prior_preservation,
+            prior_preservation_interval=prior_preservation_interval,
         )
         generator = torch.Generator().manual_seed(seed)
         return training_steps(trainee, examples or self.examples, self.empty_ids, config, generator)
@@ -256,10 +261,24 @@ def test_preservation_adds_its_gradient_with_its_weight(base, tokenizer, text_en
         plain = prompt_ids(tokenizer, parts.tokens, "a photo of a thing")
         examples = [replace(example, class_ids=plain) for example in parts.examples]
         (step,) = parts.steps(1, examples=examples, prior_preservation=weight)
-        assert (step.preservation > 0) == (weight > 0)
+        assert (step.preservation is not None and step.preservation > 0) == (weight > 0)
         gradients.append(parts.lora[1].grad)
     torch.testing.assert_close(gradients[2] - gradients[0], 3 * (gradients[1] - gradients[0]), rtol=1e-3, atol=1e-6)
     assert (gradients[1] - gradients[0]).norm() > 1e-4
+
+
+def test_preservation_acts_in_every_third_step_once_the_lora_learns(parts, tokenizer):
+    plain = prompt_ids(tokenizer, parts.tokens, "a photo of a thing")
+    examples = [replace(example, class_ids=plain) for example in parts.examples]
+    steps = parts.steps(
+        12,
+        examples=examples,
+        warmup_fraction=0.5,
+        prior_preservation=1.0,
+        prior_preservation_interval=3,
+        row_optimizer=RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT),
+    )
+    assert [step.number for step in steps if step.preservation is not None] == [9, 12]
 
 
 def test_the_row_learns_alone_first_and_then_the_lora_joins_in(parts):
@@ -393,3 +412,29 @@ def test_gradient_checkpointing_changes_no_gradient(base, tokenizer, text_encode
         gradients.append([parameter.grad for parameter in (*parts.lora, parts.tokens.rows)])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(checkpointed, plain)
+
+
+def test_a_step_that_runs_out_of_memory_is_made_again_with_more_blocks_recomputed(parts, monkeypatch):
+    whole = [(step.loss, step.recomputed) for step in parts.steps(3, batch_size=2)]
+    original, calls = trainer_module.sample_losses, []
+
+    def running_out_once(*args):
+        calls.append(parts.transformer)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*args)
+
+    monkeypatch.setattr(trainer_module, "sample_losses", running_out_once)
+    again = [(step.loss, step.recomputed) for step in parts.steps(3, batch_size=2)]
+    assert [recomputed for _, recomputed in whole] == [0, 0, 0]
+    assert sorted({recomputed for _, recomputed in again}) == [0, 1]
+    assert all(torch.equal(loss, other) for (loss, _), (other, _) in zip(whole, again, strict=True))
+
+
+def test_running_out_of_memory_with_every_block_recomputed_is_an_error(parts, monkeypatch):
+    def running_out(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer_module, "sample_losses", running_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        next(parts.steps(1, recomputed=1))

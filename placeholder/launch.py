@@ -1,0 +1,138 @@
+"""A training on all visible GPUs: here where there is one, in a process for each where there are more.
+
+`torchrun` or `accelerate launch` run the same on several machines: `accelerate launch -m placeholder.launch job.json`, where
+job.json holds the paths `dataset` and `output` and under `config` every option of TrainConfig.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from placeholder.config import TrainConfig
+from placeholder.finetune import finetune
+from placeholder.models import BaseModel
+from placeholder.prepare import Log
+from placeholder.processes import Processes
+
+PROCESSES_VARIABLE = "TRAINING_PROCESSES"
+ERROR_NAME = "error.json"
+ERRORS = {"ValueError": ValueError, "RuntimeError": RuntimeError}
+POLL_SECONDS, GRACE_SECONDS = 0.2, 5.0
+ROOT = Path(__file__).parents[1]
+
+
+def wanted_processes() -> int:
+    """How many processes are to train: what TRAINING_PROCESSES says, otherwise one for each visible GPU.
+
+    Raises ValueError unless that is a whole number from 1.
+    """
+    value = os.environ.get(PROCESSES_VARIABLE) or str(max(1, torch.cuda.device_count()))
+    if not (value.isascii() and value.isdigit() and int(value) >= 1):
+        raise ValueError(f"{PROCESSES_VARIABLE} is {value!r}: give a whole number from 1, or leave it unset for one a GPU")
+    return int(value)
+
+
+def finetune_on_all_gpus(dataset: Path, config: TrainConfig, output: Path, log: Log = print) -> None:
+    """Write the weights archive of a training to `output`; every process trains batches of `config.batch_size`.
+
+    Raises what `finetune` raises, in this process and in others.
+    """
+    count = wanted_processes()
+    base = BaseModel.from_environment()
+    if count == 1:
+        finetune(dataset, config, output, base, log)
+        return
+    with tempfile.TemporaryDirectory(prefix="placeholder-job-") as folder:
+        job = Path(folder) / "job.json"
+        job.write_text(json.dumps({"dataset": str(dataset), "output": str(output), "config": asdict(config)}))
+        code = _run(count, job, log)
+        error = job.with_name(ERROR_NAME)
+        if error.exists():
+            found = json.loads(error.read_text())
+            raise ERRORS[found["kind"]](found["message"])
+        if code:
+            raise RuntimeError(f"a training process ended with {code}: its own message is in the log above")
+
+
+def _run(count: int, job: Path, log: Log) -> int:
+    """Train in `count` processes and hand their lines on; they end with this call, whatever ends it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    processes = subprocess.Popen(
+        [*command, "-m", "placeholder.launch", str(job)],
+        cwd=ROOT,
+        env={"OMP_NUM_THREADS": threads, **os.environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in processes.stdout:
+            lines.put(line.rstrip("\n"))
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while True:
+            try:
+                line = lines.get(timeout=POLL_SECONDS)  # short, so that a cancellation is not held up
+            except queue.Empty:
+                continue
+            if line is None:
+                return processes.wait()
+            log(line)
+    finally:
+        _end(processes)
+
+
+def _end(processes: subprocess.Popen) -> None:
+    """End the launcher and all that it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(processes.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            processes.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def main(job: Path) -> None:
+    """One of the processes. What the user did wrong ends it in silence, because every process finds the same."""
+    options = json.loads(job.read_text())
+    config = options["config"]
+    tuples = {name: tuple(config[name]) for name in ("resolution", "placeholder_token")}
+    processes = Processes.from_environment()
+
+    def log(line: str) -> None:
+        if processes.index == 0:
+            print(line, flush=True)
+
+    try:
+        base = BaseModel.from_environment()
+        finetune(Path(options["dataset"]), TrainConfig(**config | tuples), Path(options["output"]), base, log, processes)
+    except (ValueError, RuntimeError) as error:
+        kind = "ValueError" if isinstance(error, ValueError) else "RuntimeError"
+        job.with_name(ERROR_NAME).write_text(json.dumps({"kind": kind, "message": str(error)}))
+        if kind == "RuntimeError":
+            raise  # perhaps in this process alone: the launcher then ends the others
+    finally:
+        PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,125 @@
+"""Memory of the training step: what autograd keeps, what is free, and how many blocks have to be recomputed to fit."""
+
+import gc
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.checkpoint import checkpoint
+
+KEPT_FREE = 0.1  # of the free memory: fragmentation and the libraries' workspaces
+
+
+def free_memory() -> None:
+    """Give memory back that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def saved_bytes(compute: Callable[[], Tensor], apart_from: Iterable[Tensor] = ()) -> int:
+    """Bytes of all storages that autograd keeps for the backward pass of what `compute` returns.
+
+    The storages of `apart_from`, such as the parameters, are not counted; a storage that is kept twice counts once.
+    """
+    known = {storage.data_ptr() for tensor in apart_from for storage in _storages(tensor)}
+    kept: dict[int, torch.UntypedStorage] = {}  # holding a storage keeps its address from being used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.update((storage.data_ptr(), storage) for storage in _storages(tensor) if storage.data_ptr() not in known)
+        return tensor.detach()
+
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        compute()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """The storages behind a tensor: those of its parts where it is quantised."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _storages(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that autograd keeps of one forward pass: of a block, of a block that is recomputed, of all but the blocks."""
+
+    blocks: int
+    block: int
+    recomputed_block: int
+    rest: int
+
+    def total(self, recomputed: int) -> int:
+        """Bytes at the height of the backward pass: what is kept, and one block's worth for the gradients of a block."""
+        return self.rest + (self.blocks - recomputed) * self.block + recomputed * self.recomputed_block + self.block
+
+    def blocks_to_recompute(self, free: int) -> int:
+        """The fewest blocks whose activations have to be recomputed for the step to fit into `free` bytes; all, if none do."""
+        missing = self.total(0) - free
+        spared = self.block - self.recomputed_block
+        return min(max(math.ceil(missing / spared), 0), self.blocks) if spared > 0 else 0
+
+
+def measure(transformer: QwenImageTransformer2DModel, compute: Callable[[], Tensor], apart_from: Iterable[Tensor]) -> Footprint:
+    """The footprint of `compute`, a forward pass through the transformer, measured on its first one and two blocks."""
+    whole, inputs = transformer.transformer_blocks, [0]
+
+    def note_inputs(block: nn.Module, *args: Any) -> Any:
+        inputs[0] = sum(tensor.nbytes for tensor in args[:2])  # the hidden states of both streams
+        return block(*args)
+
+    transformer.enable_gradient_checkpointing(note_inputs)
+    known = [*apart_from, *transformer.parameters()]
+    try:
+        kept = []
+        for count in (1, 2):
+            transformer.transformer_blocks = whole[:count]
+            kept.append(saved_bytes(compute, known))
+    finally:
+        transformer.transformer_blocks = whole
+        transformer.disable_gradient_checkpointing()
+    block = kept[1] - kept[0]
+    return Footprint(len(whole), block, inputs[0], kept[0] - block)
+
+
+class BlockCheckpointing:
+    """Recomputes the activations of the transformer's first `recomputed` blocks in the backward pass instead of keeping them.
+
+    Gradients are the same bit for bit, whatever the number.
+    """
+
+    def __init__(self, transformer: QwenImageTransformer2DModel, recomputed: int):
+        self.recomputed = recomputed
+        self.blocks = len(transformer.transformer_blocks)
+        self._numbers = {block: number for number, block in enumerate(transformer.transformer_blocks)}
+        transformer.enable_gradient_checkpointing(self._run)
+
+    def recompute_more(self) -> bool:
+        """Raise the number by an eighth of the blocks; False where all are recomputed already."""
+        if self.recomputed == self.blocks:
+            return False
+        self.recomputed = min(self.recomputed + math.ceil(self.blocks / 8), self.blocks)
+        return True
+
+    def _run(self, block: nn.Module, *args: Any) -> Any:
+        if self._numbers[block] < self.recomputed:
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)

@@ -1,0 +1,127 @@
+"""Training in several processes: the same result as in one, lines in the log, nothing left behind."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from demo.server import ROOT, CogServer, data_url, from_data_url
+from placeholder import launch
+from placeholder.config import TrainConfig
+from placeholder.launch import finetune_on_all_gpus, wanted_processes
+from placeholder.models import MODEL_VARIABLE
+from placeholder.processes import Processes
+from placeholder.weights import read_weights
+from tests.parallel_steps import CONFIG, trained
+from tests.samples import write_dataset
+
+SHORT = TrainConfig(
+    steps=15, rank=4, resolution=(64,), learning_rate=1e-2, seed=1, train_placeholder_token=True, placeholder_token=("<zwx>",)
+)
+
+
+@pytest.fixture
+def two_processes(base, monkeypatch):
+    """Trainings run in two processes, on the small base model."""
+    monkeypatch.setenv(launch.PROCESSES_VARIABLE, "2")
+    monkeypatch.setenv(MODEL_VARIABLE, base.source)
+
+
+def children() -> list[psutil.Process]:
+    """Every process that this one has started, however far down, and that still runs."""
+    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_two_processes_train_what_one_trains_with_twice_the_batch(base, dataset, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = ["-m", "tests.parallel_steps", str(dataset), base.source, str(tmp_path)]
+    subprocess.run([*command, *arguments], cwd=ROOT, check=True, timeout=120)
+    first, second = (load_file(tmp_path / f"{index}.safetensors") for index in (0, 1))
+    alone = trained(dataset, replace(CONFIG, batch_size=2), base, Processes())
+    assert alone.keys() == first.keys() == second.keys()
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, atol=1e-5, rtol=0)
+    once = trained(dataset, CONFIG, base, Processes())
+    assert (once["rows"] - alone["rows"]).abs().max() > 1e-4  # so that equal is not what anything would be
+
+
+def test_the_archive_is_written_once_and_the_lines_reach_the_log(two_processes, dataset, tmp_path):
+    log: list[str] = []
+    before = children()
+    finetune_on_all_gpus(dataset, SHORT, tmp_path / "weights.zip", log.append)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.zip"]
+    weights = read_weights(tmp_path / "weights.zip")
+    assert weights.meta["processes"] == 2 and weights.embeddings["<zwx>"].any()
+    assert sum("100%|##########| 15/15 [" in line for line in log) == 1
+    assert sum(line.startswith("Weights archive proved") for line in log) == 1
+    assert children() == before
+
+
+def test_a_drawn_seed_is_the_same_in_every_process(two_processes, dataset, tmp_path):
+    log: list[str] = []
+    finetune_on_all_gpus(dataset, replace(SHORT, seed=None, steps=1, learning_rate=1e-2), tmp_path / "weights.zip", log.append)
+    drawn = [line for line in log if line.startswith("Seed: ")]
+    assert len(drawn) == 1 and f"Seed: {read_weights(tmp_path / 'weights.zip').meta['seed']} (drawn)" == drawn[0]
+
+
+def test_what_the_user_did_wrong_is_the_same_sentence_as_in_one_process(two_processes, tmp_path):
+    empty = write_dataset(tmp_path / "empty.zip", [])
+    log: list[str] = []
+    with pytest.raises(ValueError, match="the data set holds no usable picture"):
+        finetune_on_all_gpus(empty, SHORT, tmp_path / "weights.zip", log.append)
+    assert not any("Traceback" in line for line in log)
+    assert not (tmp_path / "weights.zip").exists()
+
+
+def test_a_training_that_fails_in_the_processes_fails_here(two_processes, dataset, tmp_path):
+    before = children()
+    with pytest.raises(RuntimeError, match="the loss became nan by step"):
+        broken = replace(SHORT, placeholder_init_std=float("nan"))
+        finetune_on_all_gpus(dataset, broken, tmp_path / "weights.zip", lambda line: None)
+    assert children() == before
+
+
+def test_a_cancelled_training_ends_its_processes(two_processes, dataset, tmp_path):
+    before = children()
+
+    def cancelled(line: str) -> None:
+        if "/5000 [" in line:
+            assert len(children()) >= len(before) + 3  # the launcher and two trainings
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune_on_all_gpus(dataset, replace(SHORT, steps=5000), tmp_path / "weights.zip", cancelled)
+    assert children() == before
+    assert not (tmp_path / "weights.zip").exists()
+
+
+@pytest.mark.parametrize(("value", "count"), [("1", 1), ("8", 8), ("", None)])
+def test_the_number_of_processes_is_the_variables_or_that_of_the_gpus(value, count, monkeypatch):
+    monkeypatch.setenv(launch.PROCESSES_VARIABLE, value)
+    assert wanted_processes() == (count or max(1, torch.cuda.device_count()))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_any_other_number_of_processes_gets_its_sentence(value, monkeypatch):
+    monkeypatch.setenv(launch.PROCESSES_VARIABLE, value)
+    with pytest.raises(ValueError, match=f"TRAINING_PROCESSES is '{value}': give a whole number from 1"):
+        wanted_processes()
+
+
+def test_a_training_through_the_server_uses_the_processes(base, dataset, tmp_path):
+    env = {MODEL_VARIABLE: base.source, launch.PROCESSES_VARIABLE: "2"}
+    with CogServer("train", env, tmp_path / "server.log") as server:
+        answer = server.ask(
+            {"dataset": data_url(dataset), "steps": 15, "rank": 4, "resolution": "64", "learning_rate": 1e-2, "seed": 1}
+        )
+    assert answer["status"] == "succeeded", answer
+    assert "100%|##########| 15/15 [" in answer["logs"]
+    archive = Path(tmp_path / "weights.zip")
+    archive.write_bytes(from_data_url(answer["output"]["weights"]))
+    assert read_weights(archive).meta["processes"] == 2
