@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint format study base-check pretrain check-gpu clean
+.PHONY: setup demo test lint format study bench base-check pretrain check-gpu clean
 
 setup: .venv/installed
 
@@ -39,6 +39,10 @@ check-gpu: setup
 # The study of docs/study.md, on the small base model.
 study: setup
 	$(BIN)/python -m demo.study
+
+# The training step on one CPU thread, beside that of diffusers' script; writes benchmarks/step.json and step.md.
+bench: setup
+	$(BIN)/python -m benchmarks.step
 
 # Whether the small base model draws what held-out captions ask for.
 base-check: setup

@@ -61,16 +61,16 @@ def train(
     ),
     placeholder_learning_rate: float = Input(default=1e-3, ge=0.0, le=1.0, description="Learning rate of the new embedding."),
     placeholder_warmup_fraction: float = Input(
-        default=0.25,
+        default=0.0,
         ge=0.0,
         le=0.9,
         description="Share of the steps, at the start, in which the new embedding learns alone; then the LoRA joins in.",
     ),
     prior_preservation: float = Input(
-        default=0.0,
+        default=1.0,
         ge=0.0,
         le=10.0,
-        description="With a placeholder token: how strongly captions without the token keep drawing what the base model draws. 0 turns it off; otherwise a step takes about twice as long.",
+        description="With a placeholder token: how strongly captions without the token keep drawing what the base model draws. 0 turns it off.",
     ),
     prior_preservation_interval: int = Input(
         default=4,

@@ -1,62 +1,98 @@
-"""The main job end to end on the small base model, through the real Cog server: two trainings, their archives, pictures."""
+"""The main job end to end on the small base model, through the real Cog server: three trainings, their archives, pictures.
+
+A new subject is taught with the zero-prior token and with the trigger word TOK, and a cat from real photographs with the
+token. The contact sheet shows what was taught and what was drawn; everything is left in demo-output.
+"""
 
 import io
+import re
 import shutil
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from demo.photos import cat_views, write_dataset
+from demo import photos, subject
 from demo.server import ROOT, CogServer, data_url, from_data_url
-from demo.small_base import build_tiny_base
+from demo.small_base import build_small_base
+from demo.world import TRIGGER, render, subject_scene
 
 OUTPUT = ROOT / "demo-output"
-STEPS = 200
-CELL = 192
-TITLE = "Small stand-in base model with random weights: its pictures are noise. This shows that every part works, not quality."
+TOKEN = "<zwx>"
+BUDGET = {"steps": 400, "rank": 8, "resolution": "64", "learning_rate": 1e-3, "batch_size": 4, "seed": 1}
+PICTURE = {"steps": 20, "guidance": 3, "width": 64, "height": 64, "seed": 7, "output_format": "png"}
+CELL, TITLE_WIDTH = 112, 190
+TITLE = "Drawn by a small stand-in base model (64 pixels, trained on synthetic shapes), not by Qwen-Image."
 
 
 def main() -> None:
-    """Train with the token and without, draw with both archives and with the base model, and leave a contact sheet."""
+    """Train, draw, and leave a contact sheet."""
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir()
-    env = {"QWEN_IMAGE_MODEL": str(build_tiny_base(ROOT / ".cache" / "tiny-base").relative_to(ROOT))}
+    env = {"QWEN_IMAGE_MODEL": str(build_small_base().relative_to(ROOT))}
     log = OUTPUT / "server.log"
-    common = {"steps": STEPS, "rank": 8, "resolution": "64", "learning_rate": 1e-3, "seed": 1}
-
-    archives = {}
+    with_token, with_word = {"placeholder_token": TOKEN}, {"train_placeholder_token": False}
+    trainings = {
+        "zero-prior": (
+            subject.write_dataset(OUTPUT / "dataset-zero-prior.zip", subject.named(TOKEN)),
+            with_token | {"log_prompt_ids": True},
+        ),
+        "baseline": (subject.write_dataset(OUTPUT / "dataset-baseline.zip", subject.named(TRIGGER)), with_word),
+        "photographs": (photos.write_dataset(OUTPUT / "dataset-photographs.zip", TOKEN), with_token | {"steps": 200}),
+    }
+    archives, logs = {}, {}
     with CogServer("train", env, log) as server:
-        for mode, subject, options in (
-            ("zero_prior", "<zwx>", {"placeholder_token": "<zwx>", "log_prompt_ids": True}),
-            ("baseline", "TOK", {"train_placeholder_token": False, "default_caption": "a photo of TOK"}),
-        ):
-            dataset = write_dataset(OUTPUT / f"dataset-{mode}.zip", subject)
-            answer = succeeded(server.ask({"dataset": data_url(dataset), **common, **options}))
-            print(f"--- training, {mode}\n{answer['logs']}")
-            archives[mode] = OUTPUT / f"weights-{mode}.zip"
-            archives[mode].write_bytes(from_data_url(answer["output"]["weights"]))
-
-    rows = [("data set", [image for image, _ in cat_views()[:4]])]
+        for name, (dataset, options) in trainings.items():
+            answer = succeeded(server.ask({"dataset": data_url(dataset), **BUDGET, **options}))
+            print(f"--- training: {name}\n{answer['logs']}", flush=True)
+            logs[name] = answer["logs"]
+            archives[name] = OUTPUT / f"weights-{name}.zip"
+            archives[name].write_bytes(from_data_url(answer["output"]["weights"]))
     with CogServer("predict", env, log) as server:
-        for title, archive, prompts in (
-            ("base model", None, ["a photo of <zwx>", "a photo of TOK"]),
-            ("zero-prior token", archives["zero_prior"], ["a photo of <zwx>", "<zwx> in a garden", "a garden"]),
-            ("baseline, TOK", archives["baseline"], ["a photo of TOK", "TOK in a garden", "a garden"]),
-        ):
-            rows.append((title, [draw(server, prompt, archive) for prompt in prompts]))
-    contact_sheet(rows).save(OUTPUT / "contact-sheet.png")
-    print(f"{TITLE}\nThe pictures, the archives, the data sets and the server's log are in {OUTPUT}")
+        rows = picture_rows(server, archives)
+    contact_sheet(rows, {name: curves(text) for name, text in logs.items()}).save(OUTPUT / "contact-sheet.png")
+    print(f"{TITLE}\nThe contact sheet, the pictures, the archives, the data sets and the server's log are in {OUTPUT}")
 
 
-def draw(server: CogServer, prompt: str, archive: Path | None) -> Image.Image:
-    """One picture from the server, with the archive or without."""
-    inputs = {"prompt": prompt, "steps": 20, "guidance": 4, "width": 128, "height": 128, "seed": 7, "output_format": "png"}
-    if archive:
-        inputs["replicate_weights"] = data_url(archive)
-    picture = from_data_url(succeeded(server.ask(inputs))["output"])
-    name = f"{archive.stem if archive else 'base'}-{prompt}".replace(" ", "-").replace("<", "").replace(">", "")
-    (OUTPUT / f"{name}.png").write_bytes(picture)
-    return Image.open(io.BytesIO(picture))
+def picture_rows(server: CogServer, archives: dict[str, Path]) -> list[tuple[str, list[Image.Image], list[str]]]:
+    """Rows of the contact sheet: a title, pictures, and what stands under each."""
+
+    def draw(archive: str | None, prompts: list[str]) -> tuple[list[Image.Image], list[str]]:
+        return [picture(server, prompt, archives[archive] if archive else None) for prompt in prompts], prompts
+
+    seen = [f"a photo of a {TOKEN} house on a {background} background" for background in ("blue", "green", "black", "pink")]
+    unseen = [f"a photo of a {TOKEN} house on a {background} background" for background in ("yellow", "white", "orange")]
+    unseen.append(f"a photo of a small {TOKEN} house on the left on a white background")
+    others = ["a photo of a house on a blue background", "a photo of a house on a white background"]
+    others += ["a photo of a red circle on a blue background", "a photo of a green star on a white background"]
+    trigger = [prompt.replace(TOKEN, TRIGGER) for prompt in seen[:2] + unseen[:2]]
+    cat = [f"a photo of {TOKEN}", f"a close portrait of {TOKEN}"]
+    taught = [render(subject_scene(background, seed=1000 + i)) for i, background in enumerate(subject.SEEN_BACKGROUNDS[:4])]
+    return [
+        ("data set, 4 of 12", taught, [f"... {background} background" for background in subject.SEEN_BACKGROUNDS[:4]]),
+        ("base model: the token", *draw(None, seen)),
+        ("trained token, seen", *draw("zero-prior", seen)),
+        ("trained token, unseen", *draw("zero-prior", unseen)),
+        ("base model: other words", *draw(None, others)),
+        ("trained token: other words", *draw("zero-prior", others)),
+        ("base model: TOK", *draw(None, trigger)),
+        ("trained TOK, no token", *draw("baseline", trigger)),
+        ("trained TOK: other words", *draw("baseline", others)),
+        (
+            "photographs, data set",
+            [image for image, _ in photos.cat_views()[:4]],
+            [caption.format(TOKEN) for _, caption in photos.VIEWS[:4]],
+        ),
+        ("photographs: drawn", *draw("photographs", cat)),
+    ]
+
+
+def picture(server: CogServer, prompt: str, archive: Path | None) -> Image.Image:
+    """One picture from the server, with the archive or without; kept as a file too."""
+    weights = {"replicate_weights": data_url(archive)} if archive else {}
+    content = from_data_url(succeeded(server.ask({"prompt": prompt, **PICTURE, **weights}))["output"])
+    name = re.sub(r"[^a-zA-Z]+", "-", f"{archive.stem if archive else 'base'} {prompt}").strip("-")
+    (OUTPUT / f"{name}.png").write_bytes(content)
+    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 def succeeded(answer: dict) -> dict:
@@ -66,18 +102,44 @@ def succeeded(answer: dict) -> dict:
     return answer
 
 
-def contact_sheet(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
-    """The rows of pictures with their titles, under a line that says what base model drew them."""
-    columns = max(len(images) for _, images in rows)
-    sheet = Image.new("RGB", (140 + columns * CELL, 30 + len(rows) * CELL), "white")
+def curves(log: str) -> dict[str, list[float]]:
+    """Loss and row norm from the progress lines of a training."""
+    return {name: [float(value) for value in re.findall(rf"[ ,]{name}=([0-9.e+-]+)", log)] for name in ("loss", "row norm")}
+
+
+def contact_sheet(rows: list[tuple[str, list[Image.Image], list[str]]], all_curves: dict[str, dict]) -> Image.Image:
+    """The rows with their titles, then a plot of each training's curves, under a line that says what drew them."""
+    height = CELL + 16
+    sheet = Image.new("RGB", (TITLE_WIDTH + 4 * (CELL + 60), 30 + (len(rows) + len(all_curves)) * height), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((8, 8), TITLE, fill="black")
-    for row, (title, images) in enumerate(rows):
-        pen.text((8, 30 + row * CELL + CELL // 2), title, fill="black")
-        for column, image in enumerate(images):
-            fitted = image.convert("RGB").resize((CELL - 6, CELL - 6))
-            sheet.paste(fitted, (140 + column * CELL, 30 + row * CELL))
+    for row, (title, images, captions) in enumerate(rows):
+        top = 30 + row * height
+        pen.text((8, top + CELL // 2), title, fill="black")
+        for column, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            left = TITLE_WIDTH + column * (CELL + 60)
+            sheet.paste(image.convert("RGB").resize((CELL, CELL)), (left, top))
+            pen.text((left, top + CELL + 1), caption.removeprefix("a photo of ").replace(" background", ""), fill="gray")
+    for row, (name, found) in enumerate(all_curves.items(), start=len(rows)):
+        top = 30 + row * height
+        pen.text((8, top + CELL // 2), f"{name}: loss, row norm", fill="black")
+        for column, values in enumerate(values for values in found.values() if values):
+            plot(pen, values, (TITLE_WIDTH + column * 2 * (CELL + 60), top, 2 * CELL, CELL - 10))
     return sheet
+
+
+def plot(pen: ImageDraw.ImageDraw, values: list[float], box: tuple[int, int, int, int]) -> None:
+    """A line of the values in the box (left, top, width, height), with the first, the last and the range in words."""
+    left, top, width, height = box
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    points = [
+        (left + width * i / max(len(values) - 1, 1), top + height * (1 - (value - low) / span))
+        for i, value in enumerate(values)
+    ]
+    pen.rectangle((left, top, left + width, top + height), outline="lightgray")
+    pen.line(points, fill="black")
+    pen.text((left, top + height + 2), f"{values[0]:.3g} to {values[-1]:.3g} (range {low:.3g} to {high:.3g})", fill="gray")
 
 
 if __name__ == "__main__":

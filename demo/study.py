@@ -35,6 +35,7 @@ CHECKPOINTS = (0.25, 0.5, 0.75, 1.0)  # of the steps
 LOW_SCALE = 0.5
 EARLY = 0.25
 FIDELITY_GOAL = 0.6
+LABEL_WIDTH = 330  # pixels of the figure
 SAMPLES = 6  # pictures a prompt
 UNRELATED = (
     "a photo of a red circle on a blue background",
@@ -71,6 +72,7 @@ ARMS: dict[str, Arm] = {
     "class word alone": Arm("", {}),
     "token, joint": Arm(TOKEN, JOINT),
     "token, joint, preservation": Arm(TOKEN, JOINT | PRESERVED),
+    "token, joint, preservation every 4th step": Arm(TOKEN, JOINT | EVERY_FOURTH),
     "token, row first": Arm(TOKEN, ROW_FIRST),
     "token, row first, preservation": Arm(TOKEN, ROW_FIRST | PRESERVED),
     "token, row first, preservation every 4th step": Arm(TOKEN, ROW_FIRST | EVERY_FOURTH),
@@ -251,14 +253,16 @@ def table(results: dict[str, list[dict]]) -> str:
 
 def figure(strips: dict[str, list[Image.Image]], cell: int = 96) -> Image.Image:
     """The strips of one seed under each other."""
-    sheet = Image.new("RGB", (220 + len(COLUMNS) * cell, 24 + len(strips) * cell), "white")
+    sheet = Image.new("RGB", (LABEL_WIDTH + len(COLUMNS) * cell, 24 + len(strips) * cell), "white")
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(COLUMNS):
-        pen.text((224 + column * cell, 6), title, fill="black")
+        pen.text((LABEL_WIDTH + 4 + column * cell, 6), title, fill="black")
     for row, (name, images) in enumerate(strips.items()):
         pen.text((6, 24 + row * cell + cell // 2 - 6), name, fill="black")
         for column, image in enumerate(images):
-            sheet.paste(image.resize((cell - 4, cell - 4), Image.Resampling.NEAREST), (220 + column * cell, 24 + row * cell))
+            sheet.paste(
+                image.resize((cell - 4, cell - 4), Image.Resampling.NEAREST), (LABEL_WIDTH + column * cell, 24 + row * cell)
+            )
     return sheet
 
 

@@ -61,8 +61,8 @@ class TrainConfig:
     placeholder_token: tuple[str, ...] = ()
     placeholder_init_std: float = 1e-5
     placeholder_learning_rate: float = 1e-3
-    placeholder_warmup_fraction: float = 0.25
-    prior_preservation: float = 0.0
+    placeholder_warmup_fraction: float = 0.0
+    prior_preservation: float = 1.0
     prior_preservation_interval: int = 4
     class_word: str = ""
     optimizer: str = "adamw"

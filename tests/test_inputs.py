@@ -133,7 +133,7 @@ OTHER_VALUES = {
     "placeholder_init_std": 0.0,
     "placeholder_learning_rate": 1e-2,
     "placeholder_warmup_fraction": 0.5,
-    "prior_preservation": 1.0,
+    "prior_preservation": 0.0,
     "prior_preservation_interval": 2,
     "class_word": "person",
     "optimizer": "prodigy",
