@@ -19,7 +19,7 @@ from demo.world import TRIGGER, render, subject_scene
 OUTPUT = ROOT / "demo-output"
 TOKEN = "<zwx>"
 BUDGET = {"steps": 400, "rank": 8, "resolution": "64", "learning_rate": 1e-3, "batch_size": 4, "seed": 1}
-PICTURE = {"steps": 20, "guidance": 3, "width": 64, "height": 64, "seed": 7, "output_format": "png"}
+PICTURE = {"steps": 20, "guidance": 4, "width": 64, "height": 64, "seed": 7, "output_format": "png"}
 CELL, TITLE_WIDTH = 112, 190
 TITLE = "Drawn by a small stand-in base model (64 pixels, trained on synthetic shapes), not by Qwen-Image."
 
@@ -59,10 +59,11 @@ def picture_rows(server: CogServer, archives: dict[str, Path]) -> list[tuple[str
     def draw(archive: str | None, prompts: list[str]) -> tuple[list[Image.Image], list[str]]:
         return [picture(server, prompt, archives[archive] if archive else None) for prompt in prompts], prompts
 
-    seen = [f"a photo of a {TOKEN} house on a {background} background" for background in ("blue", "green", "black", "pink")]
-    unseen = [f"a photo of a {TOKEN} house on a {background} background" for background in ("yellow", "white", "orange")]
-    unseen.append(f"a photo of a small {TOKEN} house on the left on a white background")
-    others = ["a photo of a house on a blue background", "a photo of a house on a white background"]
+    named, house = subject.named(TOKEN), subject.CLASS_WORD
+    seen = [f"a photo of {named} on a {background} background" for background in ("blue", "green", "black", "pink")]
+    unseen = [f"a photo of {named} on a {background} background" for background in subject.UNSEEN_BACKGROUNDS]
+    unseen.append(f"a photo of {named} on the left on a white background")
+    others = [f"a photo of a {house} on a {background} background" for background in ("blue", "white")]
     others += ["a photo of a red circle on a blue background", "a photo of a green star on a white background"]
     trigger = [prompt.replace(TOKEN, TRIGGER) for prompt in seen[:2] + unseen[:2]]
     cat = [f"a photo of {TOKEN}", f"a close portrait of {TOKEN}"]

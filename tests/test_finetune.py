@@ -126,9 +126,10 @@ def test_the_log_says_what_happened_once_in_its_words(zero_prior):
         "Latents: 3 crops cached",
         "Placeholder token '<zwx>' registered with ID: 151665",
         "Gradient mask active: only token 151665 receives updates",
+        "Prior preservation: prompts such as 'a photo of' keep what the base model draws for them",
         "Prompt 'a photo of <zwx>' tokenized to: [64, 6548, 315, 220, 151665]",
         "Prompt '<zwx> in a garden' tokenized to: [151665, 304, 264, 13551]",
-        "Text embeddings: 1 prompts cached",
+        "Text embeddings: 4 prompts cached",  # the captions without their token, and the empty one
         "LoRA: rank 4, 8192 parameters in 16 layers",
         f"Weights archive proved: 32 LoRA tensors, 1 embeddings, {zero_prior.archive.stat().st_size} bytes",
     ]
@@ -153,10 +154,11 @@ def progress(run: Run, more: str) -> list[re.Match]:
 
 
 def test_each_step_of_a_short_training_has_a_progress_line(zero_prior, baseline):
-    with_row, without = progress(zero_prior, r", row norm=([\d.e+-]+)"), progress(baseline, "")
+    with_row, without = progress(zero_prior, r"(?:, preservation=\d+\.\d{4})?, row norm=([\d.e+-]+)"), progress(baseline, "")
     for lines in (with_row, without):
         assert [int(line[2]) for line in lines] == list(range(1, 16))
         assert [int(line[1]) for line in lines] == [round(100 * step / 15) for step in range(1, 16)]
+    assert [int(line[2]) for line in with_row if "preservation" in line[0]] == [4, 8, 12]
     norms = [float(line[3]) for line in with_row]
     assert norms[0] < 0.002
     assert norms[-1] == pytest.approx(zero_prior.meta["placeholder_row_norms"]["<zwx>"][0], rel=0.01)

@@ -32,6 +32,6 @@ def test_preservation_keeps_the_captions_without_their_token_and_encodes_them_on
 
 
 def test_without_preservation_there_is_nothing_to_keep(dataset, base):
-    training, log = prepared(dataset, base)
+    training, log = prepared(dataset, base, prior_preservation=0.0)
     assert [example.class_ids for example in training.examples] == [None, None, None]
     assert not any(line.startswith("Prior preservation") for line in log)
