@@ -76,7 +76,7 @@ def train(
         default=4,
         ge=1,
         le=100,
-        description="prior_preservation acts in every so-manieth step; such a step takes about twice as long.",
+        description="prior_preservation acts in every n-th step; such a step takes about twice as long.",
     ),
     class_word: str = Input(
         default="",
