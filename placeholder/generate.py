@@ -99,12 +99,13 @@ class ImageGenerator:
     def unload(self) -> None:
         """Back to the base model alone, bit for bit."""
         if self.applied is not None:
+            self.applied = INCOMPLETE
             unload_lora(self.pipeline.transformer)
             self._plain()
 
     def _plain(self) -> None:
-        self.applied: str | None = None
         self.tokens = self._tokens(Weights(lora={}))
+        self.applied: str | None = None  # last, so that an interruption here is undone by the next request
 
     def _tokens(self, weights: Weights) -> PlaceholderTokens:
         """The archive's tokens, registered behind this tokenizer's last id, where they were in training."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from placeholder.processes import Processes
 
 PROCESSES_VARIABLE = "TRAINING_PROCESSES"
 ERROR_NAME = "error.json"
-ERRORS = {"ValueError": ValueError, "RuntimeError": RuntimeError}
 POLL_SECONDS, GRACE_SECONDS = 0.2, 5.0
 ROOT = Path(__file__).parents[1]
 
@@ -56,10 +56,8 @@ def finetune_on_all_gpus(dataset: Path, config: TrainConfig, output: Path, log: 
         job = Path(folder) / "job.json"
         job.write_text(json.dumps({"dataset": str(dataset), "output": str(output), "config": asdict(config)}))
         code = _run(count, job, log)
-        error = job.with_name(ERROR_NAME)
-        if error.exists():
-            found = json.loads(error.read_text())
-            raise ERRORS[found["kind"]](found["message"])
+        if error := _error_of(job):
+            raise error
         if code:
             raise RuntimeError(f"a training process ended with {code}: its own message is in the log above")
 
@@ -74,15 +72,18 @@ def _run(count: int, job: Path, log: Log) -> int:
         env={"OMP_NUM_THREADS": threads, **os.environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         start_new_session=True,
     )
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:
-        for line in processes.stdout:
-            lines.put(line.rstrip("\n"))
-        lines.put(None)
+        try:
+            for line in processes.stdout:
+                lines.put(line.rstrip("\n"))
+        finally:
+            lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
     try:
@@ -93,9 +94,28 @@ def _run(count: int, job: Path, log: Log) -> int:
                 continue
             if line is None:
                 return processes.wait()
-            log(line)
+            if not isinstance(_error_of(job), ValueError):  # what follows that is the launcher's own account of it
+                log(line)
     finally:
         _end(processes)
+
+
+def _error_of(job: Path) -> ValueError | RuntimeError | None:
+    """The first error that a process has told of."""
+    told = job.with_name(ERROR_NAME)
+    if not told.exists():
+        return None
+    found = json.loads(told.read_text())
+    return (ValueError if found["kind"] == "ValueError" else RuntimeError)(found["message"])
+
+
+def _tell(job: Path, error: ValueError | RuntimeError, index: int) -> None:
+    """Leave the error for the process that has started this one, unless another was first: what follows it is its echo."""
+    kind = "ValueError" if isinstance(error, ValueError) else "RuntimeError"
+    own = job.with_name(f"{index}-{ERROR_NAME}")
+    own.write_text(json.dumps({"kind": kind, "message": str(error)}))
+    with suppress(FileExistsError):
+        os.link(own, job.with_name(ERROR_NAME))
 
 
 def _end(processes: subprocess.Popen) -> None:
@@ -112,7 +132,7 @@ def _end(processes: subprocess.Popen) -> None:
 
 
 def main(job: Path) -> None:
-    """One of the processes. What the user did wrong ends it in silence, because every process finds the same."""
+    """One of the processes. Where it fails it ends at once, so that the launcher ends those that wait for it."""
     options = json.loads(job.read_text())
     config = options["config"]
     tuples = {name: tuple(config[name]) for name in ("resolution", "placeholder_token")}
@@ -126,12 +146,11 @@ def main(job: Path) -> None:
         base = BaseModel.from_environment()
         finetune(Path(options["dataset"]), TrainConfig(**config | tuples), Path(options["output"]), base, log, processes)
     except (ValueError, RuntimeError) as error:
-        kind = "ValueError" if isinstance(error, ValueError) else "RuntimeError"
-        job.with_name(ERROR_NAME).write_text(json.dumps({"kind": kind, "message": str(error)}))
-        if kind == "RuntimeError":
-            raise  # perhaps in this process alone: the launcher then ends the others
-    finally:
-        PartialState().destroy_process_group()
+        _tell(job, error, processes.index)
+        if isinstance(error, ValueError):
+            sys.exit(1)
+        raise
+    PartialState().destroy_process_group()  # after a failure it would wait for processes that do not come
 
 
 if __name__ == "__main__":

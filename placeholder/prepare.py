@@ -188,7 +188,8 @@ def _checkpointing(
         transformer, lambda: sample_losses(transformer, prompt_embeds, batch).sum(), encoder.parameters() if encoder else ()
     )
     free_memory()
-    gradients_and_states = (1 + STATES[config.optimizer]) * sum(p.nbytes for p in lora)
+    exchanged = 1 if torch.distributed.is_initialized() else 0  # the gradients once more, while the processes add them up
+    gradients_and_states = (1 + STATES[config.optimizer] + exchanged) * sum(p.nbytes for p in lora)
     free = round((1 - KEPT_FREE) * free_bytes(transformer.device)) - gradients_and_states
     recomputed = footprint.blocks_to_recompute(free)
     log(

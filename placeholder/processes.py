@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, reduce
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 T = TypeVar("T")
@@ -36,6 +36,7 @@ class Processes:
         """Replace each tensor, in place, by its sum over the processes: one exchange of all of them in fp32."""
         if self.count == 1:
             return
-        total = reduce(torch.cat([tensor.float().flatten() for tensor in tensors]), reduction="sum")
+        total = torch.cat([tensor.float().flatten() for tensor in tensors])
+        torch.distributed.all_reduce(total)
         for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))

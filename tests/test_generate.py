@@ -346,6 +346,23 @@ def test_setup_applies_the_weights_that_the_model_is_started_with(by_url, draw, 
     assert predictor.default_weights.exists() == (not by_url)
 
 
+@pytest.mark.parametrize("step", ["unload_lora", "_tokens"])
+def test_an_interrupted_unload_is_undone_by_the_next_request(step, base, zero_prior, fresh_pictures, monkeypatch):
+    fresh = Drawer(base)
+    trained = fresh(NAMED, zero_prior.archive)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_module if step == "unload_lora" else fresh.generator, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fresh(NAMED)
+    monkeypatch.undo()
+    assert fresh.generator.applied == generate_module.INCOMPLETE
+    assert np.array_equal(fresh(NAMED), fresh_pictures[NAMED.prompt])
+    assert np.array_equal(fresh(NAMED, zero_prior.archive), trained)
+
+
 def test_an_interrupted_load_is_undone_by_the_next_request(draw, zero_prior, plain_picture, monkeypatch):
     def interrupted(transformer, state):
         load_lora(transformer, state)

@@ -95,6 +95,15 @@ def test_a_cancelled_training_ends_its_processes(two_processes, dataset, tmp_pat
     assert not (tmp_path / "weights.zip").exists()
 
 
+def test_the_first_error_is_the_one_that_counts(tmp_path):
+    job = tmp_path / "job.json"
+    assert launch._error_of(job) is None
+    launch._tell(job, torch.OutOfMemoryError("CUDA out of memory"), 1)
+    launch._tell(job, ValueError("an echo"), 0)
+    found = launch._error_of(job)
+    assert type(found) is RuntimeError and str(found) == "CUDA out of memory"
+
+
 @pytest.mark.parametrize(("value", "count"), [("1", 1), ("8", 8), ("", None)])
 def test_the_number_of_processes_is_the_variables_or_that_of_the_gpus(value, count, monkeypatch):
     monkeypatch.setenv(launch.PROCESSES_VARIABLE, value)
