@@ -55,6 +55,7 @@ class ImageGenerator:
         self.pipeline.set_progress_bar_config(disable=True)  # its line is rewritten in place, which logs do not show
         self.archives: OrderedDict[str, Weights] = OrderedDict()  # by digest, the least recently used first
         self.embeddings = lru_cache(maxsize=PROMPTS_KEPT)(self._encode)
+        self.caching = False
         self._plain()
 
     @torch.no_grad()
@@ -145,9 +146,11 @@ class ImageGenerator:
             self.log(tqdm.format_meter(index + 1, request.steps, time.monotonic() - start, ascii=" #"))
             return kept
 
-        if request.go_fast:
-            self.pipeline.transformer.enable_cache(FirstBlockCacheConfig())
+        self._stop_caching()
         try:
+            if request.go_fast:
+                self.caching = True
+                self.pipeline.transformer.enable_cache(FirstBlockCacheConfig())
             return self.pipeline(
                 **prompts,
                 true_cfg_scale=request.guidance,
@@ -158,8 +161,15 @@ class ImageGenerator:
                 callback_on_step_end=progress,
             ).images[0]
         finally:
-            if request.go_fast:
-                self.pipeline.transformer.disable_cache()
+            self._stop_caching()
+
+    def _stop_caching(self) -> None:
+        """Take the first-block cache off the transformer, also where putting it on or off was interrupted half way."""
+        if self.caching:
+            transformer = self.pipeline.transformer
+            transformer._cache_config = FirstBlockCacheConfig()  # diffusers sets it last and disables nothing without it
+            transformer.disable_cache()
+            self.caching = False
 
 
 def save_image(image: Image.Image, request: Request, folder: Path) -> Path:

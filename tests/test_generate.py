@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
+from diffusers.hooks import apply_first_block_cache
 from PIL import Image
 from safetensors.torch import save
 
@@ -274,6 +276,24 @@ def test_go_fast_skips_blocks_and_leaves_no_trace(draw, plain_picture):
     assert np.array_equal(pictures[0], pictures[2])
     assert not np.array_equal(pictures[0], pictures[1])
     assert np.array_equal(draw(PLAIN), plain_picture)
+
+
+def test_an_interrupted_go_fast_leaves_no_trace(base, plain_picture, monkeypatch):
+    fresh = Drawer(base)
+    transformer = fresh.generator.pipeline.transformer
+
+    def interrupted(config: FirstBlockCacheConfig) -> None:
+        apply_first_block_cache(transformer, config)  # all of enable_cache but its last line
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transformer, "enable_cache", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fresh(replace(PLAIN, go_fast=True))
+    assert np.array_equal(fresh(PLAIN), plain_picture)
+    first = fresh(replace(PLAIN, go_fast=True))  # the hooks can be put on again
+    assert np.array_equal(fresh(replace(PLAIN, go_fast=True)), first)
+    assert np.array_equal(fresh(PLAIN), plain_picture)
 
 
 def test_go_fast_works_together_with_weights(draw, zero_prior, plain_picture):
