@@ -42,8 +42,11 @@ def train(
         default="A photo of a person named <>",
         description="Caption of pictures that have none. With a placeholder token, <> and [trigger] in any caption become the token.",
     ),
-    caption_dropout: float = Input(
-        default=0.05, ge=0.0, le=0.9, description="Share of the samples that are trained with an empty prompt."
+    caption_dropout: Optional[float] = Input(
+        default=None,
+        ge=0.0,
+        le=0.9,
+        description="Share of the samples that are trained with an empty prompt. Left blank: 0.05, or 0 with prior_preservation, which keeps the empty prompt as it was.",
     ),
     train_placeholder_token: Optional[bool] = Input(
         default=None,
@@ -67,7 +70,7 @@ def train(
         description="Share of the steps, at the start, in which the new embedding learns alone; then the LoRA joins in.",
     ),
     prior_preservation: float = Input(
-        default=1.0,
+        default=4.0,
         ge=0.0,
         le=10.0,
         description="With a placeholder token: how strongly captions without the token keep drawing what the base model draws. 0 turns it off.",

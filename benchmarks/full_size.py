@@ -26,7 +26,7 @@ from demo.small_base import VOCABULARY_ROWS, qwen_tokenizer, scheduler
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
-from placeholder.models import BaseModel
+from placeholder.models import BaseModel, default_dtype
 from placeholder.request import Request
 
 # config.json of Qwen/Qwen-Image, text_encoder. The defaults of the other classes are the full size.
@@ -60,14 +60,14 @@ class RandomBase(BaseModel):
         if name == "scheduler":
             return scheduler()
         arguments = self.sizes.get(name, {})
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # so that no fp32 copy of 20 billion parameters is ever made
-        try:
-            with torch.device(self.device):
-                module = kind(Qwen2_5_VLConfig(**arguments)) if name == "text_encoder" else kind(**arguments)
-        finally:
-            torch.set_default_dtype(default)
+        with torch.device(self.device), default_dtype(dtype):  # no fp32 copy of 20 billion parameters is ever made
+            module = kind(Qwen2_5_VLConfig(**arguments)) if name == "text_encoder" else kind(**arguments)
         return fill(module, name)
+
+    def configuration(self, kind: type, name: str) -> Any:
+        """What the component is built from."""
+        arguments = self.sizes.get(name, {})
+        return kind(**arguments) if name == "text_encoder" else arguments
 
 
 @torch.no_grad()

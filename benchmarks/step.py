@@ -170,7 +170,7 @@ class Ours:
 
     def loss(self, noise: Tensor, sigma: Tensor) -> Tensor:
         """The loss for packed noise (L, 64) and a noise level ()."""
-        sample = Sample(self.example, self.example.input_ids, None, noise, sigma)
+        sample = Sample(self.example, self.example.input_ids, noise, sigma)
         return sample_losses(self.transformer, self.prompt_embeds, [sample]).mean()
 
     def halfway(self) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from demo.world import SIDE
-from placeholder.models import EMPTY_PROMPT, BaseModel, encode_prompts, load_scheduler, load_vae, prompt_ids
+from placeholder.models import EMPTY_PROMPT, BaseModel, encode_prompts, load_scheduler, load_vae, pipeline_inputs, prompt_ids
 from placeholder.placeholder_token import PlaceholderTokens
 
 STEPS, GUIDANCE, SEED = 20, 4.0, 5  # the guidance of Qwen-Image's own examples
@@ -37,10 +37,7 @@ class Sampler:
         """`count` pictures of the prompt; the same noise for every prompt."""
         embeds, negative = self._encode(prompt, count), self._encode(EMPTY_PROMPT, count)
         return self.pipeline(
-            prompt_embeds=embeds,
-            prompt_embeds_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
-            negative_prompt_embeds=negative,
-            negative_prompt_embeds_mask=torch.ones(negative.shape[:2], dtype=torch.long),
+            **pipeline_inputs(embeds, negative),
             true_cfg_scale=GUIDANCE,
             width=SIDE,
             height=SIDE,

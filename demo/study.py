@@ -15,18 +15,18 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from torch import nn
 
 from demo.judge import background_of, kind_probabilities, subject_fidelity, to_pixels
 from demo.sampler import Sampler
 from demo.small_base import build_small_base
-from demo.subject import CLASS_WORD, SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS, named, write_dataset
+from demo.subject import CLASS_WORD, PICTURES_EACH, SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS, named, write_dataset
 from demo.world import RARE_WORD, SUBJECT, TRIGGER
 from placeholder.config import TrainConfig
 from placeholder.diagnostics import diagnose
 from placeholder.lora import scale_lora, without_lora
 from placeholder.models import BaseModel, load_text_encoder, prompt_ids
-from placeholder.prepare import prepare
-from placeholder.trainer import training_steps
+from placeholder.prepare import Training, prepare
 
 TOKEN = "<zwx>"
 VOCABULARY_RMS = 0.02  # standard deviation of the small base's own embedding rows at their start
@@ -53,6 +53,7 @@ class Arm:
     options: dict
     preserve_class: bool = False  # for trigger words, which train() offers no preservation for
     beside_class_word: bool = True
+    trained: bool = True
 
     @property
     def name(self) -> str:
@@ -60,32 +61,31 @@ class Arm:
         return named(self.trigger) if self.beside_class_word else f"a {self.trigger}"
 
 
-JOINT = {"placeholder_warmup_fraction": 0.0, "prior_preservation": 0.0}
-ROW_FIRST = {"placeholder_warmup_fraction": 0.25, "prior_preservation": 0.0}
-PRESERVED = {"prior_preservation": 1.0, "prior_preservation_interval": 1}
-EVERY_FOURTH = PRESERVED | {"prior_preservation_interval": 4}
+UNPRESERVED = {"prior_preservation": 0.0, "caption_dropout": 0.05}
+PRESERVED = {"prior_preservation": 4.0, "prior_preservation_interval": 4, "caption_dropout": 0.0}
+ROW_FIRST = {"placeholder_warmup_fraction": 0.25}
+FROZEN = {"placeholder_learning_rate": 0.0}
 ARMS: dict[str, Arm] = {
-    "trigger word TOK": Arm(TRIGGER, {}),
-    "trigger word TOK, preservation": Arm(TRIGGER, {}, preserve_class=True),
-    "trigger word TOK without class word": Arm(TRIGGER, {}, beside_class_word=False),
-    "rare word sks": Arm(RARE_WORD, {}),
-    "class word alone": Arm("", {}),
-    "token, joint": Arm(TOKEN, JOINT),
-    "token, joint, preservation": Arm(TOKEN, JOINT | PRESERVED),
-    "token, joint, preservation every 4th step": Arm(TOKEN, JOINT | EVERY_FOURTH),
-    "token, row first": Arm(TOKEN, ROW_FIRST),
-    "token, row first, preservation": Arm(TOKEN, ROW_FIRST | PRESERVED),
-    "token, row first, preservation every 4th step": Arm(TOKEN, ROW_FIRST | EVERY_FOURTH),
-    "token, row first in 10 %, preservation every 4th step": Arm(
-        TOKEN, ROW_FIRST | EVERY_FOURTH | {"placeholder_warmup_fraction": 0.1}
-    ),
-    "token without class word, row first": Arm(TOKEN, ROW_FIRST, beside_class_word=False),
-    "token without class word, row first, preservation": Arm(
-        TOKEN, ROW_FIRST | PRESERVED | {"class_word": CLASS_WORD}, beside_class_word=False
-    ),
-    "token, row frozen": Arm(TOKEN, JOINT | {"placeholder_learning_rate": 0.0}),
-    "token, row frozen, preservation": Arm(TOKEN, JOINT | PRESERVED | {"placeholder_learning_rate": 0.0}),
-    "token, vocabulary-sized start": Arm(TOKEN, ROW_FIRST | {"placeholder_init_std": VOCABULARY_RMS}),
+    "base model, fresh token": Arm(TOKEN, UNPRESERVED, trained=False),
+    "trigger word TOK": Arm(TRIGGER, UNPRESERVED),
+    "trigger word TOK, no caption dropout": Arm(TRIGGER, UNPRESERVED | {"caption_dropout": 0.0}),
+    "trigger word TOK, preservation": Arm(TRIGGER, PRESERVED, preserve_class=True),
+    "trigger word TOK without class word": Arm(TRIGGER, UNPRESERVED, beside_class_word=False),
+    "rare word sks": Arm(RARE_WORD, UNPRESERVED),
+    "class word alone": Arm("", UNPRESERVED),
+    "token": Arm(TOKEN, UNPRESERVED),
+    "token, preservation": Arm(TOKEN, PRESERVED),
+    "token, preservation of weight 1": Arm(TOKEN, PRESERVED | {"prior_preservation": 1.0}),
+    "token, preservation in every step": Arm(TOKEN, PRESERVED | {"prior_preservation_interval": 1, "prior_preservation": 1.0}),
+    "token, preservation in every 8th step": Arm(TOKEN, PRESERVED | {"prior_preservation_interval": 8}),
+    "token, preservation, caption dropout": Arm(TOKEN, PRESERVED | {"caption_dropout": 0.05}),
+    "token, row first": Arm(TOKEN, UNPRESERVED | ROW_FIRST),
+    "token, row first, preservation": Arm(TOKEN, PRESERVED | ROW_FIRST),
+    "token without class word, preservation": Arm(TOKEN, PRESERVED | {"class_word": CLASS_WORD}, beside_class_word=False),
+    "token, row frozen": Arm(TOKEN, UNPRESERVED | FROZEN),
+    "token, row frozen, preservation": Arm(TOKEN, PRESERVED | FROZEN),
+    "token, vocabulary-sized start": Arm(TOKEN, UNPRESERVED | {"placeholder_init_std": VOCABULARY_RMS}),
+    "token, vocabulary-sized start, preservation": Arm(TOKEN, PRESERVED | {"placeholder_init_std": VOCABULARY_RMS}),
 }
 
 
@@ -100,10 +100,8 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
         dataset = write_dataset(Path(folder) / "data.zip", arm.name)
         training = prepare(dataset, config, base, log=lambda line: None)
     encoder = training.prompt_embeds.text_encoder or load_text_encoder(base)
-    examples = training.examples
     if arm.preserve_class:
-        examples = with_class_prompts(examples, training, encoder)
-        config = replace(config, prior_preservation=1.0, prior_preservation_interval=1)
+        preserve_without_token(training, encoder)
     sampler = Sampler(base, training.trainee.transformer, encoder, training.tokenizer, training.tokens)
     prompts = Prompts(arm)
     with without_lora(training.trainee.transformer):
@@ -111,7 +109,7 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
 
     measures: dict = {"fidelity_by_step": {}}
     marks = {round(share * config.steps) for share in CHECKPOINTS}
-    steps = training_steps(training.trainee, examples, training.empty_ids, config, training.generator)
+    steps = training.steps(config) if arm.trained else ()
     training_seconds, resumed = 0.0, time.monotonic()
     for step in steps:
         training_seconds += time.monotonic() - resumed
@@ -123,10 +121,12 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
         resumed = time.monotonic()
     measures["training_seconds"] = training_seconds
     measures |= final_measures(sampler, prompts, base_class, base_unrelated)
-    if tokens_on:
+    if not arm.trained:
+        measures["prior_leakage_early"] = measures["prior_leakage"]
+    if tokens_on and arm.trained:
         vocabulary = encoder.embed_tokens.weight
         measures |= diagnose(
-            training.trainee, training.tokens, training.initial_rows, examples, vocabulary, training.tokenizer
+            training.trainee, training.tokens, training.initial_rows, training.examples, vocabulary, training.tokenizer
         ).meta()
         measures["row_rms"] = training.tokens.rows.detach().square().mean().sqrt().item()
     reached = [step for step, fidelity in measures["fidelity_by_step"].items() if fidelity >= FIDELITY_GOAL]
@@ -162,6 +162,7 @@ def final_measures(sampler: Sampler, prompts: Prompts, base_class: list, base_un
         ),
         "prior_leakage": old_meaning(sampler.draw_all(prompts.trigger, SAMPLES)),
         "class_leak": probability(SUBJECT, class_word) - probability(SUBJECT, base_class),
+        "class_kept": probability(CLASS_WORD, class_word),
         "class_change": difference(class_word, base_class),
         "drift": difference(unrelated, base_unrelated),
     }
@@ -171,15 +172,16 @@ def final_measures(sampler: Sampler, prompts: Prompts, base_class: list, base_un
     return measures
 
 
-def with_class_prompts(examples: list, training, encoder) -> list:
-    """The examples with the ids of their prompt less the trigger word, cached: preservation for a trigger word."""
-    ids = [
-        prompt_ids(training.tokenizer, training.tokens, f"a photo of a {CLASS_WORD} on a {background} background")
-        for background in SEEN_BACKGROUNDS * 2
-    ]
+def preserve_without_token(training: Training, encoder: nn.Module) -> None:
+    """Preservation for a trigger word: the same prompts as for the token are kept."""
+    captions = [f"a photo of a {CLASS_WORD} on a {background} background" for background in SEEN_BACKGROUNDS * PICTURES_EACH]
+    ids = [prompt_ids(training.tokenizer, training.tokens, caption) for caption in captions]
     training.prompt_embeds.text_encoder = encoder
     training.prompt_embeds.cache(ids)
-    return [replace(example, class_ids=class_ids) for example, class_ids in zip(examples, ids, strict=True)]
+    training.examples[:] = [
+        replace(example, preserved=(class_ids, training.empty_ids))
+        for example, class_ids in zip(training.examples, ids, strict=True)
+    ]
 
 
 def mean_fidelity(images: list[list[Image.Image]], backgrounds: tuple[str, ...]) -> float:
@@ -227,6 +229,8 @@ TABLE = {
     "prior_leakage_low_scale": f"prior leakage, scale {LOW_SCALE}",
     "prior_leakage": "prior leakage, end",
     "class_leak": "class leak",
+    "class_kept": "class kept",
+    "class_change": "class change",
     "drift": "drift",
     "following": "following",
     "steps_to_goal": f"steps to fidelity {FIDELITY_GOAL}",

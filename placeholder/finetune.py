@@ -25,7 +25,7 @@ from placeholder.models import BaseModel, PromptEmbeddings
 from placeholder.placeholder_token import PlaceholderTokens
 from placeholder.prepare import Log, Training, prepare
 from placeholder.processes import Processes
-from placeholder.trainer import ALONE, Example, Step, predict_velocity, training_steps
+from placeholder.trainer import ALONE, Example, Step, predict_velocity
 from placeholder.weights import Weights, read_weights, write_weights
 
 
@@ -41,8 +41,8 @@ def finetune(
     config = processes.agree(with_seed(config, log))
     if config.placeholder_token and not config.tokens:
         log(f"Placeholder token '{','.join(config.placeholder_token)}' is not used: train_placeholder_token is false")
-    training = prepare(dataset, config, base, log)
-    steps = training_steps(training.trainee, training.examples, training.empty_ids, config, training.generator, processes)
+    training = prepare(dataset, config, base, log, processes)
+    steps = training.steps(config, processes)
     figures = run(steps, config.steps, training.tokens, log)
     if processes.index > 0:
         return None
@@ -122,6 +122,7 @@ def _meta(config: TrainConfig, base: BaseModel, training: Training, figures: dic
         "placeholder_token_id": ids[0] if ids else None,
         "placeholder_token_ids": training.tokens.ids,
         "lora_alpha": config.rank,
+        "transformer_storage": training.plan.storage,
         "images": training.report.images,
         "captions_found": training.report.captions_found,
         "buckets": training.report.buckets,

@@ -23,6 +23,7 @@ from placeholder.models import (
     load_tokenizer,
     load_transformer,
     load_vae,
+    pipeline_inputs,
     prompt_ids,
 )
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens
@@ -123,23 +124,16 @@ class ImageGenerator:
             self.log(f"Warning: trained on {trained_on}, applied to {self.base.source}")
         return tokens.to(self.base.device)
 
-    def _encode(self, prompt: str, applied: str | None) -> dict[str, Tensor]:
-        """Prompt embeddings (1, T, D) and a mask (1, T) that leaves nothing out, with the tokens of the archive `applied`."""
+    def _encode(self, prompt: str, applied: str | None) -> Tensor:
+        """Prompt embeddings (1, T, D) with the tokens of the archive `applied`."""
         input_ids = torch.tensor([prompt_ids(self.tokenizer, self.tokens, prompt)], device=self.base.device)
-        embeds = encode_prompts(self.text_encoder, self.tokens, input_ids)
-        return {
-            "prompt_embeds": embeds,
-            "prompt_embeds_mask": torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-        }
+        return encode_prompts(self.text_encoder, self.tokens, input_ids)
 
     def _render(self, request: Request) -> Image.Image:
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         self.log(f"Seed: {seed}{' (drawn)' if request.seed is None else ''}, size: {request.width}x{request.height}")
-        prompts = dict(self.embeddings(request.prompt, self.applied))
-        if request.guidance > 1:
-            prompts |= {
-                f"negative_{name}": value for name, value in self.embeddings(request.negative_prompt, self.applied).items()
-            }
+        negative = self.embeddings(request.negative_prompt, self.applied) if request.guidance > 1 else None
+        prompts = pipeline_inputs(self.embeddings(request.prompt, self.applied), negative)
         start = time.monotonic()
 
         def progress(_pipeline, index: int, _timestep, kept: dict) -> dict:

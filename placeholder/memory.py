@@ -37,11 +37,11 @@ def saved_bytes(compute: Callable[[], Tensor], apart_from: Iterable[Tensor] = ()
 
     The storages of `apart_from`, such as the parameters, are not counted; a storage that is kept twice counts once.
     """
-    known = {storage.data_ptr() for tensor in apart_from for storage in _storages(tensor)}
+    known = {storage._cdata for tensor in apart_from for storage in _storages(tensor)}  # data_ptr() is none of fake tensors
     kept: dict[int, torch.UntypedStorage] = {}  # holding a storage keeps its address from being used again
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.update((storage.data_ptr(), storage) for storage in _storages(tensor) if storage.data_ptr() not in known)
+        kept.update((storage._cdata, storage) for storage in _storages(tensor) if storage._cdata not in known)
         return tensor.detach()
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,7 +1,8 @@
 """The base model's components: where they come from, how they are loaded and placed, and how pictures and prompts are encoded."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -9,17 +10,25 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
+    ConfigMixin,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    AutoModel,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 from placeholder.latents import normalise, pack
 from placeholder.placeholder_token import PlaceholderTokens
+from placeholder.storage import Storage, store
 from placeholder.vae import as_single_frame
 
 # Replicate reads progress from log lines that look like a bar; only the training's own may.
@@ -60,6 +69,11 @@ class BaseModel:
         """A component of the class `kind` from the base model's subfolder `name`, on the CPU."""
         return kind.from_pretrained(self.source, subfolder=name, **options)
 
+    def configuration(self, kind: type, name: str) -> Any:
+        """The configuration of a component: a dictionary for a diffusers class, the object for one of transformers."""
+        read = kind.load_config if issubclass(kind, ConfigMixin) else kind.from_pretrained
+        return read(self.source, subfolder=name)
+
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     """The tokenizer alone; no weights are read."""
@@ -82,23 +96,45 @@ def load_text_encoder(base: BaseModel, quantize: bool = False) -> nn.Module:
     whole = base.component(Qwen2_5_VLForConditionalGeneration, "text_encoder", dtype=base.dtype, use_safetensors=True)
     text_encoder = whole.model.language_model
     if quantize:
-        quantize_int8(text_encoder.layers, base.device)
+        store(text_encoder.layers, "int8", base.dtype, base.device)
     return text_encoder.requires_grad_(False).eval().to(base.device)
 
 
-def load_transformer(base: BaseModel, quantize: bool = False) -> QwenImageTransformer2DModel:
+def load_transformer(base: BaseModel, storage: Storage = "full") -> QwenImageTransformer2DModel:
     """The denoising transformer, frozen."""
     transformer = base.component(QwenImageTransformer2DModel, "transformer", dtype=base.dtype, use_safetensors=True)
-    if quantize:
-        quantize_int8(transformer.transformer_blocks, base.device)
+    store(transformer.transformer_blocks, storage, base.dtype, base.device)
     return transformer.requires_grad_(False).eval().to(base.device)
 
 
-def quantize_int8(module: nn.Module, device: torch.device) -> None:
-    """Store the weight of every linear layer as int8 with a scale for each row, computing as before (torchao)."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # imported where used: it takes seconds
+def transformer_shell(base: BaseModel) -> QwenImageTransformer2DModel:
+    """The transformer's shapes and dtype on the meta device: no weights are read."""
+    config = base.configuration(QwenImageTransformer2DModel, "transformer")
+    with torch.device("meta"), default_dtype(base.dtype):
+        return QwenImageTransformer2DModel.from_config(config).requires_grad_(False)
 
-    quantize_(module, Int8WeightOnlyConfig(), device=device)
+
+def text_encoder_shell(base: BaseModel) -> nn.Module:
+    """The text encoder's shapes and dtype on the meta device: no weights are read."""
+    config = base.configuration(Qwen2_5_VLConfig, "text_encoder")
+    with torch.device("meta"), default_dtype(base.dtype):
+        return AutoModel.from_config(config.text_config).requires_grad_(False)
+
+
+def text_width(base: BaseModel) -> int:
+    """The width D of the text encoder's embeddings, from its configuration."""
+    return base.configuration(Qwen2_5_VLConfig, "text_encoder").text_config.hidden_size
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New parameters have this dtype for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @torch.no_grad()
@@ -132,6 +168,16 @@ def encode_prompts(text_encoder: nn.Module, tokens: PlaceholderTokens, input_ids
     inputs_embeds = tokens.embed(text_encoder.embed_tokens, input_ids)  # (B, T, D)
     hidden = text_encoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state  # (B, T, D)
     return hidden[:, prompt_template()[2] :]
+
+
+def pipeline_inputs(prompt_embeds: Tensor, negative: Tensor | None = None) -> dict[str, Tensor]:
+    """What QwenImagePipeline takes for embeddings (B, T, D) of a prompt and of what guidance leads away from: no padding anywhere."""
+    inputs = {}
+    for prefix, embeds in (("", prompt_embeds), ("negative_", negative)):
+        if embeds is not None:
+            inputs[f"{prefix}prompt_embeds"] = embeds
+            inputs[f"{prefix}prompt_embeds_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    return inputs
 
 
 class PromptEmbeddings:

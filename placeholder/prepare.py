@@ -1,7 +1,9 @@
 """From a data set and a configuration to everything a training needs: examples, models in their places, optimisers."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,10 +27,14 @@ from placeholder.models import (
     load_transformer,
     load_vae,
     prompt_ids,
+    text_width,
 )
 from placeholder.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms_limit
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings, place_token, without_token
-from placeholder.trainer import Example, Trainee, draw_sample, sample_losses
+from placeholder.plan import Plan, plan_training
+from placeholder.processes import Processes
+from placeholder.storage import Storage
+from placeholder.trainer import ALONE, Example, Step, Trainee, draw_sample, sample_losses, training_steps
 
 Log = Callable[[str], None]
 VAE_FACTOR, PATCH = 8, 2  # pixels a latent, latents a token, along one side
@@ -47,12 +53,17 @@ class Training:
     initial_rows: Tensor
     prompt_embeds: PromptEmbeddings
     report: DatasetReport
+    plan: Plan
+
+    def steps(self, config: TrainConfig, processes: Processes = ALONE) -> Iterator[Step]:
+        """The training's steps; `config` is what it was prepared with."""
+        return training_steps(self.trainee, self.examples, self.empty_ids, config, self.generator, processes)
 
 
-def prepare(dataset: Path, config: TrainConfig, base: BaseModel, log: Log) -> Training:
+def prepare(dataset: Path, config: TrainConfig, base: BaseModel, log: Log, processes: Processes = ALONE) -> Training:
     """Read the data set, encode what cannot change, and put the models in their places; `config.seed` is not None.
 
-    Raises ValueError for a bad data set or token before any weight is loaded.
+    Raises ValueError for a bad data set or token, and for a training that does not fit into memory, before any weight is loaded.
     """
     tokenizer = load_tokenizer(base)
     for warning in check_tokens(config.tokens, tokenizer):
@@ -63,24 +74,39 @@ def prepare(dataset: Path, config: TrainConfig, base: BaseModel, log: Log) -> Tr
     captions = _captions(photos, config, log)
 
     generator = torch.Generator().manual_seed(config.seed)
-    latents = _latents(photos, base, log)
-    tokens, prompt_embeds = _prompt_embeds(config, base, tokenizer, generator, log)
+    tokens = _tokens(config, base, tokenizer, generator, log)
     empty_ids = prompt_ids(tokenizer, tokens, EMPTY_PROMPT)
     ids = [prompt_ids(tokenizer, tokens, caption) for caption in captions]
-    class_ids = _class_ids(captions, config, tokenizer, tokens, log)
+    preserved = [
+        tuple(prompt_ids(tokenizer, tokens, prompt) for prompt in prompts)
+        for prompts in preserved_prompts(captions, config, log)
+    ]
     if config.log_prompt_ids:
         for caption in dict.fromkeys(captions):
             log(f"Prompt '{caption}' tokenized to: {tokens.tokenize(tokenizer, caption)}")
-    log(f"Text embeddings: {prompt_embeds.cache([empty_ids, *ids, *filter(None, class_ids)])} prompts cached")
-    row_optimizer = _row_optimizer(config, tokens, prompt_embeds, len(tokenizer))
-    if row_optimizer is None:
-        prompt_embeds.release()
-        free_memory()
+    largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
+    free = processes.least(free_bytes(base.device))
+    plan = plan_training(base, config, largest, max(map(len, ids)), free, processes.count)
+    for line in plan.lines():
+        log(line)
 
-    examples = _examples(latents, ids, class_ids, base)
-    trainee = _trainee(config, base, prompt_embeds, row_optimizer, examples, log)
+    latents = _latents(photos, base, log)
+    text_encoder = load_text_encoder(base, config.quantize_te)
+    prompt_embeds = PromptEmbeddings(text_encoder, tokens)
+    log(f"Text embeddings: {prompt_embeds.cache([empty_ids, *ids, *chain.from_iterable(preserved)])} prompts cached")
+    row_optimizer = None
+    if config.tokens:
+        limit = row_rms_limit(text_encoder.embed_tokens.weight, len(tokenizer))
+        row_optimizer = RowOptimizer(tokens.rows, config.placeholder_learning_rate, limit)
+    else:
+        prompt_embeds.release()
+    del text_encoder
+    free_memory()
+
+    examples = _examples(latents, ids, preserved, base)
+    trainee = _trainee(config, plan.storage, base, prompt_embeds, row_optimizer, examples, log)
     initial_rows = tokens.rows.detach().clone()
-    return Training(trainee, examples, empty_ids, generator, tokenizer, tokens, initial_rows, prompt_embeds, report)
+    return Training(trainee, examples, empty_ids, generator, tokenizer, tokens, initial_rows, prompt_embeds, report, plan)
 
 
 def _captions(photos: list[Photo], config: TrainConfig, log: Log) -> list[str]:
@@ -93,26 +119,11 @@ def _captions(photos: list[Photo], config: TrainConfig, log: Log) -> list[str]:
     return [caption for caption, _ in placed]
 
 
-def _latents(photos: list[Photo], base: BaseModel, log: Log) -> list[list[tuple[Tensor, tuple[int, int]]]]:
-    """For each picture its crops as packed latents with their height and width in tokens; the VAE is freed afterwards."""
-    vae = load_vae(base, torch.float32)
-    side = VAE_FACTOR * PATCH
-    latents = [
-        [(encode_picture(vae, pixels), (pixels.shape[1] // side, pixels.shape[2] // side)) for pixels in photo.crops]
-        for photo in photos
-    ]
-    log(f"Latents: {sum(map(len, latents))} crops cached")
-    del vae
-    free_memory()
-    return latents
-
-
-def _prompt_embeds(
+def _tokens(
     config: TrainConfig, base: BaseModel, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator, log: Log
-) -> tuple[PlaceholderTokens, PromptEmbeddings]:
-    """The placeholder tokens with their fresh rows, and the text encoder behind its cache."""
-    text_encoder = load_text_encoder(base, config.quantize_te)
-    width = text_encoder.embed_tokens.embedding_dim
+) -> PlaceholderTokens:
+    """The placeholder tokens with their fresh rows, on the device."""
+    width = text_width(base)
     embeddings = initial_embeddings(config.tokens, width, config.placeholder_init_std, generator)
     tokens = PlaceholderTokens(len(tokenizer), embeddings, width).to(base.device)
     for token, ids in tokens.ids.items():
@@ -121,48 +132,57 @@ def _prompt_embeds(
         ids = [str(token_id) for token_ids in tokens.ids.values() for token_id in token_ids]
         only = f"token {ids[0]} receives" if len(ids) == 1 else f"tokens {', '.join(ids)} receive"
         log(f"Gradient mask active: only {only} updates")
-    return tokens, PromptEmbeddings(text_encoder, tokens)
+    return tokens
 
 
-def _class_ids(
-    captions: list[str], config: TrainConfig, tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, log: Log
-) -> list[tuple[int, ...] | None]:
-    """For each caption the ids of the same prompt without the token, or None where nothing is preserved."""
-    if not config.tokens or not config.prior_preservation:
-        return [None] * len(captions)
-    prompts = [without_token(caption, config.tokens, config.class_word) for caption in captions]
-    log(f"Prior preservation: prompts such as '{prompts[0]}' keep what the base model draws for them")
-    return [prompt_ids(tokenizer, tokens, prompt) for prompt in prompts]
+def _grid(pixels: Tensor) -> tuple[int, int]:
+    """Height and width in image tokens of a crop (3, H, W)."""
+    side = VAE_FACTOR * PATCH
+    return pixels.shape[1] // side, pixels.shape[2] // side
 
 
-def _row_optimizer(
-    config: TrainConfig, tokens: PlaceholderTokens, prompt_embeds: PromptEmbeddings, entries: int
-) -> RowOptimizer | None:
-    if not tokens.ids:
-        return None
-    limit = row_rms_limit(prompt_embeds.text_encoder.embed_tokens.weight, entries)
-    return RowOptimizer(tokens.rows, config.placeholder_learning_rate, limit)
+def _latents(photos: list[Photo], base: BaseModel, log: Log) -> list[list[tuple[Tensor, tuple[int, int]]]]:
+    """For each picture its crops as packed latents with their height and width in tokens; the VAE is freed afterwards."""
+    vae = load_vae(base, torch.float32)
+    latents = [[(encode_picture(vae, pixels), _grid(pixels)) for pixels in photo.crops] for photo in photos]
+    log(f"Latents: {sum(map(len, latents))} crops cached")
+    del vae
+    free_memory()
+    return latents
 
 
-def _examples(latents: list, ids: list, class_ids: list, base: BaseModel) -> list[Example]:
+def preserved_prompts(captions: list[str], config: TrainConfig, log: Log) -> list[tuple[str, ...]]:
+    """For each caption the prompts that are to keep what the base model draws for them; none without preservation.
+
+    They are the caption without the token and the empty prompt: with guidance, every picture is drawn with that one too.
+    """
+    if not config.preserves:
+        return [()] * len(captions)
+    preserved = [(without_token(caption, config.tokens, config.class_word), EMPTY_PROMPT) for caption in captions]
+    log(f"Prior preservation: prompts such as '{preserved[0][0]}' keep what the base model draws for them")
+    return preserved
+
+
+def _examples(latents: list, ids: list, preserved: list, base: BaseModel) -> list[Example]:
     scheduler = load_scheduler(base).config
     shift = (scheduler.base_image_seq_len, scheduler.max_image_seq_len, scheduler.base_shift, scheduler.max_shift)
     return [
-        Example(packed, grid, shift_mu(len(packed), *shift), caption_ids, plain_ids)
-        for crops, caption_ids, plain_ids in zip(latents, ids, class_ids, strict=True)
+        Example(packed, grid, shift_mu(len(packed), *shift), caption_ids, preserved_ids)
+        for crops, caption_ids, preserved_ids in zip(latents, ids, preserved, strict=True)
         for packed, grid in crops
     ]
 
 
 def _trainee(
     config: TrainConfig,
+    storage: Storage,
     base: BaseModel,
     prompt_embeds: PromptEmbeddings,
     row_optimizer: RowOptimizer | None,
     examples: list[Example],
     log: Log,
 ) -> Trainee:
-    transformer = load_transformer(base, config.quantize)
+    transformer = load_transformer(base, storage)
     lora = add_lora(transformer, config.rank, config.seed)
     log(f"LoRA: rank {config.rank}, {sum(p.numel() for p in lora)} parameters in {len(lora) // 2} layers")
     if config.optimizer == "prodigy":

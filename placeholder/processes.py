@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 T = TypeVar("T")
@@ -31,6 +31,10 @@ class Processes:
     def agree(self, value: Any) -> Any:
         """The first process's value, in all of them."""
         return value if self.count == 1 else broadcast_object_list([value])[0]
+
+    def least(self, number: int) -> int:
+        """The smallest of the processes' numbers, in all of them."""
+        return number if self.count == 1 else min(gather_object([number]))
 
     def add_up(self, tensors: list[Tensor]) -> None:
         """Replace each tensor, in place, by its sum over the processes: one exchange of all of them in fp32."""

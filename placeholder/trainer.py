@@ -25,23 +25,22 @@ PromptEmbeds = Callable[[Sequence[tuple[int, ...]]], Tensor]
 class Example:
     """One crop of one picture: packed latents fp32 (L, C), its height and width in tokens, its shift, its prompt's ids.
 
-    `class_ids` are the ids of the same prompt without the placeholder, None where there is nothing to preserve.
+    `preserved` are prompts, as ids, that are to keep what the base model predicts for them at this picture's noisy latents.
     """
 
     latents: Tensor
     grid: tuple[int, int]
     mu: float
     input_ids: tuple[int, ...]
-    class_ids: tuple[int, ...] | None = None
+    preserved: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One element of a batch: an example with the prompts, noise (L, C) and noise level () drawn for it."""
+    """One element of a batch: an example with the prompt, noise (L, C) and noise level () drawn for it."""
 
     example: Example
     input_ids: tuple[int, ...]
-    class_ids: tuple[int, ...] | None
     noise: Tensor
     sigma: Tensor
 
@@ -81,8 +80,8 @@ def training_steps(
 ) -> Iterator[Step]:
     """Train for `config.steps` steps; every random number comes from `generator`, on the CPU, the same in every process.
 
-    The gradient is that of the mean loss over a batch of `config.batch_size` for each process, plus `config.prior_preservation` times the mean
-    preservation loss in every `config.prior_preservation_interval`-th step. In the first `config.placeholder_warmup_fraction` of
+    The gradient is that of the mean loss over a batch of `config.batch_size` for each process, plus `config.prior_preservation`
+    times the mean preservation loss of each preserved prompt in every `config.prior_preservation_interval`-th step. In the first `config.placeholder_warmup_fraction` of
     the steps the rows learn alone. Their gradient and the LoRA's are handled apart: a shared clip would let the rows' first huge
     gradients silence the LoRA. A step that runs out of CUDA memory is made again with more blocks recomputed;
     torch.OutOfMemoryError is raised once all of them are.
@@ -120,7 +119,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """Set the gradients of the LoRA and of the rows from `batch`, which is all or a part of `batch_size` samples.
 
-    Returns its share in the mean loss and in the mean preservation loss, fp32 ().
+    Returns its share in the mean loss and in the mean preservation loss, summed over the preserved prompts, fp32 ().
     """
     loss, preservation = torch.zeros((), device=trainee.transformer.device), None
     trainee.lora_optimizer.zero_grad(set_to_none=True)
@@ -130,8 +129,10 @@ def gradients(
         part = sample_losses(trainee.transformer, trainee.prompt_embeds, group).sum() / batch_size
         part.backward()
         loss += part.detach()
-        if prior_preservation and group[0].class_ids is not None:
-            part = preservation_losses(trainee.transformer, trainee.prompt_embeds, group).sum() / batch_size
+        if not prior_preservation:
+            continue
+        for prompts in zip(*(sample.example.preserved for sample in group), strict=True):
+            part = preservation_losses(trainee.transformer, trainee.prompt_embeds, group, prompts).sum() / batch_size
             (prior_preservation * part).backward()
             preservation = part.detach() if preservation is None else preservation + part.detach()
     return loss, preservation
@@ -159,14 +160,14 @@ def draw_sample(example: Example, empty_ids: tuple[int, ...], caption_dropout: f
     dropped = torch.rand((), generator=generator).item() < caption_dropout
     sigma = sample_sigma(example.mu, generator)
     noise = torch.randn(example.latents.shape, generator=generator)
-    return Sample(example, empty_ids if dropped else example.input_ids, example.class_ids, noise, sigma)
+    return Sample(example, empty_ids if dropped else example.input_ids, noise, sigma)
 
 
 def grouped(batch: list[Sample]) -> list[list[Sample]]:
-    """The batch in groups that can be stacked without padding: of one picture shape and one length of each prompt."""
+    """The batch in groups that can be stacked without padding: of one picture shape and one length of each of their prompts."""
     groups: dict[tuple, list[Sample]] = {}
     for sample in batch:
-        lengths = len(sample.input_ids), sample.class_ids and len(sample.class_ids)
+        lengths = (len(ids) for ids in (sample.input_ids, *sample.example.preserved))
         groups.setdefault((sample.example.grid, *lengths), []).append(sample)
     return list(groups.values())
 
@@ -179,14 +180,19 @@ def sample_losses(transformer: QwenImageTransformer2DModel, prompt_embeds: Promp
     return flow_loss(model_pred, velocity_target(latents, noise))
 
 
-def preservation_losses(transformer: QwenImageTransformer2DModel, prompt_embeds: PromptEmbeds, group: list[Sample]) -> Tensor:
-    """How far the LoRA moves the prediction for the prompt without the placeholder, at the same noisy latents: (B,).
+def preservation_losses(
+    transformer: QwenImageTransformer2DModel,
+    prompt_embeds: PromptEmbeds,
+    group: list[Sample],
+    prompts: Sequence[tuple[int, ...]],
+) -> Tensor:
+    """How far the LoRA moves the prediction for other prompts, as ids of one length, at the samples' noisy latents: (B,).
 
     The target is the base model's own prediction, with the LoRA off; ai-toolkit calls this differential output preservation.
     """
     latents, noise, sigmas = _stacked(group, transformer.device)
     noisy, grid = add_noise(latents, noise, sigmas), group[0].example.grid
-    embeds = prompt_embeds([sample.class_ids for sample in group])  # (B, T, D)
+    embeds = prompt_embeds(prompts)  # (B, T, D)
     with torch.no_grad(), without_lora(transformer):
         target = predict_velocity(transformer, noisy, sigmas, embeds, grid)
     return flow_loss(predict_velocity(transformer, noisy, sigmas, embeds, grid), target)

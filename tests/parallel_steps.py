@@ -10,7 +10,6 @@ from placeholder.config import TrainConfig
 from placeholder.models import BaseModel
 from placeholder.prepare import prepare
 from placeholder.processes import Processes
-from placeholder.trainer import training_steps
 
 CONFIG = TrainConfig(
     steps=20,
@@ -29,7 +28,7 @@ CONFIG = TrainConfig(
 def trained(dataset: Path, config: TrainConfig, base: BaseModel, processes: Processes) -> dict[str, torch.Tensor]:
     """LoRA and rows after the steps, and the losses of all steps."""
     training = prepare(dataset, config, base, log=lambda line: None)
-    steps = training_steps(training.trainee, training.examples, training.empty_ids, config, training.generator, processes)
+    steps = training.steps(config, processes)
     losses = [torch.stack([step.loss, step.loss if step.preservation is None else step.preservation]) for step in steps]
     state = {str(number): parameter.detach().clone() for number, parameter in enumerate(training.trainee.lora)}
     return state | {"rows": training.tokens.rows.detach().clone(), "losses": torch.stack(losses)}

@@ -10,7 +10,6 @@ from placeholder.diagnostics import Diagnostics, diagnose, nearest_tokens, rows_
 from placeholder.lora import without_lora
 from placeholder.placeholder_token import PlaceholderTokens
 from placeholder.prepare import prepare
-from placeholder.trainer import training_steps
 from tests.conftest import SHORT
 
 FOUND = Diagnostics(loss=1.0, loss_row_reset=1.5, loss_lora_off=1.6, loss_base=2.0, nearest_tokens={"<zwx>": [["cat", 0.5]]})
@@ -32,7 +31,7 @@ def test_the_four_losses_are_those_of_the_trained_and_the_untrained_parts(traini
     config, training = training
     before = measured(training)
     assert before.loss == before.loss_row_reset == before.loss_lora_off == before.loss_base
-    list(training_steps(training.trainee, training.examples, training.empty_ids, config, training.generator))
+    list(training.steps(config))
     after = measured(training)
     assert after.loss_base == before.loss_base
     assert len({after.loss, after.loss_row_reset, after.loss_lora_off, after.loss_base}) == 4

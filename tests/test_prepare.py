@@ -25,13 +25,13 @@ def test_preservation_keeps_the_captions_without_their_token_and_encodes_them_on
     class_word, prompts, dataset, base, tokenizer
 ):
     training, log = prepared(dataset, base, prior_preservation=1.0, class_word=class_word)
-    kept = [prompt_ids(tokenizer, training.tokens, prompt) for prompt in prompts]
-    assert [example.class_ids for example in training.examples] == kept
-    assert not any(training.prompt_embeds([ids]).requires_grad for ids in kept)
+    kept = [tuple(prompt_ids(tokenizer, training.tokens, text) for text in (prompt, " ")) for prompt in prompts]
+    assert [example.preserved for example in training.examples] == kept
+    assert not any(training.prompt_embeds([ids]).requires_grad for pair in kept for ids in pair)
     assert f"Prior preservation: prompts such as '{prompts[0]}' keep what the base model draws for them" in log
 
 
 def test_without_preservation_there_is_nothing_to_keep(dataset, base):
     training, log = prepared(dataset, base, prior_preservation=0.0)
-    assert [example.class_ids for example in training.examples] == [None, None, None]
+    assert [example.preserved for example in training.examples] == [(), (), ()]
     assert not any(line.startswith("Prior preservation") for line in log)

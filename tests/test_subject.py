@@ -19,7 +19,6 @@ from placeholder.diagnostics import diagnose, rows_as
 from placeholder.lora import without_lora
 from placeholder.models import BaseModel
 from placeholder.prepare import Training, prepare
-from placeholder.trainer import training_steps
 
 CONFIG = TrainConfig(
     steps=300,
@@ -29,6 +28,7 @@ CONFIG = TrainConfig(
     resolution=(64,),
     train_placeholder_token=True,
     placeholder_token=(TOKEN,),
+    caption_dropout=0.0,
     seed=0,
 )
 PICTURES = 3
@@ -62,7 +62,7 @@ def small_base() -> BaseModel:
 
 def trained(config: TrainConfig, base: BaseModel, folder) -> Training:
     training = prepare(write_dataset(folder / "data.zip", named(TOKEN)), config, base, log=lambda line: None)
-    for _ in training_steps(training.trainee, training.examples, training.empty_ids, config, training.generator):
+    for _ in training.steps(config):
         pass
     return training
 
@@ -71,7 +71,7 @@ def measured(training: Training, base: BaseModel, lora: bool = True, rows: torch
     """The measures, with the LoRA off or with other rows where asked."""
     transformer, tokens = training.trainee.transformer, training.tokens
     sampler = Sampler(base, transformer, training.prompt_embeds.text_encoder, training.tokenizer, tokens)
-    prompts = Prompts(ARMS["token, row first, preservation every 4th step"])
+    prompts = Prompts(ARMS["token, preservation"])
     with without_lora(transformer):
         base_class, base_unrelated = sampler.draw_all(prompts.class_word, PICTURES), sampler.draw_all(UNRELATED, PICTURES)
     with contextlib.ExitStack() as stack:

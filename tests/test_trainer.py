@@ -232,12 +232,12 @@ def test_the_loras_gradient_is_clipped_to_norm_one(parts):
 def test_preservation_is_nothing_while_the_lora_is_zero_and_then_the_distance_from_the_base(parts, tokenizer):
     plain = prompt_ids(tokenizer, parts.tokens, "a photo of a thing")
     parts.prompt_embeds.cache([plain])
-    example = replace(parts.examples[0], class_ids=plain)
+    example = parts.examples[0]
     generator = torch.Generator().manual_seed(2)
     group = [draw_sample(example, parts.empty_ids, 1.0, generator) for _ in range(2)]
-    assert preservation_losses(parts.transformer, parts.prompt_embeds, group).tolist() == [0.0, 0.0]
+    assert preservation_losses(parts.transformer, parts.prompt_embeds, group, [plain] * 2).tolist() == [0.0, 0.0]
     parts.wake_lora()
-    losses = preservation_losses(parts.transformer, parts.prompt_embeds, group)
+    losses = preservation_losses(parts.transformer, parts.prompt_embeds, group, [plain] * 2)
     for sample, loss in zip(group, losses, strict=True):
         noisy = sample.sigma * sample.noise + (1 - sample.sigma) * example.latents
         arguments = (sample.sigma[None], parts.prompt_embeds([plain]), example.grid)
@@ -259,7 +259,7 @@ def test_preservation_adds_its_gradient_with_its_weight(base, tokenizer, text_en
         parts = Parts(base, tokenizer, text_encoder)
         parts.wake_lora()
         plain = prompt_ids(tokenizer, parts.tokens, "a photo of a thing")
-        examples = [replace(example, class_ids=plain) for example in parts.examples]
+        examples = [replace(example, preserved=(plain,)) for example in parts.examples]
         (step,) = parts.steps(1, examples=examples, prior_preservation=weight)
         assert (step.preservation is not None and step.preservation > 0) == (weight > 0)
         gradients.append(parts.lora[1].grad)
@@ -267,9 +267,24 @@ def test_preservation_adds_its_gradient_with_its_weight(base, tokenizer, text_en
     assert (gradients[1] - gradients[0]).norm() > 1e-4
 
 
+def test_every_preserved_prompt_counts(base, tokenizer, text_encoder):
+    """The mean preservation losses of a step add up, whatever the lengths of the prompts."""
+    prompts = ("a photo of a thing", " ")
+    losses = []
+    for kept in ((0,), (1,), (0, 1)):
+        parts = Parts(base, tokenizer, text_encoder)
+        parts.wake_lora()
+        ids = [prompt_ids(tokenizer, parts.tokens, prompts[number]) for number in kept]
+        parts.prompt_embeds.cache(ids)
+        examples = [replace(example, preserved=tuple(ids)) for example in parts.examples]
+        (step,) = parts.steps(1, examples=examples, prior_preservation=1.0, batch_size=2)
+        losses.append(step.preservation.item())
+    assert losses[2] == pytest.approx(losses[0] + losses[1], rel=1e-5) and min(losses) > 0
+
+
 def test_preservation_acts_in_every_third_step_once_the_lora_learns(parts, tokenizer):
     plain = prompt_ids(tokenizer, parts.tokens, "a photo of a thing")
-    examples = [replace(example, class_ids=plain) for example in parts.examples]
+    examples = [replace(example, preserved=(plain,)) for example in parts.examples]
     steps = parts.steps(
         12,
         examples=examples,
