@@ -37,11 +37,11 @@ def saved_bytes(compute: Callable[[], Tensor], apart_from: Iterable[Tensor] = ()
 
     The storages of `apart_from`, such as the parameters, are not counted; a storage that is kept twice counts once.
     """
-    known = {storage._cdata for tensor in apart_from for storage in _storages(tensor)}  # data_ptr() is none of fake tensors
+    known = {storage._cdata for tensor in apart_from for storage in storages(tensor)}  # data_ptr() is none of fake tensors
     kept: dict[int, torch.UntypedStorage] = {}  # holding a storage keeps its address from being used again
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.update((storage._cdata, storage) for storage in _storages(tensor) if storage._cdata not in known)
+        kept.update((storage._cdata, storage) for storage in storages(tensor) if storage._cdata not in known)
         return tensor.detach()
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -49,11 +49,11 @@ def saved_bytes(compute: Callable[[], Tensor], apart_from: Iterable[Tensor] = ()
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """The storages behind a tensor: those of its parts where it is quantised."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _storages(getattr(tensor, name))
+            yield from storages(getattr(tensor, name))
     else:
         yield tensor.untyped_storage()
 

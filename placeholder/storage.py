@@ -37,6 +37,9 @@ def _store_nf4(module: nn.Module, dtype: torch.dtype, device: torch.device) -> N
             )
             stored.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
             stored.bias = layer.bias
+            stored.support_avx512bf16_for_cpu = (
+                False  # its own way on some CPUs repacks weights in place, for widths of 64 n alone
+            )
             setattr(parent, name, stored.to(device))
 
 

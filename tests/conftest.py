@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from demo.server import ROOT
-from demo.small_base import build_tiny_base
+from demo.small_base import build_small_base, build_tiny_base
 from placeholder.config import TrainConfig
 from placeholder.models import BaseModel, load_text_encoder, load_tokenizer
 from tests.samples import Run, train, write_dataset
@@ -29,6 +29,12 @@ def base() -> BaseModel:
     """An untrained base model, the smallest of its classes: enough to see that every part does what it should."""
     folder = build_tiny_base(ROOT / ".cache" / "tiny-base")
     return BaseModel(str(folder), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def small_base() -> BaseModel:
+    """The trained base model of the demo, which draws."""
+    return BaseModel(str(build_small_base()), torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from demo.sampler import Sampler
-from demo.small_base import build_small_base
 from demo.study import ARMS, TOKEN, UNRELATED, Prompts, difference, mean_fidelity, probability
 from demo.subject import UNSEEN_BACKGROUNDS, named, write_dataset
 from demo.world import SUBJECT
@@ -53,11 +52,6 @@ class Measures:
 
 
 MIN_FIDELITY, MAX_CLASS_LEAK, MAX_DRIFT, MIN_ROW_SHARE = 0.45, 0.15, 0.1, 0.1
-
-
-@pytest.fixture(scope="module")
-def small_base() -> BaseModel:
-    return BaseModel(str(build_small_base()), torch.device("cpu"), torch.float32)
 
 
 def trained(config: TrainConfig, base: BaseModel, folder) -> Training:

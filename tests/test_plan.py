@@ -1,0 +1,192 @@
+"""The memory plan: its counts are those of the real models, its peaks those of real steps, and it chooses what fits."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.full_size import RandomBase
+from placeholder import prepare as prepare_module
+from placeholder.config import TrainConfig
+from placeholder.memory import measure, storages
+from placeholder.models import BaseModel, load_transformer
+from placeholder.plan import plan_training, training_needs
+from placeholder.prepare import Training, prepare
+from placeholder.storage import stored_bytes
+from placeholder.trainer import draw_sample, sample_losses
+from placeholder.weights import LORA_NAME
+from tests.conftest import SHORT
+from tests.peak import PeakBytes
+from tests.samples import train
+
+FULL_SIZE = RandomBase("Qwen-Image with random weights", torch.device("cpu"), torch.bfloat16)
+TOKEN = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",)}
+WITH, WITHOUT = TrainConfig(**TOKEN), TrainConfig()
+GRID, PROMPT = (64, 64), 34 + 128  # 1024 x 1024 pixels; a prompt of 128 tokens inside the template
+
+
+def real_bytes(module: torch.nn.Module) -> int:
+    """Bytes of everything that the module's parameters consist of, scales included."""
+    total = 0
+    for parameter in module.parameters():
+        total += sum(storage.nbytes() for storage in storages(parameter))
+        if state := getattr(parameter, "quant_state", None):
+            total += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    return total
+
+
+def prepared(dataset: Path, base: BaseModel, storage: str, monkeypatch, **options) -> Training:
+    """A training that is ready to start, with the transformer's weights in that storage."""
+    planned = prepare_module.plan_training
+    monkeypatch.setattr(prepare_module, "plan_training", lambda *given: replace(planned(*given), storage=storage))
+    config = TrainConfig(**SHORT | options)
+    training = prepare(dataset, config, base, log=lambda line: None)
+    monkeypatch.setattr(prepare_module, "plan_training", planned)
+    return training
+
+
+@pytest.mark.parametrize("storage", ["full", "int8", "nf4"])
+def test_stored_weights_take_the_bytes_that_were_counted(base, storage):
+    plain, stored = load_transformer(base), load_transformer(base, storage)
+    assert real_bytes(stored) == pytest.approx(stored_bytes(plain, plain.transformer_blocks, storage), rel=0.02)
+    assert stored.transformer_blocks[0].attn.to_q.weight.device == base.device
+
+
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_a_stored_transformer_predicts_nearly_the_same(base, storage):
+    torch.manual_seed(0)
+    given = {
+        "hidden_states": torch.randn(1, 16, 64),
+        "encoder_hidden_states": torch.randn(1, 5, 32),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [[(1, 4, 4)]],
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        plain, stored = load_transformer(base)(**given)[0], load_transformer(base, storage)(**given)[0]
+    error = ((plain - stored).norm() / plain.norm()).item()
+    assert 0 < error < {"int8": 0.02, "nf4": 0.2}[storage]
+
+
+def largest_batch(training: Training, batch_size: int) -> list:
+    """A batch of the largest crop with the longest prompt."""
+    longest = max((example.input_ids for example in training.examples), key=len)
+    largest = replace(max(training.examples, key=lambda example: len(example.latents)), input_ids=longest)
+    return [draw_sample(largest, (), 0.0, torch.Generator())] * batch_size
+
+
+@pytest.mark.parametrize("options", [{}, TOKEN, {"batch_size": 2, "rank": 8}])
+def test_what_a_step_keeps_is_foretold_without_any_weight(base, dataset, monkeypatch, options):
+    training = prepared(dataset, base, "full", monkeypatch, **options)
+    batch = largest_batch(training, options.get("batch_size", 1))
+    transformer, prompt_embeds = training.trainee.transformer, training.prompt_embeds
+    encoder = prompt_embeds.text_encoder
+    found = measure(
+        transformer,
+        lambda: sample_losses(transformer, prompt_embeds, batch).sum(),
+        encoder.parameters() if encoder else (),
+    )
+    assert training.plan.needs[0].footprint == found
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("storage", ["full", "int8", "nf4"])
+def test_the_expected_height_is_that_of_a_real_step(dataset, small_base, monkeypatch, storage, recompute):
+    options = TOKEN | {"prior_preservation": 0.0, "batch_size": 4, "rank": 8}
+    training = prepared(dataset, small_base, storage, monkeypatch, **options)
+    training.examples[:] = [sample.example for sample in largest_batch(training, 4)]
+    need = {need.storage: need for need in training.plan.needs}[storage]
+    recomputed = need.footprint.blocks if recompute else 0
+    training.trainee.checkpointing.recomputed = recomputed
+    steps = training.steps(TrainConfig(**SHORT | options))
+    next(steps)  # the optimiser makes its states
+    with PeakBytes() as counted:
+        next(steps)
+    gradients = 4 * sum(parameter.numel() for parameter in training.trainee.lora)
+    expected = need.footprint.total(recomputed) + gradients  # weights and states were there before
+    assert 0.95 * counted.peak < expected < 1.25 * counted.peak
+
+
+def chosen(config: TrainConfig, gigabytes: float) -> tuple[str, int]:
+    """Storage and number of recomputed blocks for 1024 x 1024 pixels on a card."""
+    plan = plan_training(FULL_SIZE, config, GRID, PROMPT, round(gigabytes * 1e9))
+    (need,) = (need for need in plan.needs if need.storage == plan.storage)
+    recomputed = need.recomputed(plan.free)
+    assert need.peak(recomputed) <= plan.free == round(0.9 * gigabytes * 1e9)
+    return plan.storage, recomputed
+
+
+QUANTIZED = {"quantize": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "gigabytes", "expected"),
+    [
+        (WITH, 80, ("full", 31)),
+        (WITHOUT, 80, ("full", 0)),
+        (replace(WITH, **QUANTIZED), 48, ("int8", 56)),
+        (replace(WITH, **QUANTIZED), 40, ("nf4", 45)),
+        (replace(WITHOUT, **QUANTIZED), 48, ("int8", 39)),
+        (replace(WITHOUT, **QUANTIZED), 24, ("nf4", 44)),
+    ],
+)
+def test_the_full_size_model_fits_the_cards_that_people_have(config, gigabytes, expected):
+    """Counted, not measured on such cards."""
+    assert chosen(config, gigabytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "gigabytes", "remedy"),
+    [
+        (WITH, 48, "needs 59.6 GB, 43.2 GB may be used: set quantize to true$"),
+        (replace(WITH, batch_size=4, **QUANTIZED), 36, "set resolution to 512$"),
+        (
+            replace(WITH, **QUANTIZED),
+            24,
+            "set quantize to true and train without the token, so that the text encoder need not stay$",
+        ),
+        (replace(WITHOUT, **QUANTIZED), 12, "take a GPU with 1[5-9] GB free, and set quantize to true$"),
+    ],
+)
+def test_what_does_not_fit_is_told_what_would(config, gigabytes, remedy):
+    with pytest.raises(ValueError, match="^training at 1024x1024 pixels, batch [14], rank 32, with.* a token .*" + remedy):
+        plan_training(FULL_SIZE, config, GRID, PROMPT, round(gigabytes * 1e9))
+
+
+def test_the_plan_is_a_table_in_gigabytes():
+    lines = plan_training(FULL_SIZE, WITH, GRID, PROMPT, 80 * 10**9).lines()
+    assert lines[0].startswith(
+        "Memory plan for training at 1024x1024 pixels, batch 1, rank 32, with a token; 72.0 GB may be used"
+    )
+    table = {line[:30].strip(): line[30:].split() for line in lines[1:]}
+    assert table["GB expected"] == ["full", "*", "int8", "nf4"]
+    assert table["transformer"][0] == "41.2" and table["text encoder"] == ["14.1"] * 3
+    columns = [
+        [float(table[row][i]) for row in ("transformer", "text encoder", "LoRA, gradients, optimizer", "activations")]
+        for i in range(3)
+    ]
+    assert [float(cell) for cell in table["peak"]] == pytest.approx([sum(column) for column in columns], abs=0.2)
+
+
+def test_quantize_takes_four_bits_where_eight_do_not_fit(base, dataset, tmp_path, monkeypatch):
+    config = TrainConfig(**SHORT, **QUANTIZED, **TOKEN)
+    grid, prompt = (4, 4), 34 + 10
+    full, int8, nf4 = training_needs(base, config, grid, prompt)
+    assert nf4.peak(2) < int8.peak(2) < full.peak(2)
+    free = round((nf4.peak(2) + int8.peak(2)) / 2 / 0.9)
+    monkeypatch.setattr(prepare_module, "free_bytes", lambda device: free)
+    run = train(dataset, config, tmp_path / "nf4.zip", base)
+    assert run.meta["transformer_storage"] == "nf4"
+    assert any(value.any() for key, value in run.tensors(LORA_NAME).items() if "lora_B" in key)
+
+
+def test_what_does_not_fit_is_refused_before_any_weight_is_loaded(base, dataset, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("weights were loaded")
+
+    for name in ("load_vae", "load_text_encoder", "load_transformer"):
+        monkeypatch.setattr(prepare_module, name, never)
+    monkeypatch.setattr(prepare_module, "free_bytes", lambda device: 10**6)
+    with pytest.raises(ValueError, match="needs .* GB, 0.001 GB may be used"):
+        train(dataset, TrainConfig(**SHORT), tmp_path / "never.zip", base)
