@@ -27,6 +27,7 @@ from placeholder.models import (
     prompt_ids,
 )
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens
+from placeholder.placement import placement_of
 from placeholder.request import Request
 from placeholder.weights import Weights, content_digest, read_weights
 
@@ -44,14 +45,16 @@ class ImageGenerator:
         self.log = log
         self.base = base
         self.tokenizer = load_tokenizer(base)
-        self.text_encoder = load_text_encoder(base)
+        placement = placement_of(base)
+        log(placement.line)
+        self.text_encoder = load_text_encoder(base, streamed=placement.stream_text_encoder)
         # The pipeline gets prompt embeddings from `_encode`, the way of training, so it needs no text encoder of its own.
         self.pipeline = QwenImagePipeline(
             scheduler=load_scheduler(base),
             vae=load_vae(base, base.dtype),
             text_encoder=None,
             tokenizer=None,
-            transformer=load_transformer(base),
+            transformer=load_transformer(base, streamed=placement.stream_transformer),
         )
         self.pipeline.set_progress_bar_config(disable=True)  # its line is rewritten in place, which logs do not show
         self.archives: OrderedDict[str, Weights] = OrderedDict()  # by digest, the least recently used first

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -100,6 +101,7 @@ def load_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor]
         _check_key(modules, key, value, state)
     prefixed = {PREFIX + key: value for key, value in state.items()}
     transformer.load_lora_adapter(prefixed, prefix=PREFIX.removesuffix("."), adapter_name=ADAPTER)
+    _maybe_remove_and_reapply_group_offloading(transformer)  # so that a streamed transformer streams the LoRA too
     applied = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
     wrong = set(applied) ^ set(state)
     wrong |= {

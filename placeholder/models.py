@@ -15,6 +15,7 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.hooks import apply_group_offloading
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import (
@@ -91,20 +92,32 @@ def load_vae(base: BaseModel, dtype: torch.dtype) -> AutoencoderKLQwenImage:
     return vae.requires_grad_(False).eval().to(base.device)
 
 
-def load_text_encoder(base: BaseModel, quantize: bool = False) -> nn.Module:
-    """The language model inside Qwen2.5-VL, frozen: without the vision tower and the head that computes logits."""
+def load_text_encoder(base: BaseModel, quantize: bool = False, streamed: bool = False) -> nn.Module:
+    """The language model inside Qwen2.5-VL, frozen: without the vision tower and the head that computes logits.
+
+    `streamed`: it stays in the host's memory, and its layers go to the device one by one while they compute.
+    """
     whole = base.component(Qwen2_5_VLForConditionalGeneration, "text_encoder", dtype=base.dtype, use_safetensors=True)
     text_encoder = whole.model.language_model
     if quantize:
         store(text_encoder.layers, "int8", base.dtype, base.device)
-    return text_encoder.requires_grad_(False).eval().to(base.device)
+    return _placed(text_encoder, base, streamed)
 
 
-def load_transformer(base: BaseModel, storage: Storage = "full") -> QwenImageTransformer2DModel:
-    """The denoising transformer, frozen."""
+def load_transformer(base: BaseModel, storage: Storage = "full", streamed: bool = False) -> QwenImageTransformer2DModel:
+    """The denoising transformer, frozen; for `streamed` see `load_text_encoder`."""
     transformer = base.component(QwenImageTransformer2DModel, "transformer", dtype=base.dtype, use_safetensors=True)
     store(transformer.transformer_blocks, storage, base.dtype, base.device)
-    return transformer.requires_grad_(False).eval().to(base.device)
+    return _placed(transformer, base, streamed)
+
+
+def _placed(module: nn.Module, base: BaseModel, streamed: bool) -> nn.Module:
+    module.requires_grad_(False).eval()
+    if not streamed:
+        return module.to(base.device)
+    on_cuda = base.device.type == "cuda"  # the next layer is fetched on a stream of its own while one computes
+    apply_group_offloading(module, base.device, offload_type="leaf_level", use_stream=on_cuda)
+    return module
 
 
 def transformer_shell(base: BaseModel) -> QwenImageTransformer2DModel:

@@ -19,7 +19,7 @@ from placeholder.models import (
 )
 from placeholder.optimizers import STATES
 from placeholder.placeholder_token import PlaceholderTokens
-from placeholder.storage import Storage, stored_bytes, unpacked_bytes
+from placeholder.storage import STORAGES, Storage, stored_bytes, unpacked_bytes
 from placeholder.trainer import Example, draw_sample, sample_losses
 
 GB = 1e9
@@ -110,6 +110,7 @@ def training_needs(
 ) -> tuple[Need, ...]:
     """What the training needs with each storage, the largest first; for the arguments see `plan_training`."""
     transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
+    weights = {storage: stored_bytes(transformer, transformer.transformer_blocks, storage) for storage in STORAGES}
     with torch.device("meta"):
         lora = add_lora(transformer, config.rank, seed=0)
     encoder_bytes = stored_bytes(text_encoder, text_encoder.layers, "int8" if config.quantize_te else "full")
@@ -118,14 +119,14 @@ def training_needs(
     copies = 1 + STATES[config.optimizer] + (processes > 1)  # the gradients once more while the processes add them up
     lora_bytes = (1 + copies) * sum(parameter.numel() for parameter in lora) * torch.float32.itemsize
     needs = []
-    for storage in ("full", "int8", "nf4"):
+    for storage in STORAGES:
         # What autograd keeps of a layer whose stored weight is unpacked for each use.
         unpacked = unpacked_bytes(transformer.transformer_blocks[-1], storage)
         needs.append(
             Need(
                 storage,
                 encoding=whole_encoder,
-                transformer=stored_bytes(transformer, transformer.transformer_blocks, storage, apart_from=lora),
+                transformer=weights[storage],
                 text_encoder=encoder_bytes if config.tokens else 0,
                 lora=lora_bytes,
                 footprint=replace(footprint, block=footprint.block + unpacked),

@@ -1,12 +1,13 @@
 """How a frozen model's weights are stored: as they are, in 8 bits, or in 4; it computes in its own dtype all the same."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 Storage = Literal["full", "int8", "nf4"]
+STORAGES: tuple[Storage, ...] = ("full", "int8", "nf4")  # the largest first
 NF4_BLOCK = 64  # weights that share a scale, bitsandbytes' default
 NF4_SCALE_BLOCK = 256  # scales that share a scale of their own, its "double quantisation"
 
@@ -43,11 +44,11 @@ def _store_nf4(module: nn.Module, dtype: torch.dtype, device: torch.device) -> N
             setattr(parent, name, stored.to(device))
 
 
-def stored_bytes(module: nn.Module, part: nn.Module, storage: Storage, apart_from: Iterable[Tensor] = ()) -> int:
+def stored_bytes(module: nn.Module, part: nn.Module, storage: Storage) -> int:
     """Bytes of the module's parameters, of whatever device, once the linear layers of its `part` are stored."""
-    other = {id(tensor) for tensor in apart_from}
-    parameters = sum(parameter.nbytes for parameter in module.parameters() if id(parameter) not in other)
-    return parameters + sum(_bytes(layer.weight, storage) - layer.weight.nbytes for layer in _linear_layers(part))
+    return sum(parameter.nbytes for parameter in module.parameters()) + sum(
+        _bytes(layer.weight, storage) - layer.weight.nbytes for layer in _linear_layers(part)
+    )
 
 
 def _bytes(weight: Tensor, storage: Storage) -> int:
