@@ -40,9 +40,10 @@ check-gpu: setup
 study: setup
 	$(BIN)/python -m demo.study
 
-# The training step on one CPU thread, beside that of diffusers' script, and switching archives; writes into benchmarks.
+# The training step and a whole training on one CPU thread, beside diffusers' script, and switching archives; writes into benchmarks.
 bench: setup
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.job
 	$(BIN)/python -m benchmarks.switching
 
 # Whether the small base model draws what held-out captions ask for.

@@ -81,10 +81,10 @@ class Script:
     schedule, and the loss read for the progress bar.
     """
 
-    def __init__(self, inputs: Inputs, checkpointing: bool):
+    def __init__(self, inputs: Inputs, checkpointing: bool, model: QwenImageTransformer2DModel | None = None):
         self.inputs = inputs
         self.accelerator = Accelerator(cpu=True)
-        model = transformer()
+        model = model or transformer()
         if checkpointing:
             model.enable_gradient_checkpointing()
         torch.manual_seed(SEED)

@@ -101,7 +101,7 @@ def prepare(dataset: Path, config: TrainConfig, base: BaseModel, log: Log, proce
     else:
         prompt_embeds.release()
     del text_encoder
-    free_memory()
+    free_memory()  # the VAE too
 
     examples = _examples(latents, ids, preserved, base)
     trainee = _trainee(config, plan.storage, base, prompt_embeds, row_optimizer, examples, log)
@@ -142,12 +142,10 @@ def _grid(pixels: Tensor) -> tuple[int, int]:
 
 
 def _latents(photos: list[Photo], base: BaseModel, log: Log) -> list[list[tuple[Tensor, tuple[int, int]]]]:
-    """For each picture its crops as packed latents with their height and width in tokens; the VAE is freed afterwards."""
+    """For each picture its crops as packed latents with their height and width in tokens."""
     vae = load_vae(base, torch.float32)
     latents = [[(encode_picture(vae, pixels), _grid(pixels)) for pixels in photo.crops] for photo in photos]
     log(f"Latents: {sum(map(len, latents))} crops cached")
-    del vae
-    free_memory()
     return latents
 
 
@@ -207,7 +205,6 @@ def _checkpointing(
     footprint = measure(
         transformer, lambda: sample_losses(transformer, prompt_embeds, batch).sum(), encoder.parameters() if encoder else ()
     )
-    free_memory()
     exchanged = 1 if torch.distributed.is_initialized() else 0  # the gradients once more, while the processes add them up
     gradients_and_states = (1 + STATES[config.optimizer] + exchanged) * sum(p.nbytes for p in lora)
     free = round((1 - KEPT_FREE) * free_bytes(transformer.device)) - gradients_and_states
