@@ -68,6 +68,11 @@ class Plan:
     free: int
     storage: Storage
 
+    @property
+    def chosen(self) -> Need:
+        """The need with the storage that was chosen."""
+        return next(need for need in self.needs if need.storage == self.storage)
+
     def lines(self) -> list[str]:
         """The plan as a table in GB."""
         blocks = self.needs[0].footprint.blocks

@@ -15,7 +15,7 @@ from placeholder.config import TrainConfig
 from placeholder.dataset import DatasetReport, Photo, read_dataset
 from placeholder.flow import shift_mu
 from placeholder.lora import add_lora
-from placeholder.memory import KEPT_FREE, BlockCheckpointing, free_bytes, free_memory, measure
+from placeholder.memory import KEPT_FREE, BlockCheckpointing, free_bytes, free_memory
 from placeholder.models import (
     EMPTY_PROMPT,
     BaseModel,
@@ -31,10 +31,9 @@ from placeholder.models import (
 )
 from placeholder.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms_limit
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings, place_token, without_token
-from placeholder.plan import Plan, plan_training
+from placeholder.plan import Need, Plan, plan_training
 from placeholder.processes import Processes
-from placeholder.storage import Storage
-from placeholder.trainer import ALONE, Example, Step, Trainee, draw_sample, sample_losses, training_steps
+from placeholder.trainer import ALONE, Example, Step, Trainee, training_steps
 
 Log = Callable[[str], None]
 VAE_FACTOR, PATCH = 8, 2  # pixels a latent, latents a token, along one side
@@ -104,7 +103,7 @@ def prepare(dataset: Path, config: TrainConfig, base: BaseModel, log: Log, proce
     free_memory()  # the VAE too
 
     examples = _examples(latents, ids, preserved, base)
-    trainee = _trainee(config, plan.storage, base, prompt_embeds, row_optimizer, examples, log)
+    trainee = _trainee(config, plan.chosen, base, prompt_embeds, row_optimizer, log)
     initial_rows = tokens.rows.detach().clone()
     return Training(trainee, examples, empty_ids, generator, tokenizer, tokens, initial_rows, prompt_embeds, report, plan)
 
@@ -173,44 +172,32 @@ def _examples(latents: list, ids: list, preserved: list, base: BaseModel) -> lis
 
 def _trainee(
     config: TrainConfig,
-    storage: Storage,
+    need: Need,
     base: BaseModel,
     prompt_embeds: PromptEmbeddings,
     row_optimizer: RowOptimizer | None,
-    examples: list[Example],
     log: Log,
 ) -> Trainee:
-    transformer = load_transformer(base, storage)
+    transformer = load_transformer(base, need.storage)
     lora = add_lora(transformer, config.rank, config.seed)
     log(f"LoRA: rank {config.rank}, {sum(p.numel() for p in lora)} parameters in {len(lora) // 2} layers")
     if config.optimizer == "prodigy":
         log("Prodigy finds the LoRA's step size itself: learning_rate is not used")
     optimizer = lora_optimizer(config.optimizer, lora, config.learning_rate)
-    checkpointing = _checkpointing(config, transformer, prompt_embeds, lora, examples, log)
+    checkpointing = _checkpointing(config, need, transformer, lora, log)
     return Trainee(transformer, prompt_embeds, lora, optimizer, checkpointing, row_optimizer)
 
 
 def _checkpointing(
-    config: TrainConfig,
-    transformer: QwenImageTransformer2DModel,
-    prompt_embeds: PromptEmbeddings,
-    lora: list[nn.Parameter],
-    examples: list[Example],
-    log: Log,
+    config: TrainConfig, need: Need, transformer: QwenImageTransformer2DModel, lora: list[nn.Parameter], log: Log
 ) -> BlockCheckpointing:
-    """As few recomputed blocks as a full batch of the largest example allows, in the memory that is free now."""
-    largest = max(examples, key=lambda example: (len(example.latents), len(example.input_ids)))
-    batch = [draw_sample(largest, (), 0.0, torch.Generator().manual_seed(0))] * config.batch_size
-    encoder = prompt_embeds.text_encoder
-    footprint = measure(
-        transformer, lambda: sample_losses(transformer, prompt_embeds, batch).sum(), encoder.parameters() if encoder else ()
-    )
+    """As few recomputed blocks as a full batch of the largest crop allows, in the memory that is free now."""
     exchanged = 1 if torch.distributed.is_initialized() else 0  # the gradients once more, while the processes add them up
     gradients_and_states = (1 + STATES[config.optimizer] + exchanged) * sum(p.nbytes for p in lora)
     free = round((1 - KEPT_FREE) * free_bytes(transformer.device)) - gradients_and_states
-    recomputed = footprint.blocks_to_recompute(free)
+    recomputed = need.footprint.blocks_to_recompute(free)
     log(
-        f"Memory: {free / 1e9:.3g} GB free for activations, a step needs {footprint.total(0) / 1e9:.3g} GB: "
-        f"{recomputed} of {footprint.blocks} blocks are recomputed"
+        f"Memory: {free / 1e9:.3g} GB free for activations, a step needs {need.footprint.total(0) / 1e9:.3g} GB: "
+        f"{recomputed} of {need.footprint.blocks} blocks are recomputed"
     )
     return BlockCheckpointing(transformer, recomputed)

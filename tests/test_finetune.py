@@ -123,12 +123,12 @@ def test_the_log_says_what_happened_once_in_its_words(zero_prior):
         "Data set: 3 images, 2 captions found, 1 filled in with default_caption",
         "Buckets: 64x64: 2, 80x48: 1",
         "Captions: 0 of 3 lacked the token and got it in front",
-        "Latents: 3 crops cached",
         "Placeholder token '<zwx>' registered with ID: 151665",
         "Gradient mask active: only token 151665 receives updates",
         "Prior preservation: prompts such as 'a photo of' keep what the base model draws for them",
         "Prompt 'a photo of <zwx>' tokenized to: [64, 6548, 315, 220, 151665]",
         "Prompt '<zwx> in a garden' tokenized to: [151665, 304, 264, 13551]",
+        "Latents: 3 crops cached",
         "Text embeddings: 4 prompts cached",  # the captions without their token, and the empty one
         "LoRA: rank 4, 8192 parameters in 16 layers",
         f"Weights archive proved: 32 LoRA tensors, 1 embeddings, {zero_prior.archive.stat().st_size} bytes",
