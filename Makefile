@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint format study bench base-check pretrain check-gpu clean
+.PHONY: setup demo test lint format study bench bench-gpu base-check pretrain check-gpu clean
 
 setup: .venv/installed
 
@@ -31,6 +31,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Time the training step of the full-size transformer on a CUDA GPU, beside diffusers' script; writes into benchmarks.
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.gpu
 
 # Train and draw with the full-size model, random weights, on a CUDA GPU; writes benchmarks/full_size.json.
 check-gpu: setup

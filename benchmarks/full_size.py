@@ -12,9 +12,11 @@ import tempfile
 import time
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -42,6 +44,7 @@ FULL_TEXT_ENCODER = {
 }
 STD = 0.02
 WARM_UP_STEPS = 5  # left out of the median
+CARDS, CARD_STEPS = (80, 48, 24), 3  # gigabytes; steps of a training on each
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,48 @@ def draw(base: BaseModel, archive: Path, side: int, steps: int) -> dict[str, Any
     }
 
 
-def run(base: BaseModel, side: int, training_steps: int, drawing_steps: int) -> dict[str, Any]:
-    """Train in both modes, draw once with the zero-prior archive."""
+def on_cards(base: BaseModel, side: int, steps: int, cards: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Short trainings in the memory of smaller cards, in gigabytes: what was planned and what was used, or the refusal."""
+    found = []
+    for gigabytes in cards:
+        for token in (True, False):
+            for quantize in (False, True):
+                options = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",)} if token else {}
+                config = TrainConfig(steps=steps, resolution=(side,), seed=0, quantize=quantize, **options)
+                entry = {"card_gb": gigabytes, "token": token, "quantize": quantize}
+                found.append(entry | _on_card(base, config, gigabytes))
+                print(found[-1], flush=True)
+    return found
+
+
+def _on_card(base: BaseModel, config: TrainConfig, gigabytes: int) -> dict[str, Any]:
+    cuda = base.device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / torch.cuda.mem_get_info()[1])
+    try:
+        with tempfile.TemporaryDirectory() as name, patch("placeholder.prepare.free_bytes", _free_on(gigabytes)):
+            dataset = write_dataset(Path(name) / "data.zip", config.resolution[0])
+            meta = finetune(dataset, config, Path(name) / "weights.zip", base, log=lambda line: None)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        return {"refused": str(error)}
+    finally:
+        if cuda:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    return {key: meta[key] for key in ("transformer_storage", "expected_peak_gb", "peak_gb")}
+
+
+def _free_on(gigabytes: int) -> Callable[[torch.device], int]:
+    """What is free on a card of that size, on which nobody else is."""
+
+    def free(device: torch.device) -> int:
+        return round(gigabytes * 1e9) - (torch.cuda.memory_allocated() if device.type == "cuda" else 0)
+
+    return free
+
+
+def run(base: BaseModel, side: int, training_steps: int, drawing_steps: int, cards: tuple[int, ...]) -> dict[str, Any]:
+    """Train in both modes, draw once with the zero-prior archive, and train in the memory of smaller cards."""
     common = {"steps": training_steps, "resolution": (side,), "seed": 0}
     with tempfile.TemporaryDirectory() as folder:
         found = {
@@ -147,6 +190,7 @@ def run(base: BaseModel, side: int, training_steps: int, drawing_steps: int) -> 
             ),
             "baseline": train(base, TrainConfig(**common), Path(folder)),
             "prediction": draw(base, Path(folder) / "zero_prior.zip", side, drawing_steps),
+            "cards": on_cards(base, side, CARD_STEPS, cards),
         }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     settings = {"side": side, "training_steps": training_steps, "drawing_steps": drawing_steps, "rank": TrainConfig.rank}
@@ -174,7 +218,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA GPU was found: the full-size model does not fit anything else")
     base = RandomBase("Qwen-Image with random weights", torch.device("cuda"), torch.bfloat16)
-    found = run(base, arguments.side, arguments.training_steps, arguments.drawing_steps)
+    found = run(base, arguments.side, arguments.training_steps, arguments.drawing_steps, CARDS)
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

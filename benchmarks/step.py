@@ -82,17 +82,21 @@ class Script:
     """
 
     def __init__(self, inputs: Inputs, checkpointing: bool, model: QwenImageTransformer2DModel | None = None):
-        self.inputs = inputs
-        self.accelerator = Accelerator(cpu=True)
         model = model or transformer()
-        if checkpointing:
-            model.enable_gradient_checkpointing()
         torch.manual_seed(SEED)
         model.add_adapter(
             LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, init_lora_weights="gaussian", target_modules=TARGET_MODULES)
         )
-        self.lora = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW([{"params": self.lora, "lr": RATE}], betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        self.set_up(inputs, model, [p for p in model.parameters() if p.requires_grad], Accelerator(cpu=True))
+
+    def set_up(
+        self, inputs: Inputs, model: QwenImageTransformer2DModel, lora: list[nn.Parameter], accelerator: Accelerator
+    ) -> None:
+        """Everything around a transformer that has its LoRA."""
+        self.inputs, self.lora, self.accelerator = inputs, lora, accelerator
+        optimizer = torch.optim.AdamW([{"params": lora, "lr": RATE}], betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
         schedule = get_scheduler("constant", optimizer=optimizer, num_warmup_steps=500, num_training_steps=1000)
         self.transformer, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
         self.transformer.train()
@@ -109,7 +113,7 @@ class Script:
             encoder_hidden_states=self.inputs.embeds,
             encoder_hidden_states_mask=None,
             timestep=timesteps / 1000,
-            img_shapes=[(1, *GRID)] * batch,
+            img_shapes=[(1, height // 2, width // 2)] * batch,
             return_dict=False,
         )[0]
         predicted = QwenImagePipeline._unpack_latents(predicted, 8 * height, 8 * width, 8)
@@ -128,8 +132,10 @@ class Script:
         noise = torch.randn_like(latents)
         u = compute_density_for_timestep_sampling("none", len(latents), logit_mean=0.0, logit_std=1.0, mode_scale=1.29)
         timesteps = self.noise_scheduler.timesteps[(u * self.noise_scheduler.config.num_train_timesteps).long()]
-        found = [(self.noise_scheduler.timesteps == t).nonzero().item() for t in timesteps]
-        sigmas = self.noise_scheduler.sigmas[found].flatten().view(-1, 1, 1, 1, 1)
+        timesteps = timesteps.to(latents.device)
+        table = self.noise_scheduler.timesteps.to(latents.device)
+        found = [(table == t).nonzero().item() for t in timesteps]
+        sigmas = self.noise_scheduler.sigmas.to(latents.device, latents.dtype)[found].flatten().view(-1, 1, 1, 1, 1)
         with self.accelerator.accumulate(self.transformer):
             loss = self.loss(noise, sigmas, timesteps)
             self.accelerator.backward(loss)

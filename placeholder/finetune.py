@@ -21,6 +21,7 @@ from placeholder.checks import MAX_SEED
 from placeholder.config import TrainConfig
 from placeholder.diagnostics import diagnose
 from placeholder.lora import load_lora, lora_metadata, lora_state_dict, unload_lora
+from placeholder.memory import peak_bytes, reset_peak
 from placeholder.models import BaseModel, PromptEmbeddings
 from placeholder.placeholder_token import PlaceholderTokens
 from placeholder.prepare import Log, Training, prepare
@@ -41,6 +42,7 @@ def finetune(
     config = processes.agree(with_seed(config, log))
     if config.placeholder_token and not config.tokens:
         log(f"Placeholder token '{','.join(config.placeholder_token)}' is not used: train_placeholder_token is false")
+    reset_peak()
     training = prepare(dataset, config, base, log, processes)
     steps = training.steps(config, processes)
     figures = run(steps, config.steps, training.tokens, log)
@@ -48,6 +50,7 @@ def finetune(
         return None
     if config.tokens:
         figures |= _diagnostics(training, log)
+    figures |= _memory(training, log)
     meta = _meta(config, base, training, figures | {"processes": processes.count})
     transformer = training.trainee.transformer
     weights = Weights(lora_state_dict(transformer), training.tokens.embeddings(), meta)
@@ -97,6 +100,14 @@ def run(steps: Iterator[Step], total: int, tokens: PlaceholderTokens, log: Log) 
         log(tqdm.format_meter(step.number, total, time.monotonic() - start, ascii=" #", postfix=figures))
     norms = {token: rows.norm(dim=1).tolist() for token, rows in tokens.embeddings().items()}
     return {"loss": mean_loss, "placeholder_row_norms": norms, "training_seconds": round(time.monotonic() - start, 3)}
+
+
+def _memory(training: Training, log: Log) -> dict[str, Any]:
+    """Gigabytes at the height of the training: as planned, and as they were on a GPU."""
+    expected, found = training.plan.chosen.peak(training.trainee.checkpointing.recomputed), peak_bytes()
+    if found is not None:
+        log(f"Memory: {found / 1e9:.1f} GB at the height, {expected / 1e9:.1f} GB expected")
+    return {"expected_peak_gb": expected / 1e9, "peak_gb": None if found is None else found / 1e9}
 
 
 def _diagnostics(training: Training, log: Log) -> dict[str, Any]:

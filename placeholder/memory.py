@@ -32,6 +32,17 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def reset_peak() -> None:
+    """Let the count of `peak_bytes` begin anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> int | None:
+    """The most bytes that PyTorch has had on the GPU at once; None without a GPU, where it keeps no count."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
 def saved_bytes(compute: Callable[[], Tensor], apart_from: Iterable[Tensor] = ()) -> int:
     """Bytes of all storages that autograd keeps for the backward pass of what `compute` returns.
 

@@ -31,12 +31,14 @@ TINY = {
 
 def test_both_trainings_and_the_prediction_run_in_bf16_and_are_timed():
     base = RandomBase("tiny, random", torch.device("cpu"), torch.bfloat16, TINY)
-    found = run(base, side=64, training_steps=8, drawing_steps=8)
+    found = run(base, side=64, training_steps=8, drawing_steps=8, cards=(1,))
     for mode in ("zero_prior", "baseline"):
         assert 0 < found[mode]["loss"] < 10
         assert found[mode]["median_step_seconds"] > 0
     assert found["prediction"]["size"] == (64, 64)
     assert found["prediction"]["median_step_seconds"] > 0
+    assert [card["transformer_storage"] for card in found["cards"]] == ["full", "int8"] * 2
+    assert all(0 < card["expected_peak_gb"] < 0.9 for card in found["cards"])
 
 
 def test_the_weights_are_noise_of_their_name_and_never_zeros():

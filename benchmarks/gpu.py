@@ -1,0 +1,178 @@
+"""The training step of the full-size transformer on a CUDA GPU: the loop of diffusers' script with and without checkpointing, ours.
+
+`make bench-gpu` builds the transformer with seeded random weights, since nothing has to be downloaded for a timing, and times
+the loops in turns for three resolutions and three prompt lengths. It writes benchmarks/gpu.json and benchmarks/gpu.md with
+medians, interquartile ranges, peak memory, the share of the GPU's arithmetic (MFU) and the attention kernels that ran.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import QwenImageTransformer2DModel
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.full_size import RandomBase
+from benchmarks.step import Inputs, Script
+from placeholder.config import TrainConfig
+from placeholder.latents import pack
+from placeholder.lora import add_lora
+from placeholder.memory import BlockCheckpointing, free_memory, peak_bytes, reset_peak
+from placeholder.models import BaseModel, load_transformer
+from placeholder.optimizers import lora_optimizer
+from placeholder.trainer import Example, Trainee, training_steps
+
+SIDES, TEXT_TOKENS, RANK, RATE = (512, 768, 1024), (32, 128, 256), 32, 1e-4
+WARM_UP, TIMED = 10, 30
+PEAK_TFLOPS = 790  # dense bf16 matrix products of an H100 or H200, as measured in benchmarks of others; the maker says 989
+STEP_TFLOP = {512: 34.8, 768: 81.5, 1024: 161.2}  # of a step without recomputation at 128 text tokens, counted
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One loop: what makes the shared transformer its own, and its step."""
+
+    enter: Callable[[], None]
+    step: Callable[[], Any]
+
+
+class GpuScript(Script):
+    """The script's loop around a transformer that already has a LoRA, in bf16 by accelerate's autocast."""
+
+    def __init__(self, inputs: Inputs, model: QwenImageTransformer2DModel, lora: list[nn.Parameter], precision: str):
+        accelerator = Accelerator(mixed_precision=precision, cpu=model.device.type == "cpu")
+        self.set_up(inputs, model, lora, accelerator)
+
+
+def random_inputs(side: int, text_tokens: int, model: QwenImageTransformer2DModel) -> Inputs:
+    """Latents of a picture of side x side pixels and embeddings, on the model's device."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    options = {"generator": generator, "device": model.device}
+    latents = torch.randn(1, 16, side // 8, side // 8, **options)
+    return Inputs(latents, torch.randn(1, text_tokens, model.config.joint_attention_dim, **options).to(model.dtype))
+
+
+def arms(model: QwenImageTransformer2DModel, lora: list[nn.Parameter], side: int, text_tokens: int) -> dict[str, Arm]:
+    """The three loops on one transformer and one LoRA, which all of them train on."""
+    inputs = random_inputs(side, text_tokens, model)
+    script = GpuScript(inputs, model, lora, "bf16" if model.dtype == torch.bfloat16 else "no")
+    example = Example(pack(inputs.latents)[0], (side // 16, side // 16), 0.5, ())
+    checkpointing = BlockCheckpointing(model, 0)
+    trainee = Trainee(model, lambda prompts: inputs.embeds, lora, lora_optimizer("adamw", lora, RATE), checkpointing)
+    config = TrainConfig(steps=10**9, learning_rate=RATE, caption_dropout=0.0)
+    ours = training_steps(trainee, [example], (), config, torch.Generator().manual_seed(0))
+
+    def enter_ours() -> None:
+        model.enable_gradient_checkpointing(checkpointing._run)
+
+    return {
+        "script, checkpointing": Arm(model.enable_gradient_checkpointing, script.step),
+        "script": Arm(model.disable_gradient_checkpointing, script.step),
+        "ours": Arm(enter_ours, lambda: next(ours)),
+    }
+
+
+def timed(candidates: dict[str, Arm], warm_up: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Milliseconds and peak bytes of the loops' steps, in turns; a loop that runs out of memory says so."""
+    found: dict[str, dict[str, Any]] = {name: {"ms": []} for name in candidates}
+    for number in range(warm_up + rounds):
+        for name, arm in candidates.items():
+            if "out_of_memory" in found[name]:
+                continue
+            arm.enter()
+            reset_peak()
+            try:
+                milliseconds = _milliseconds(arm.step)
+            except torch.OutOfMemoryError as error:
+                found[name] = {"out_of_memory": str(error).split(".")[0]}
+                free_memory()
+                continue
+            if number >= warm_up:
+                found[name]["ms"].append(milliseconds)
+                found[name]["peak_bytes"] = peak_bytes()
+    return found
+
+
+def _milliseconds(step: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def attention_kernels(arm: Arm) -> list[str]:
+    """The names of the GPU kernels of one step that have to do with attention: flash or not can be read there."""
+    arm.enter()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        arm.step()
+    words = ("flash", "fmha", "attention", "sdpa", "cudnn")
+    return sorted({event.key for event in recorded.key_averages() if any(word in event.key.lower() for word in words)})
+
+
+def run(base: BaseModel, sides: tuple[int, ...], lengths: tuple[int, ...], warm_up: int, rounds: int) -> list[dict[str, Any]]:
+    """All sizes; one transformer for all of them."""
+    model = load_transformer(base)
+    lora = add_lora(model, RANK, seed=0)
+    found = []
+    for side in sides:
+        for text_tokens in lengths:
+            candidates = arms(model, lora, side, text_tokens)
+            entry = {"side": side, "text_tokens": text_tokens, "arms": timed(candidates, warm_up, rounds)}
+            for result in entry["arms"].values():
+                if "ms" in result:
+                    quartiles = statistics.quantiles(result["ms"], n=4)
+                    result |= {"median_ms": quartiles[1], "iqr_ms": quartiles[2] - quartiles[0]}
+                    result["mfu"] = STEP_TFLOP[side] / (quartiles[1] / 1e3) / PEAK_TFLOPS if side in STEP_TFLOP else None
+            found.append(entry)
+            print(json.dumps(entry), flush=True)
+    found[-1]["attention_kernels"] = attention_kernels(candidates["ours"])
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table."""
+    lines = ["| side | text tokens | arm | ms a step (IQR) | MFU | peak GB |", "| --- | --- | --- | --- | --- | --- |"]
+    for entry in found:
+        for name, arm in entry["arms"].items():
+            cells = "out of memory | | "
+            if "ms" in arm:
+                share = "" if arm["mfu"] is None else f"{arm['mfu']:.0%}"
+                cells = f"{arm['median_ms']:.0f} ({arm['iqr_ms']:.0f}) | {share} | {(arm['peak_bytes'] or 0) / 1e9:.1f}"
+            lines.append(f"| {entry['side']} | {entry['text_tokens']} | {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run at full size on the GPU and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=TIMED)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA GPU was found: make bench times the step on a CPU")
+    base = RandomBase("Qwen-Image with random weights", torch.device("cuda"), torch.bfloat16)
+    found = run(base, SIDES, TEXT_TOKENS, WARM_UP, arguments.rounds)
+    record = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "rank": RANK,
+        "sizes": found,
+    }
+    (arguments.output / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    (arguments.output / "gpu.md").write_text(table(found))
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
