@@ -42,11 +42,8 @@ def train(
         default="A photo of a person named <>",
         description="Caption of pictures that have none. With a placeholder token, <> and [trigger] in any caption become the token.",
     ),
-    caption_dropout: Optional[float] = Input(
-        default=None,
-        ge=0.0,
-        le=0.9,
-        description="Share of the samples that are trained with an empty prompt. Left blank: 0.05, or 0 with prior_preservation, which keeps the empty prompt as it was.",
+    caption_dropout: float = Input(
+        default=0.05, ge=0.0, le=0.9, description="Share of the samples that are trained with an empty prompt."
     ),
     train_placeholder_token: Optional[bool] = Input(
         default=None,
@@ -73,13 +70,13 @@ def train(
         default=4.0,
         ge=0.0,
         le=10.0,
-        description="With a placeholder token: how strongly captions without the token keep drawing what the base model draws. 0 turns it off.",
+        description="With a placeholder token: how strongly captions without the token, and the empty prompt, keep drawing what the base model draws. 0 turns it off.",
     ),
     prior_preservation_interval: int = Input(
         default=4,
         ge=1,
         le=100,
-        description="prior_preservation acts in every n-th step; such a step takes about twice as long.",
+        description="prior_preservation acts in every n-th step; such a step takes about four times as long.",
     ),
     class_word: str = Input(
         default="",

@@ -76,6 +76,17 @@ class CogServer:
             time.sleep(0.1)
         raise RuntimeError("the server stayed busy")
 
+    def start(self, name: str, inputs: dict[str, Any]) -> None:
+        """Begin a training or prediction called `name` and do not wait for it."""
+        route = "trainings" if self.mode == "train" else "predictions"
+        headers = {"Prefer": "respond-async"}
+        requests.put(f"{self.url}/{route}/{name}", json={"input": inputs}, headers=headers, timeout=30).raise_for_status()
+
+    def cancel(self, name: str) -> None:
+        """Cancel what `start` began."""
+        route = "trainings" if self.mode == "train" else "predictions"
+        requests.post(f"{self.url}/{route}/{name}/cancel", timeout=30).raise_for_status()
+
 
 def data_url(path: Path) -> str:
     """A file as a data URL, the way small files travel in a request."""

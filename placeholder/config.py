@@ -1,7 +1,7 @@
 """What a training run is asked to do: every option with its default, read from inputs and YAML, validated once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,8 @@ class TrainConfig:
 def train_config(inputs: dict[str, Any], config_file: Path | str | None = None) -> TrainConfig:
     """The configuration that Cog's inputs ask for, overruled by what a YAML file names.
 
-    `inputs` holds the options by their input names; None for `lora_rank`, `caption_dropout`, `train_placeholder_token`,
-    `placeholder_token` or `seed` means "not given". Without a given `caption_dropout` no subject is trained on the empty
-    prompt where prior preservation keeps that prompt. Raises ValueError, one sentence, for any value that is not accepted.
+    `inputs` holds the options by their input names; `lora_rank` None, `train_placeholder_token` None, `placeholder_token`
+    None and `seed` None mean "not given". Raises ValueError, one sentence, for any value that is not accepted.
     """
     options = dict(inputs)
     from_file = read_yaml(config_file) if config_file else {}
@@ -105,8 +104,6 @@ def train_config(inputs: dict[str, Any], config_file: Path | str | None = None) 
     train, named = options.pop("train_placeholder_token", None), options.pop("placeholder_token", None)
     checked = {name: CHECKS[name](name, value) for name, value in options.items()}
     config = TrainConfig(**checked, **_placeholder_options(train, named))
-    if options.get("caption_dropout") is None:
-        config = replace(config, caption_dropout=0.0 if config.preserves else TrainConfig.caption_dropout)
     if config.train_placeholder_token and config.quantize_te:
         raise ValueError(
             "quantize_te cannot be combined with a placeholder token: the embedding of a quantised text encoder cannot learn; "
@@ -174,7 +171,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "batch_size": lambda name, value: choice(name, value, BATCH_SIZES),
     "resolution": _resolutions,
     "default_caption": text,
-    "caption_dropout": lambda name, value: None if value is None else number(name, value, 0.0, 0.9),
+    "caption_dropout": lambda name, value: number(name, value, 0.0, 0.9),
     "placeholder_init_std": lambda name, value: number(name, value, 0.0, 1.0),
     "placeholder_learning_rate": lambda name, value: number(name, value, 0.0, 1.0),
     "placeholder_warmup_fraction": lambda name, value: number(name, value, 0.0, 0.9),

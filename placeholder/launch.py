@@ -54,7 +54,8 @@ def finetune_on_all_gpus(dataset: Path, config: TrainConfig, output: Path, log: 
         return
     with tempfile.TemporaryDirectory(prefix="placeholder-job-") as folder:
         job = Path(folder) / "job.json"
-        job.write_text(json.dumps({"dataset": str(dataset), "output": str(output), "config": asdict(config)}))
+        options = {"dataset": str(dataset), "output": str(output), "config": asdict(config), "ends_with_stdin": True}
+        job.write_text(json.dumps(options))
         code = _run(count, job, log)
         if error := _error_of(job):
             raise error
@@ -74,13 +75,16 @@ def _run(count: int, job: Path, log: Log) -> int:
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         errors="replace",
+        stdin=subprocess.PIPE,
         start_new_session=True,
     )
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    # Not a SimpleQueue: under Cog's server a cancellation that arrives inside its C code ends the thread without unwinding it.
+    lines: queue.Queue[str | None] = queue.Queue()
+    output = processes.stdout
 
     def read() -> None:
         try:
-            for line in processes.stdout:
+            for line in output:
                 lines.put(line.rstrip("\n"))
         finally:
             lines.put(None)
@@ -131,9 +135,17 @@ def _end(processes: subprocess.Popen) -> None:
             continue
 
 
+def _end_with_stdin() -> None:
+    """End this process when the one that holds the other end of its standard input has gone, however it went."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
 def main(job: Path) -> None:
     """One of the processes. Where it fails it ends at once, so that the launcher ends those that wait for it."""
     options = json.loads(job.read_text())
+    if options.get("ends_with_stdin"):
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     config = options["config"]
     tuples = {name: tuple(config[name]) for name in ("resolution", "placeholder_token")}
     processes = Processes.from_environment()

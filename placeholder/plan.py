@@ -1,11 +1,13 @@
 """What a training will need in memory, counted from the model's configuration before any weight is loaded."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from diffusers import QwenImageTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from placeholder.config import TrainConfig
@@ -116,13 +118,12 @@ def training_needs(
     """What the training needs with each storage, the largest first; for the arguments see `plan_training`."""
     transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
     weights = {storage: stored_bytes(transformer, transformer.transformer_blocks, storage) for storage in STORAGES}
-    with torch.device("meta"):
-        lora = add_lora(transformer, config.rank, seed=0)
     encoder_bytes = stored_bytes(text_encoder, text_encoder.layers, "int8" if config.quantize_te else "full")
     whole_encoder = stored_bytes(text_encoder, text_encoder.layers, "full")
-    footprint = _footprint(transformer, text_encoder, config, grid, ids)
+    with hollow_step(transformer, text_encoder, config, grid, ids) as loss:
+        footprint = measure(transformer, loss, text_encoder.parameters())
     copies = 1 + STATES[config.optimizer] + (processes > 1)  # the gradients once more while the processes add them up
-    lora_bytes = (1 + copies) * sum(parameter.numel() for parameter in lora) * torch.float32.itemsize
+    lora = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
     needs = []
     for storage in STORAGES:
         # What autograd keeps of a layer whose stored weight is unpacked for each use.
@@ -133,17 +134,20 @@ def training_needs(
                 encoding=whole_encoder,
                 transformer=weights[storage],
                 text_encoder=encoder_bytes if config.tokens else 0,
-                lora=lora_bytes,
+                lora=(1 + copies) * lora * torch.float32.itemsize,
                 footprint=replace(footprint, block=footprint.block + unpacked),
             )
         )
     return tuple(needs)
 
 
-def _footprint(
+@contextmanager
+def hollow_step(
     transformer: QwenImageTransformer2DModel, text_encoder: nn.Module, config: TrainConfig, grid: tuple[int, int], ids: int
-) -> Footprint:
-    """What autograd will keep of a step, from a forward pass in which tensors have shapes and no contents."""
+) -> Iterator[Callable[[], Tensor]]:
+    """Put a LoRA on the shells and yield a function that computes a step's loss with tensors of shapes and no contents."""
+    with torch.device("meta"):
+        add_lora(transformer, config.rank, seed=0)
     width, channels = text_encoder.config.hidden_size, transformer.config.in_channels
     tokens = PlaceholderTokens(0, {token: torch.zeros(1, width) for token in config.tokens}, width)
     # A prompt with one placeholder, if there is any, and otherwise ids that none has.
@@ -154,7 +158,7 @@ def _footprint(
     with FakeTensorMode(allow_non_fake_inputs=True):
         _fill_with_fakes([transformer, text_encoder])
         prompt_embeds.cache([prompt])  # what holds a placeholder is not
-        return measure(transformer, lambda: sample_losses(transformer, prompt_embeds, batch).sum(), text_encoder.parameters())
+        yield lambda: sample_losses(transformer, prompt_embeds, batch).sum()
 
 
 def _fill_with_fakes(modules: list[nn.Module]) -> None:

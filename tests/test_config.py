@@ -97,22 +97,6 @@ model:
 """
 
 
-@pytest.mark.parametrize(
-    ("inputs", "dropout"),
-    [
-        ({}, 0.05),
-        ({"placeholder_token": "<zwx>"}, 0.0),
-        ({"placeholder_token": "<zwx>", "caption_dropout": None}, 0.0),
-        ({"placeholder_token": "<zwx>", "prior_preservation": 0}, 0.05),
-        ({"placeholder_token": "<zwx>", "train_placeholder_token": False}, 0.05),
-        ({"placeholder_token": "<zwx>", "caption_dropout": 0.2}, 0.2),
-        ({"caption_dropout": 0.0}, 0.0),
-    ],
-)
-def test_the_subject_is_not_trained_on_the_empty_prompt_where_that_prompt_is_preserved(inputs, dropout):
-    assert train_config(inputs).caption_dropout == dropout
-
-
 def test_every_option_can_stand_in_the_yaml_file_and_overrules_the_inputs(yaml_file):
     inputs = {
         "steps": 99,

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,3 +130,33 @@ def test_a_training_through_the_server_uses_the_processes(base, dataset, tmp_pat
     archive = Path(tmp_path / "weights.zip")
     archive.write_bytes(from_data_url(answer["output"]["weights"]))
     assert read_weights(archive).meta["processes"] == 2
+
+
+def trainers(server: CogServer) -> list[float]:
+    """Seconds of work that each training process below the server's has done, the launcher's among them."""
+    found = []
+    for child in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "placeholder.launch" in child.cmdline():
+                found.append(child.cpu_times().user)
+    return found
+
+
+def wait_for(condition) -> float:
+    """Seconds until the condition holds."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < 180
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+def test_a_cancel_through_the_server_ends_the_processes_and_the_next_training_works(base, dataset, tmp_path):
+    env = {MODEL_VARIABLE: base.source, launch.PROCESSES_VARIABLE: "2"}
+    inputs = {"dataset": data_url(dataset), "rank": 4, "resolution": "64", "seed": 1}
+    with CogServer("train", env, tmp_path / "server.log") as server:
+        server.start("long", inputs | {"steps": 20000})
+        wait_for(lambda: len(trainers(server)) == 3 and sorted(trainers(server))[1] > 8)  # imported, and well under way
+        server.cancel("long")
+        assert wait_for(lambda: not trainers(server)) < 10
+        assert server.ask(inputs | {"steps": 2})["status"] == "succeeded"

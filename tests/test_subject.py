@@ -27,7 +27,6 @@ CONFIG = TrainConfig(
     resolution=(64,),
     train_placeholder_token=True,
     placeholder_token=(TOKEN,),
-    caption_dropout=0.0,
     seed=0,
 )
 PICTURES = 3
