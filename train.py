@@ -88,7 +88,8 @@ def train(
         description="Optimizer of the LoRA. The new embedding is always trained with AdamW without weight decay.",
     ),
     quantize: bool = Input(
-        default=False, description="Hold the transformer's weights in 8 bits while training: about half the memory, slower."
+        default=False,
+        description="Store the transformer's weights in 8 bits while training, or in 4 where 8 do not fit: less memory, slower.",
     ),
     quantize_te: bool = Input(
         default=False, description="Hold the text encoder's weights in 8 bits. Not possible together with a placeholder token."

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flops import flop_counter
 from benchmarks.full_size import RandomBase
 from placeholder.config import TrainConfig
 from placeholder.models import prompt_template, text_encoder_shell, transformer_shell
@@ -45,7 +45,7 @@ def _flops(config: TrainConfig, side: int, text_tokens: int, backward: bool, blo
     shells = transformer_shell(base), text_encoder_shell(base)
     with (
         hollow_step(*shells, config, grid(side), prompt(text_tokens)) as loss,
-        FlopCounterMode(display=False) as counted,
+        flop_counter() as counted,
     ):
         found = loss()
         if backward:

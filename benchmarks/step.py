@@ -25,8 +25,8 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flops import flop_counter
 from demo.small_base import Size, new_text_encoder, scheduler
 from placeholder.config import TrainConfig
 from placeholder.latents import pack
@@ -244,7 +244,7 @@ class _Operations(TorchDispatchMode):
 
 def counts(arm: Script | Ours) -> dict[str, int]:
     """FLOPs and operations of one step, and the bytes that autograd keeps of its forward pass (checkpointed blocks aside)."""
-    with FlopCounterMode(display=False) as flops:
+    with flop_counter() as flops:
         arm.step()
     with _Operations() as operations:
         arm.step()

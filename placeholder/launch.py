@@ -137,7 +137,7 @@ def _end(processes: subprocess.Popen) -> None:
 
 def _end_with_stdin() -> None:
     """End this process when the one that holds the other end of its standard input has gone, however it went."""
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # nothing is ever written; sys.stdin would hold a lock that the interpreter wants at its end
     os._exit(1)
 
 

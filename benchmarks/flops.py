@@ -1,0 +1,25 @@
+"""FLOPs of what runs inside, attention on the CPU among them, which PyTorch's counter does not know."""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+
+
+def _forward(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _backward(gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context in which matrix products, convolutions and attention are counted, forwards and backwards."""
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
