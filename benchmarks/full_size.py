@@ -56,6 +56,9 @@ class RandomBase(BaseModel):
 
     sizes: dict[str, dict[str, Any]] = field(default_factory=lambda: {"text_encoder": {"text_config": FULL_TEXT_ENCODER}})
 
+    def fetch(self, log: Callable[[str], None]) -> None:
+        """Nothing is downloaded."""
+
     def component(self, kind: type, name: str, dtype: torch.dtype | None = None, **_: Any) -> Any:
         """The component, built rather than loaded; tokenizer and scheduler are the real ones."""
         if name == "tokenizer":

@@ -44,6 +44,7 @@ class ImageGenerator:
     def __init__(self, base: BaseModel, log: Log = print):
         self.log = log
         self.base = base
+        base.fetch(log)
         self.tokenizer = load_tokenizer(base)
         placement = placement_of(base)
         log(placement.line)

@@ -1,7 +1,7 @@
 """The base model's components: where they come from, how they are loaded and placed, and how pictures and prompts are encoded."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from placeholder.download import fetch
 from placeholder.latents import normalise, pack
 from placeholder.placeholder_token import PlaceholderTokens
 from placeholder.storage import Storage, store
@@ -65,6 +66,10 @@ class BaseModel:
                 f"no CUDA GPU was found and {DEFAULT_MODEL} needs one: run on a GPU, or name a small model in {MODEL_VARIABLE}"
             )
         return cls(source, torch.device("cpu"), torch.float32)
+
+    def fetch(self, log: Callable[[str], None]) -> None:
+        """Have all files at hand before the first is read, fetched side by side from the hub where the source is not a folder."""
+        fetch(self.source, log)
 
     def component(self, kind: type, name: str, **options: Any) -> Any:
         """A component of the class `kind` from the base model's subfolder `name`, on the CPU."""

@@ -16,6 +16,7 @@ from placeholder.memory import KEPT_FREE, Footprint, measure
 from placeholder.models import (
     BaseModel,
     PromptEmbeddings,
+    prompt_template,
     text_encoder_shell,
     transformer_shell,
 )
@@ -150,14 +151,17 @@ def hollow_step(
         add_lora(transformer, config.rank, seed=0)
     width, channels = text_encoder.config.hidden_size, transformer.config.in_channels
     tokens = PlaceholderTokens(0, {token: torch.zeros(1, width) for token in config.tokens}, width)
-    # A prompt with one placeholder, if there is any, and otherwise ids that none has.
-    prompt = (0,) + (len(tokens.rows),) * (ids - 1)
+    prompt = (0,) + (len(tokens.rows),) * (ids - 1)  # one placeholder, if there is any, and otherwise ids that none has
     example = Example(torch.zeros(grid[0] * grid[1], channels), grid, 0.0, prompt)
     batch = [draw_sample(example, (), 0.0, torch.Generator().manual_seed(0))] * config.batch_size
-    prompt_embeds = PromptEmbeddings(text_encoder, tokens)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _fill_with_fakes([transformer, text_encoder])
-        prompt_embeds.cache([prompt])  # what holds a placeholder is not
+        _fill_with_fakes([transformer, text_encoder] if config.tokens else [transformer])
+        cached = torch.zeros(
+            1, ids - prompt_template()[2], width
+        )  # what a caption without a token becomes once, before training
+        prompt_embeds = (
+            PromptEmbeddings(text_encoder, tokens) if config.tokens else lambda prompts: cached.expand(len(prompts), -1, -1)
+        )
         yield lambda: sample_losses(transformer, prompt_embeds, batch).sum()
 
 

@@ -89,6 +89,7 @@ def prepare(dataset: Path, config: TrainConfig, base: BaseModel, log: Log, proce
     for line in plan.lines():
         log(line)
 
+    base.fetch(log)
     latents = _latents(photos, base, log)
     text_encoder = load_text_encoder(base, config.quantize_te)
     prompt_embeds = PromptEmbeddings(text_encoder, tokens)

@@ -1,0 +1,52 @@
+"""Fetching a base model from the Hugging Face hub: its files side by side, with lines that tell how far it is."""
+
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from tqdm import tqdm
+
+Log = Callable[[str], None]
+# Weights as safetensors and what describes them; nothing that could hold code or a pickle.
+PATTERNS = ["model_index.json"] + [
+    f"{folder}/{kind}"
+    for folder in ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+    for kind in ("*.json", "*.safetensors", "*.txt")
+]
+SECONDS = 10.0  # between two lines
+
+
+def fetch(source: str, log: Log, endpoint: str | None = None) -> None:
+    """See that all files of the base model are in the hub's cache; nothing where `source` is a folder.
+
+    Raises what huggingface_hub raises where the model cannot be had.
+    """
+    if Path(source).is_dir():
+        return
+    snapshot_download(source, allow_patterns=PATTERNS, endpoint=endpoint, tqdm_class=_logged(log))
+
+
+def _logged(log: Log) -> type[tqdm]:
+    """A progress bar that writes plain lines to a log, at most one in SECONDS and one at the end."""
+
+    class Logged(tqdm):
+        """The bar of the bytes on disk; the hub's other bars stay silent."""
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs | {"file": io.StringIO()})
+            self.counts_bytes = kwargs.get("unit") == "B" and kwargs.get("desc", "").startswith("Reconstruct")
+            self.next_line = time.monotonic()
+
+        def update(self, n: float | None = 1) -> bool | None:
+            """Count `n` more bytes and tell of them where it is time."""
+            changed = super().update(n)
+            done = self.total and self.n >= self.total
+            if self.counts_bytes and (done or time.monotonic() >= self.next_line):
+                self.next_line = time.monotonic() + SECONDS
+                log(f"Base model: {self.n / 1e9:.2f} of {(self.total or 0) / 1e9:.2f} GB fetched")
+            return changed
+
+    return Logged

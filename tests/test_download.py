@@ -1,0 +1,97 @@
+"""Fetching a base model: from a hub of our own on this machine, only the files that are needed, with lines that tell of it."""
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from placeholder import download
+from placeholder.models import BaseModel
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "model_index.json": b"{}",
+    "transformer/config.json": b'{"a": 1}',
+    "transformer/weights.safetensors": bytes(3_000_000),
+    "transformer/weights.bin": b"a pickle",
+    "text_encoder/code.py": b"raise SystemExit",
+    "README.md": b"words",
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of a hub to fetch a snapshot."""
+
+    asked: list[str] = []
+
+    def do_HEAD(self) -> None:
+        """Only the headers."""
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        """Headers and content."""
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        path = self.path.split("?")[0]
+        if path.startswith("/api/models/some/model/tree"):
+            content = json.dumps([{"type": "file", "path": name, "size": len(FILES[name]), "oid": "0"} for name in FILES])
+            content = content.encode()
+        elif path.startswith("/api/models/some/model"):
+            siblings = [{"rfilename": name} for name in FILES]
+            content = json.dumps({"id": "some/model", "sha": COMMIT, "siblings": siblings}).encode()
+        else:
+            name = path.split(f"/resolve/{COMMIT}/")[-1]
+            content = FILES[name]
+            self.asked.append(name)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha1(content, usedforsecurity=False).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Hub, "asked", [])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_only_weights_and_descriptions_are_fetched_and_the_log_tells_how_far(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "SECONDS", 0.0)
+    log: list[str] = []
+    download.fetch("some/model", log.append, hub)
+    snapshot = tmp_path / "cache" / "models--some--model" / "snapshots" / COMMIT
+    found = {path.relative_to(snapshot).as_posix(): path.read_bytes() for path in snapshot.rglob("*") if path.is_file()}
+    wanted = ("model_index.json", "transformer/config.json", "transformer/weights.safetensors")
+    assert found == {name: FILES[name] for name in wanted}
+    assert log[-1] == "Base model: 0.00 of 0.00 GB fetched"
+    assert not any("%|" in line for line in log)  # which Replicate would take for the training's progress
+
+
+def test_a_folder_is_taken_as_it_is(base):
+    log: list[str] = []
+    BaseModel(base.source, base.device, base.dtype).fetch(log.append)
+    assert log == []
+
+
+def test_no_bar_is_drawn_anywhere(hub, capfd):
+    download.fetch("some/model", lambda line: None, hub)
+    assert Path(capfd.readouterr().err or "none").name == "none"
