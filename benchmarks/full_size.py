@@ -28,7 +28,8 @@ from demo.small_base import VOCABULARY_ROWS, qwen_tokenizer, scheduler
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
-from placeholder.models import BaseModel, default_dtype
+from placeholder.memory import free_memory, reset_peak
+from placeholder.models import BaseModel, default_dtype, load_transformer
 from placeholder.request import Request
 
 # config.json of Qwen/Qwen-Image, text_encoder. The defaults of the other classes are the full size.
@@ -159,15 +160,28 @@ def on_cards(base: BaseModel, side: int, steps: int, cards: tuple[int, ...]) -> 
 
 def _on_card(base: BaseModel, config: TrainConfig, gigabytes: int) -> dict[str, Any]:
     cuda = base.device.type == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / torch.cuda.mem_get_info()[1])
+
+    def load(*given: Any) -> nn.Module:
+        """The random weights are made in bf16 on the GPU, which a real loading never does: the card's limits hold from here on."""
+        transformer = load_transformer(*given)
+        free_memory()
+        reset_peak()
+        if cuda:
+            torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / torch.cuda.mem_get_info()[1])
+        return transformer
+
     try:
-        with tempfile.TemporaryDirectory() as name, patch("placeholder.prepare.free_bytes", _free_on(gigabytes)):
+        with (
+            tempfile.TemporaryDirectory() as name,
+            patch("placeholder.prepare.free_bytes", _free_on(gigabytes)),
+            patch("placeholder.prepare.load_transformer", load),
+        ):
             dataset = write_dataset(Path(name) / "data.zip", config.resolution[0])
             meta = finetune(dataset, config, Path(name) / "weights.zip", base, log=lambda line: None)
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except ValueError as error:
         return {"refused": str(error)}
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": str(error)}
     finally:
         if cuda:
             torch.cuda.set_per_process_memory_fraction(1.0)

@@ -21,6 +21,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.full_size import RandomBase
+from benchmarks.scale import step_flops
 from benchmarks.step import Inputs, Script
 from placeholder.config import TrainConfig
 from placeholder.latents import pack
@@ -32,8 +33,7 @@ from placeholder.trainer import Example, Trainee, training_steps
 
 SIDES, TEXT_TOKENS, RANK, RATE = (512, 768, 1024), (32, 128, 256), 32, 1e-4
 WARM_UP, TIMED = 10, 30
-PEAK_TFLOPS = 790  # dense bf16 matrix products of an H100 or H200, as measured in benchmarks of others; the maker says 989
-STEP_TFLOP = {512: 34.8, 768: 81.5, 1024: 161.2}  # of a step without recomputation at 128 text tokens, counted
+PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, by their maker's data sheet
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,12 @@ def run(base: BaseModel, sides: tuple[int, ...], lengths: tuple[int, ...], warm_
         for text_tokens in lengths:
             candidates = arms(model, lora, side, text_tokens)
             entry = {"side": side, "text_tokens": text_tokens, "arms": timed(candidates, warm_up, rounds)}
+            flops = step_flops(TrainConfig(rank=RANK), side, text_tokens)  # of the full size, without recomputation
             for result in entry["arms"].values():
                 if "ms" in result:
                     quartiles = statistics.quantiles(result["ms"], n=4)
                     result |= {"median_ms": quartiles[1], "iqr_ms": quartiles[2] - quartiles[0]}
-                    result["mfu"] = STEP_TFLOP[side] / (quartiles[1] / 1e3) / PEAK_TFLOPS if side in STEP_TFLOP else None
+                    result["mfu"] = flops / (quartiles[1] / 1e3) / PEAK_FLOPS
             found.append(entry)
             print(json.dumps(entry), flush=True)
     found[-1]["attention_kernels"] = attention_kernels(candidates["ours"])
@@ -146,8 +147,9 @@ def table(found: list[dict[str, Any]]) -> str:
         for name, arm in entry["arms"].items():
             cells = "out of memory | | "
             if "ms" in arm:
-                share = "" if arm["mfu"] is None else f"{arm['mfu']:.0%}"
-                cells = f"{arm['median_ms']:.0f} ({arm['iqr_ms']:.0f}) | {share} | {(arm['peak_bytes'] or 0) / 1e9:.1f}"
+                cells = (
+                    f"{arm['median_ms']:.0f} ({arm['iqr_ms']:.0f}) | {arm['mfu']:.0%} | {(arm['peak_bytes'] or 0) / 1e9:.1f}"
+                )
             lines.append(f"| {entry['side']} | {entry['text_tokens']} | {name} | {cells} |")
     return "\n".join(lines) + "\n"
 

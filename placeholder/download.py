@@ -26,11 +26,13 @@ def fetch(source: str, log: Log, endpoint: str | None = None) -> None:
     """
     if Path(source).is_dir():
         return
+    log(f"Base model: fetching what is missing of {source}")
     snapshot_download(source, allow_patterns=PATTERNS, endpoint=endpoint, tqdm_class=_logged(log))
+    log("Base model: complete")
 
 
 def _logged(log: Log) -> type[tqdm]:
-    """A progress bar that writes plain lines to a log, at most one in SECONDS and one at the end."""
+    """A progress bar that writes plain lines to a log, at most one in SECONDS."""
 
     class Logged(tqdm):
         """The bar of the bytes on disk; the hub's other bars stay silent."""
@@ -38,15 +40,14 @@ def _logged(log: Log) -> type[tqdm]:
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs | {"file": io.StringIO()})
             self.counts_bytes = kwargs.get("unit") == "B" and kwargs.get("desc", "").startswith("Reconstruct")
-            self.next_line = time.monotonic()
+            self.next_line = time.monotonic() + SECONDS
 
         def update(self, n: float | None = 1) -> bool | None:
             """Count `n` more bytes and tell of them where it is time."""
             changed = super().update(n)
-            done = self.total and self.n >= self.total
-            if self.counts_bytes and (done or time.monotonic() >= self.next_line):
+            if self.counts_bytes and time.monotonic() >= self.next_line:
                 self.next_line = time.monotonic() + SECONDS
-                log(f"Base model: {self.n / 1e9:.2f} of {(self.total or 0) / 1e9:.2f} GB fetched")
+                log(f"Base model: {self.n / 1e9:.2f} GB fetched")
             return changed
 
     return Logged

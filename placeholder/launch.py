@@ -123,7 +123,8 @@ def _tell(job: Path, error: ValueError | RuntimeError, index: int) -> None:
 
 
 def _end(processes: subprocess.Popen) -> None:
-    """End the launcher and all that it has started."""
+    """End the launcher and all that it has started; its processes end with their standard input."""
+    processes.stdin.close()
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(processes.pid, number)

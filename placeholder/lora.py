@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -39,7 +40,18 @@ def add_lora(transformer: QwenImageTransformer2DModel, rank: int, seed: int) -> 
         if isinstance(module, BaseTunerLayer):
             # Autocast brings weight and input together; PEFT would keep an fp32 copy of each input for the backward pass.
             module.cast_input_dtype_enabled = False
+        elif type(module) is nn.LayerNorm:
+            module.forward = MethodType(_outside_autocast, module)
     return parameters
+
+
+def _outside_autocast(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """The norm in its input's dtype, as in prediction: CUDA's autocast returns fp32, which then is kept beside every bf16 copy.
+
+    The CUDA kernel accumulates in fp32 all the same.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.LayerNorm.forward(norm, x)
 
 
 def lora_state_dict(transformer: QwenImageTransformer2DModel) -> dict[str, Tensor]:

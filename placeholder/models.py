@@ -121,7 +121,8 @@ def _placed(module: nn.Module, base: BaseModel, streamed: bool) -> nn.Module:
     if not streamed:
         return module.to(base.device)
     on_cuda = base.device.type == "cuda"  # the next layer is fetched on a stream of its own while one computes
-    apply_group_offloading(module, base.device, offload_type="leaf_level", use_stream=on_cuda)
+    # Pinned as they go: pinned beforehand, every weight would take the next power of two of the host's memory.
+    apply_group_offloading(module, base.device, offload_type="leaf_level", use_stream=on_cuda, low_cpu_mem_usage=on_cuda)
     return module
 
 

@@ -72,6 +72,11 @@ class Plan:
     storage: Storage
 
     @property
+    def kept(self) -> int:
+        """Bytes that are left alone."""
+        return round(self.free * KEPT_FREE / (1 - KEPT_FREE))
+
+    @property
     def chosen(self) -> Need:
         """The need with the storage that was chosen."""
         return next(need for need in self.needs if need.storage == self.storage)

@@ -15,7 +15,7 @@ from placeholder.config import TrainConfig
 from placeholder.dataset import DatasetReport, Photo, read_dataset
 from placeholder.flow import shift_mu
 from placeholder.lora import add_lora
-from placeholder.memory import KEPT_FREE, BlockCheckpointing, free_bytes, free_memory
+from placeholder.memory import BlockCheckpointing, free_bytes, free_memory
 from placeholder.models import (
     EMPTY_PROMPT,
     BaseModel,
@@ -31,7 +31,7 @@ from placeholder.models import (
 )
 from placeholder.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms_limit
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings, place_token, without_token
-from placeholder.plan import Need, Plan, plan_training
+from placeholder.plan import Plan, plan_training
 from placeholder.processes import Processes
 from placeholder.trainer import ALONE, Example, Step, Trainee, training_steps
 
@@ -104,7 +104,7 @@ def prepare(dataset: Path, config: TrainConfig, base: BaseModel, log: Log, proce
     free_memory()  # the VAE too
 
     examples = _examples(latents, ids, preserved, base)
-    trainee = _trainee(config, plan.chosen, base, prompt_embeds, row_optimizer, log)
+    trainee = _trainee(config, plan, base, prompt_embeds, row_optimizer, log)
     initial_rows = tokens.rows.detach().clone()
     return Training(trainee, examples, empty_ids, generator, tokenizer, tokens, initial_rows, prompt_embeds, report, plan)
 
@@ -173,29 +173,30 @@ def _examples(latents: list, ids: list, preserved: list, base: BaseModel) -> lis
 
 def _trainee(
     config: TrainConfig,
-    need: Need,
+    plan: Plan,
     base: BaseModel,
     prompt_embeds: PromptEmbeddings,
     row_optimizer: RowOptimizer | None,
     log: Log,
 ) -> Trainee:
-    transformer = load_transformer(base, need.storage)
+    transformer = load_transformer(base, plan.storage)
     lora = add_lora(transformer, config.rank, config.seed)
     log(f"LoRA: rank {config.rank}, {sum(p.numel() for p in lora)} parameters in {len(lora) // 2} layers")
     if config.optimizer == "prodigy":
         log("Prodigy finds the LoRA's step size itself: learning_rate is not used")
     optimizer = lora_optimizer(config.optimizer, lora, config.learning_rate)
-    checkpointing = _checkpointing(config, need, transformer, lora, log)
+    checkpointing = _checkpointing(config, plan, transformer, lora, log)
     return Trainee(transformer, prompt_embeds, lora, optimizer, checkpointing, row_optimizer)
 
 
 def _checkpointing(
-    config: TrainConfig, need: Need, transformer: QwenImageTransformer2DModel, lora: list[nn.Parameter], log: Log
+    config: TrainConfig, plan: Plan, transformer: QwenImageTransformer2DModel, lora: list[nn.Parameter], log: Log
 ) -> BlockCheckpointing:
     """As few recomputed blocks as a full batch of the largest crop allows, in the memory that is free now."""
     exchanged = 1 if torch.distributed.is_initialized() else 0  # the gradients once more, while the processes add them up
     gradients_and_states = (1 + STATES[config.optimizer] + exchanged) * sum(p.nbytes for p in lora)
-    free = round((1 - KEPT_FREE) * free_bytes(transformer.device)) - gradients_and_states
+    free = free_bytes(transformer.device) - plan.kept - gradients_and_states
+    need = plan.chosen
     recomputed = need.footprint.blocks_to_recompute(free)
     log(
         f"Memory: {free / 1e9:.3g} GB free for activations, a step needs {need.footprint.total(0) / 1e9:.3g} GB: "

@@ -82,7 +82,8 @@ def test_only_weights_and_descriptions_are_fetched_and_the_log_tells_how_far(hub
     found = {path.relative_to(snapshot).as_posix(): path.read_bytes() for path in snapshot.rglob("*") if path.is_file()}
     wanted = ("model_index.json", "transformer/config.json", "transformer/weights.safetensors")
     assert found == {name: FILES[name] for name in wanted}
-    assert log[-1] == "Base model: 0.00 of 0.00 GB fetched"
+    assert log[0] == "Base model: fetching what is missing of some/model"
+    assert log[-2:] == ["Base model: 0.00 GB fetched", "Base model: complete"]
     assert not any("%|" in line for line in log)  # which Replicate would take for the training's progress
 
 

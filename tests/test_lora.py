@@ -216,3 +216,23 @@ def test_a_lora_of_some_layers_and_of_different_ranks_loads(transformer):
     plain = velocity(transformer)
     load_lora(transformer, state)
     assert not torch.equal(velocity(transformer), plain)
+
+
+def test_norms_compute_in_their_inputs_dtype_under_autocast(base):
+    """CUDA's autocast would make them fp32, and with them all that follows until the next matrix product."""
+    transformer = load_transformer(base).to(torch.bfloat16)
+    add_lora(transformer, 4, seed=0)
+    norm = transformer.transformer_blocks[0].img_norm1
+    states = []
+    norm.register_forward_hook(lambda *_: states.append(torch.is_autocast_enabled("cpu")))
+    inside = []
+    original = torch.nn.functional.layer_norm
+
+    def layer_norm(*given, **named):
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return original(*given, **named)
+
+    with pytest.MonkeyPatch.context() as patched, torch.autocast("cpu", dtype=torch.bfloat16):
+        patched.setattr(torch.nn.functional, "layer_norm", layer_norm)
+        found = norm(torch.randn(2, 64, dtype=torch.bfloat16))
+    assert found.dtype == torch.bfloat16 and inside == [False] and states == [True]

@@ -161,3 +161,14 @@ def test_what_does_not_fit_is_refused_before_any_weight_is_loaded(base, dataset,
     monkeypatch.setattr(prepare_module, "free_bytes", lambda device: 10**6)
     with pytest.raises(ValueError, match="needs .* GB, 0.001 GB may be used"):
         train(dataset, TrainConfig(**SHORT), tmp_path / "never.zip", base)
+
+
+def test_what_is_trained_is_what_was_planned(base, dataset, tmp_path, monkeypatch):
+    config = TrainConfig(**SHORT, **TOKEN)
+    full, *_ = training_needs(base, config, (4, 4), 34 + 10)
+    free = round((full.peak(1) + full.peak(0)) / 2 / 0.9)
+    loaded = full.transformer + full.text_encoder + full.lora // 4  # the LoRA without gradients and states
+    frees = iter([free, free - loaded])
+    monkeypatch.setattr(prepare_module, "free_bytes", lambda device: next(frees))
+    training = prepare(dataset, config, base, log=lambda line: None)
+    assert training.trainee.checkpointing.recomputed == training.plan.chosen.recomputed(training.plan.free) > 0
