@@ -85,7 +85,7 @@ def prepare(dataset: Path, config: TrainConfig, base: BaseModel, log: Log, proce
             log(f"Prompt '{caption}' tokenized to: {tokens.tokenize(tokenizer, caption)}")
     largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
     free = processes.least(free_bytes(base.device))
-    plan = plan_training(base, config, largest, max(map(len, ids)), free, processes.count)
+    plan = plan_training(base, config, largest, max(map(len, chain(ids, *preserved))), free, processes.count)
     for line in plan.lines():
         log(line)
 
