@@ -1,13 +1,16 @@
 """Cog's training interface: inputs and output, nothing else. The work is in placeholder/finetune.py."""
 
+import pathlib
 from typing import Optional
 
 from cog import BaseModel, Input, Path
 
+from placeholder.checkpoint import CheckpointFolder
 from placeholder.config import train_config
 from placeholder.files import OutputFolder
 from placeholder.launch import finetune_on_all_gpus
 
+FILES = ("dataset", "config", "resume_from", "checkpoint_folder", "checkpoint_every")  # what is not an option of TrainConfig
 OUTPUT = OutputFolder("placeholder-training-")
 
 
@@ -101,6 +104,20 @@ def train(
         le=4294967295,
         description="Seed of everything random. Left blank, one is drawn, logged and stored in the archive.",
     ),
+    resume_from: Optional[Path] = Input(
+        default=None,
+        description="Go on from a checkpoint, from the newest in a folder of them, or start from an earlier weights.zip.",
+    ),
+    checkpoint_folder: Optional[str] = Input(
+        default=None,
+        description="Folder on the training machine for checkpoints, from which resume_from goes on. Blank: none are written.",
+    ),
+    checkpoint_every: Optional[int] = Input(
+        default=None,
+        ge=1,
+        le=20000,
+        description="Steps from one checkpoint to the next. Left blank, a tenth of all, but at least 50. The newest two are kept.",
+    ),
     config: Optional[Path] = Input(
         default=None,
         description="YAML file with the sections train, debug and model; what it names overrules the other inputs.",
@@ -108,11 +125,13 @@ def train(
 ) -> TrainingOutput:
     """Train a LoRA, and optionally a fresh token, on the pictures; returns the weights archive."""
     inputs = dict(locals())
-    dataset, config_file = inputs.pop("dataset"), inputs.pop("config")
+    dataset, config_file, resume_from, checkpoint_folder, checkpoint_every = map(inputs.pop, FILES)
     options = train_config(inputs, config_file)
+    checkpoints = CheckpointFolder.of(checkpoint_folder, checkpoint_every, options.steps)
     if not dataset:
         raise ValueError("dataset is missing: give a zip or tar of jpg, png or webp pictures")
     with OUTPUT.fresh() as folder:
         weights = folder / "weights.zip"
-        finetune_on_all_gpus(dataset, options, weights)
+        start = pathlib.Path(resume_from) if resume_from else None
+        finetune_on_all_gpus(dataset, options, weights, resume_from=start, checkpoints=checkpoints)
         return TrainingOutput(weights=Path(weights))

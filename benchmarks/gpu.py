@@ -29,7 +29,7 @@ from placeholder.lora import add_lora
 from placeholder.memory import BlockCheckpointing, free_memory, peak_bytes, reset_peak
 from placeholder.models import BaseModel, load_transformer
 from placeholder.optimizers import lora_optimizer
-from placeholder.trainer import Example, Trainee, training_steps
+from placeholder.trainer import Example, Position, Trainee, training_steps
 
 SIDES, TEXT_TOKENS, RANK, RATE = (512, 768, 1024), (32, 128, 256), 32, 1e-4
 WARM_UP, TIMED = 10, 30
@@ -68,7 +68,7 @@ def arms(model: QwenImageTransformer2DModel, lora: list[nn.Parameter], side: int
     checkpointing = BlockCheckpointing(model, 0)
     trainee = Trainee(model, lambda prompts: inputs.embeds, lora, lora_optimizer("adamw", lora, RATE), checkpointing)
     config = TrainConfig(steps=10**9, learning_rate=RATE, caption_dropout=0.0)
-    ours = training_steps(trainee, [example], (), config, torch.Generator().manual_seed(0))
+    ours = training_steps(trainee, [example], (), config, Position(torch.Generator().manual_seed(0)))
 
     def enter_ours() -> None:
         model.enable_gradient_checkpointing(checkpointing._run)

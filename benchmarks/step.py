@@ -35,7 +35,7 @@ from placeholder.memory import BlockCheckpointing, saved_bytes
 from placeholder.models import PromptEmbeddings, prompt_template
 from placeholder.optimizers import RowOptimizer, lora_optimizer, row_rms_limit
 from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
-from placeholder.trainer import Example, Sample, Trainee, sample_losses, training_steps
+from placeholder.trainer import Example, Position, Sample, Trainee, sample_losses, training_steps
 
 BLOCKS, HEADS, HEAD_WIDTH = 6, 4, 64
 GRID, TEXT_TOKENS, RANK, RATE = (16, 16), 32, 16, 1e-4
@@ -172,7 +172,7 @@ class Ours:
         checkpointing = BlockCheckpointing(self.transformer, 0)
         trainee = Trainee(self.transformer, self.prompt_embeds, self.lora, optimizer, checkpointing, self.row_optimizer)
         generator = torch.Generator().manual_seed(SEED)
-        self._steps: Iterator = training_steps(trainee, [self.example], (), config, generator)
+        self._steps: Iterator = training_steps(trainee, [self.example], (), config, Position(generator))
 
     def loss(self, noise: Tensor, sigma: Tensor) -> Tensor:
         """The loss for packed noise (L, 64) and a noise level ()."""

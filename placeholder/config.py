@@ -11,6 +11,7 @@ from placeholder.checks import MAX_SEED, choice, flag, number, shown, text, whol
 
 OPTIMIZERS = ("adamw", "adamw8bit", "adam8bit", "prodigy")
 BATCH_SIZES = (1, 2, 4)
+MAX_STEPS = 20_000
 MIN_SIDE, MAX_SIDE = 64, 2048  # pixels
 DEFAULT_PLACEHOLDER = "<zwx>"
 MAX_CONFIG_BYTES = 64 * 1024
@@ -165,7 +166,7 @@ def _resolutions(name: str, value: Any) -> tuple[int, ...]:
 
 # How each option is checked; the ranges are those of the inputs' descriptions.
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "steps": lambda name, value: whole(name, value, 1, 20000),
+    "steps": lambda name, value: whole(name, value, 1, MAX_STEPS),
     "rank": lambda name, value: whole(name, value, 1, 256),
     "learning_rate": lambda name, value: number(name, value, 1e-6, 1e-2),
     "batch_size": lambda name, value: choice(name, value, BATCH_SIZES),

@@ -1,12 +1,11 @@
 """A whole training: data set and configuration in, a proven weights archive out."""
 
-import math
+import os
 import secrets
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import diffusers
@@ -15,47 +14,91 @@ import torch
 import transformers
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
-from tqdm import tqdm
 
+from placeholder.checkpoint import Checkpoint, CheckpointFolder
 from placeholder.checks import MAX_SEED
 from placeholder.config import TrainConfig
 from placeholder.diagnostics import diagnose
 from placeholder.lora import load_lora, lora_metadata, lora_state_dict, unload_lora
 from placeholder.memory import peak_bytes, reset_peak
 from placeholder.models import BaseModel, PromptEmbeddings
-from placeholder.placeholder_token import PlaceholderTokens
 from placeholder.prepare import Log, Training, prepare
 from placeholder.processes import Processes
-from placeholder.trainer import ALONE, Example, Step, predict_velocity
-from placeholder.weights import Weights, read_weights, write_weights
+from placeholder.record import Record
+from placeholder.resume import config_of, read_start, resume_path
+from placeholder.trainer import ALONE, Example, predict_velocity
+from placeholder.training_state import capture
+from placeholder.weights import Weights, content_digest, read_weights, write_weights
+
+TIME_VARIABLE = "SOURCE_DATE_EPOCH"
+MEASURED = ("training_seconds", "expected_peak_gb", "peak_gb")  # figures that differ from run to run
+
+
+class StoppedError(RuntimeError):
+    """A training that was asked to end before its last step."""
 
 
 def finetune(
-    dataset: Path, config: TrainConfig, output: Path, base: BaseModel, log: Log = print, processes: Processes = ALONE
+    dataset: Path,
+    config: TrainConfig,
+    output: Path,
+    base: BaseModel,
+    log: Log = print,
+    processes: Processes = ALONE,
+    resume_from: Path | None = None,
+    checkpoints: CheckpointFolder | None = None,
+    stop: Event | None = None,
 ) -> dict[str, Any] | None:
     """Train on the data-set archive and write the weights archive to `output`; returns what meta.json holds.
 
-    Of several processes the first alone writes and returns that, the others None.
-    Raises ValueError for a bad data set or token before any weight is loaded, and RuntimeError when the loss stops being
+    `resume_from` is a checkpoint, a folder of them, or an earlier weights archive. Once `stop` is set, the next step is the
+    last: it leaves a checkpoint in the folder and StoppedError is raised. Of several processes the first alone writes and returns,
+    the others return None.
+    Raises ValueError for a bad data set, token or start before any weight is loaded, and RuntimeError when the loss stops being
     finite or the archive does not prove itself.
     """
+    source = resume_path(resume_from) if resume_from else None
+    start = read_start(source) if source else None
+    shared = {"base_model": base.source, "processes": processes.count}
+    if start is not None:
+        config = config_of(start, config, shared)
     config = processes.agree(with_seed(config, log))
+    if checkpoints is not None and processes.index == 0:
+        checkpoints.prepare(source)
+        log(f"Checkpoints: every {checkpoints.every} steps")
     if config.placeholder_token and not config.tokens:
         log(f"Placeholder token '{','.join(config.placeholder_token)}' is not used: train_placeholder_token is false")
     reset_peak()
-    training = prepare(dataset, config, base, log, processes)
-    steps = training.steps(config, processes)
-    figures = run(steps, config.steps, training.tokens, log)
+    training = prepare(dataset, config, base, log, processes, start)
+    earlier = start.facts["record"] if isinstance(start, Checkpoint) else None
+    record = Record(config.steps, training.tokens, log, training.position.step, earlier)
+    for step in training.steps(config, processes):
+        record.note(step)
+        if checkpoints is None or processes.index > 0:
+            continue
+        stopping = stop is not None and stop.is_set()
+        if stopping or step.number % checkpoints.every == 0:
+            _save(checkpoints, training, shared | {"config": asdict(config), "record": record.facts()}, log)
+        if stopping:
+            raise StoppedError(f"the training was stopped after step {step.number}: resume_from takes its checkpoint")
     if processes.index > 0:
         return None
+    figures = record.figures() | shared
     if config.tokens:
         figures |= _diagnostics(training, log)
     figures |= _memory(training, log)
-    meta = _meta(config, base, training, figures | {"processes": processes.count})
+    if isinstance(start, Weights):
+        figures["started_from"] = content_digest(source)
+    meta = _meta(config, training, figures)
     transformer = training.trainee.transformer
     weights = Weights(lora_state_dict(transformer), training.tokens.embeddings(), meta)
-    write_weights(output, weights, lora_metadata(transformer))
-    prove_archive(output, weights, transformer, training.prompt_embeds, training.examples[0])
+    unproved = output.with_name(f"{output.name}.unproved")
+    try:
+        write_weights(unproved, weights, lora_metadata(transformer))
+        prove_archive(unproved, weights, transformer, training.prompt_embeds, training.examples[0])
+        unproved.replace(output)
+    finally:
+        unproved.unlink(missing_ok=True)
     log(
         f"Weights archive proved: {len(weights.lora)} LoRA tensors, {len(weights.embeddings)} embeddings, "
         f"{output.stat().st_size} bytes"
@@ -71,35 +114,16 @@ def with_seed(config: TrainConfig, log: Log) -> TrainConfig:
     return config
 
 
-def run(steps: Iterator[Step], total: int, tokens: PlaceholderTokens, log: Log) -> dict[str, Any]:
-    """Go through the steps with about a hundred progress lines; returns the last mean loss and the rows' norms."""
-    interval = max(1, total // 100)
-    start, losses, preservations, mean_loss, recomputed = time.monotonic(), [], [], math.nan, None
-    for step in steps:
-        if recomputed is not None and step.recomputed != recomputed:
-            log(f"Memory: step {step.number} ran out of it and was made again with {step.recomputed} blocks recomputed")
-        recomputed = step.recomputed
-        losses.append(step.loss)
-        if step.preservation is not None:
-            preservations.append(step.preservation)
-        if step.number != 1 and step.number % interval and step.number != total:
-            continue
-        mean_loss = torch.stack(losses).mean().item()
-        preservation = torch.stack(preservations).mean().item() if preservations else None
-        losses, preservations = [], []
-        if not math.isfinite(mean_loss + (preservation or 0.0)):
-            raise RuntimeError(
-                f"the loss became {mean_loss} by step {step.number}: train again with a lower learning_rate or "
-                "placeholder_learning_rate"
-            )
-        figures = f"loss={mean_loss:.4f}"
-        if preservation is not None:
-            figures += f", preservation={preservation:.4f}"
-        if tokens.ids:
-            figures += f", row norm={tokens.rows.detach().norm(dim=1).mean().item():.3g}"
-        log(tqdm.format_meter(step.number, total, time.monotonic() - start, ascii=" #", postfix=figures))
-    norms = {token: rows.norm(dim=1).tolist() for token, rows in tokens.embeddings().items()}
-    return {"loss": mean_loss, "placeholder_row_norms": norms, "training_seconds": round(time.monotonic() - start, 3)}
+def _save(checkpoints: CheckpointFolder, training: Training, facts: dict[str, Any], log: Log) -> None:
+    """Leave a checkpoint; a disk that is full costs the checkpoint, not the training."""
+    step = training.position.step
+    tensors, state = capture(training.trainee, training.position)
+    try:
+        checkpoints.write(step, tensors, facts | {"step": step, "dataset_digest": training.dataset_digest, "state": state})
+    except OSError as error:
+        log(f"Warning: the checkpoint of step {step} could not be written ({error}): the training goes on without it")
+    else:
+        log(f"Checkpoint: step {step}")
 
 
 def _memory(training: Training, log: Log) -> dict[str, Any]:
@@ -120,13 +144,18 @@ def _diagnostics(training: Training, log: Log) -> dict[str, Any]:
     return found.meta()
 
 
-def _meta(config: TrainConfig, base: BaseModel, training: Training, figures: dict[str, Any]) -> dict[str, Any]:
-    """meta.json: the resolved configuration, what was found and learned, and the versions that made it."""
+def _meta(config: TrainConfig, training: Training, figures: dict[str, Any]) -> dict[str, Any]:
+    """meta.json: the resolved configuration, what was found and learned, and the versions that made it.
+
+    With SOURCE_DATE_EPOCH it holds that time and nothing that was measured, so that the same run gives the same bytes.
+    """
     ids = next(iter(training.tokens.ids.values()), None)
+    created, fixed = _time()
+    if fixed:
+        figures = {name: value for name, value in figures.items() if name not in MEASURED}
     return {
-        "base_model": base.source,
         "training_mode": config.training_mode,
-        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "created": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
         **asdict(config),
         "resolution": ",".join(map(str, config.resolution)),
         "placeholder_token": ",".join(config.tokens) or None,
@@ -137,9 +166,16 @@ def _meta(config: TrainConfig, base: BaseModel, training: Training, figures: dic
         "images": training.report.images,
         "captions_found": training.report.captions_found,
         "buckets": training.report.buckets,
+        "dataset_digest": training.dataset_digest,
         **figures,
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers, peft)},
     }
+
+
+def _time() -> tuple[datetime, bool]:
+    """The time to record, and whether it is the fixed one of SOURCE_DATE_EPOCH (reproducible-builds.org)."""
+    fixed = os.environ.get(TIME_VARIABLE)
+    return (datetime.fromtimestamp(int(fixed), UTC), True) if fixed else (datetime.now(UTC), False)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""A training on all visible GPUs: here where there is one, in a process for each where there are more.
+"""A training on all visible GPUs, in a process for each; where there is one GPU and no checkpoint is asked for, in this one.
 
 `torchrun` or `accelerate launch` run the same on several machines: `accelerate launch -m placeholder.launch job.json`, where
-job.json holds the paths `dataset` and `output` and under `config` every option of TrainConfig.
+job.json holds the fields of Job: the paths `dataset` and `output`, under `config` every option of TrainConfig, and optionally
+`resume_from`, `checkpoint_folder` and `checkpoint_every`.
 """
 
 import json
@@ -13,21 +14,23 @@ import sys
 import tempfile
 import threading
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 
+from placeholder.checkpoint import CheckpointFolder
 from placeholder.config import TrainConfig
-from placeholder.finetune import finetune
+from placeholder.finetune import StoppedError, finetune
 from placeholder.models import BaseModel
 from placeholder.prepare import Log
 from placeholder.processes import Processes
 
 PROCESSES_VARIABLE = "TRAINING_PROCESSES"
 ERROR_NAME = "error.json"
-POLL_SECONDS, GRACE_SECONDS = 0.2, 5.0
+POLL_SECONDS, GRACE_SECONDS = 0.2, 8.0  # the server itself waits for ten
 ROOT = Path(__file__).parents[1]
 
 
@@ -42,22 +45,53 @@ def wanted_processes() -> int:
     return int(value)
 
 
-def finetune_on_all_gpus(dataset: Path, config: TrainConfig, output: Path, log: Log = print) -> None:
+@dataclass(frozen=True)
+class Job:
+    """A training as a process of its own is told of it, by the path of a JSON file.
+
+    `ends_with_stdin`: it ends when its standard input is closed, which happens when the process that started it has gone.
+    """
+
+    dataset: str
+    output: str
+    config: dict[str, Any]
+    resume_from: str | None = None
+    checkpoint_folder: str | None = None
+    checkpoint_every: int | None = None
+    ends_with_stdin: bool = False
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """The configuration, whose tuples JSON has made lists."""
+        return TrainConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in self.config.items()})
+
+
+def finetune_on_all_gpus(
+    dataset: Path,
+    config: TrainConfig,
+    output: Path,
+    log: Log = print,
+    resume_from: Path | None = None,
+    checkpoints: CheckpointFolder | None = None,
+) -> None:
     """Write the weights archive of a training to `output`; every process trains batches of `config.batch_size`.
 
+    With checkpoints the training always has a process of its own, which outlives this one for the time of a last checkpoint.
     Raises what `finetune` raises, in this process and in others.
     """
     count = wanted_processes()
     base = BaseModel.from_environment()
-    if count == 1:
-        finetune(dataset, config, output, base, log)
+    if count == 1 and checkpoints is None:
+        finetune(dataset, config, output, base, log, resume_from=resume_from)
         return
+    job = Job(str(dataset), str(output), asdict(config), resume_from and str(resume_from), ends_with_stdin=True)
+    if checkpoints is not None:
+        job = replace(job, checkpoint_folder=str(checkpoints.path), checkpoint_every=checkpoints.every)
     with tempfile.TemporaryDirectory(prefix="placeholder-job-") as folder:
-        job = Path(folder) / "job.json"
-        options = {"dataset": str(dataset), "output": str(output), "config": asdict(config), "ends_with_stdin": True}
-        job.write_text(json.dumps(options))
-        code = _run(count, job, log)
-        if error := _error_of(job):
+        file = Path(folder) / "job.json"
+        file.write_text(json.dumps(asdict(job)))
+        code = _run(count, file, log)
+        if error := _error_of(file):
             raise error
         if code:
             raise RuntimeError(f"a training process ended with {code}: its own message is in the log above")
@@ -65,10 +99,10 @@ def finetune_on_all_gpus(dataset: Path, config: TrainConfig, output: Path, log: 
 
 def _run(count: int, job: Path, log: Log) -> int:
     """Train in `count` processes and hand their lines on; they end with this call, whatever ends it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
     threads = str(max(1, (os.cpu_count() or 1) // count))
     processes = subprocess.Popen(
-        [*command, "-m", "placeholder.launch", str(job)],
+        [sys.executable, *launcher, "-m", "placeholder.launch", str(job)],
         cwd=ROOT,
         env={"OMP_NUM_THREADS": threads, **os.environ},
         stdout=subprocess.PIPE,
@@ -136,31 +170,62 @@ def _end(processes: subprocess.Popen) -> None:
             continue
 
 
-def _end_with_stdin() -> None:
-    """End this process when the one that holds the other end of its standard input has gone, however it went."""
-    os.read(0, 1)  # nothing is ever written; sys.stdin would hold a lock that the interpreter wants at its end
-    os._exit(1)
+class Ending:
+    """How a training process is asked to end: by SIGTERM, or by its standard input, which closes when its starter has gone.
+
+    A process that leaves checkpoints is given GRACE_SECONDS for a last one, the others end at once.
+    """
+
+    def __init__(self, gracefully: bool, ends_with_stdin: bool):
+        self.stop = threading.Event()
+        self.gracefully = gracefully
+        if gracefully:
+            signal.signal(signal.SIGTERM, lambda *_: self.end())
+        if ends_with_stdin:
+            threading.Thread(target=self._watch_stdin, daemon=True).start()
+
+    def end(self) -> None:
+        """End now, or after the step that is being made."""
+        if not self.gracefully:
+            os._exit(1)
+        self.stop.set()
+        timer = threading.Timer(GRACE_SECONDS, os._exit, [1])
+        timer.daemon = True
+        timer.start()
+
+    def _watch_stdin(self) -> None:
+        os.read(0, 1)  # nothing is ever written; sys.stdin would hold a lock that the interpreter wants at its end
+        self.end()
 
 
-def main(job: Path) -> None:
+def main(file: Path) -> None:
     """One of the processes. Where it fails it ends at once, so that the launcher ends those that wait for it."""
-    options = json.loads(job.read_text())
-    if options.get("ends_with_stdin"):
-        threading.Thread(target=_end_with_stdin, daemon=True).start()
-    config = options["config"]
-    tuples = {name: tuple(config[name]) for name in ("resolution", "placeholder_token")}
+    job = Job(**json.loads(file.read_text()))
     processes = Processes.from_environment()
+    config = job.train_config
+    checkpoints = CheckpointFolder.of(job.checkpoint_folder, job.checkpoint_every, config.steps)
+    ending = Ending(checkpoints is not None, job.ends_with_stdin)
 
     def log(line: str) -> None:
         if processes.index == 0:
-            print(line, flush=True)
+            with suppress(BrokenPipeError):  # the reader has gone; a last checkpoint is still to be written
+                print(line, flush=True)
 
     try:
-        base = BaseModel.from_environment()
-        finetune(Path(options["dataset"]), TrainConfig(**config | tuples), Path(options["output"]), base, log, processes)
+        finetune(
+            Path(job.dataset),
+            config,
+            Path(job.output),
+            BaseModel.from_environment(),
+            log,
+            processes,
+            Path(job.resume_from) if job.resume_from else None,
+            checkpoints,
+            ending.stop,
+        )
     except (ValueError, RuntimeError) as error:
-        _tell(job, error, processes.index)
-        if isinstance(error, ValueError):
+        _tell(file, error, processes.index)
+        if isinstance(error, ValueError | StoppedError):
             sys.exit(1)
         raise
     PartialState().destroy_process_group()  # after a failure it would wait for processes that do not come

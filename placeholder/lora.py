@@ -61,8 +61,9 @@ def lora_state_dict(transformer: QwenImageTransformer2DModel) -> dict[str, Tenso
 
 
 def lora_metadata(transformer: QwenImageTransformer2DModel) -> dict[str, Any]:
-    """The adapter's PEFT configuration (r, alpha, target modules), as diffusers stores it beside the weights."""
-    return transformer.peft_config[ADAPTER].to_dict()
+    """The adapter's PEFT configuration (r, alpha, target modules), as diffusers stores it beside the weights; sets sorted."""
+    configuration = transformer.peft_config[ADAPTER].to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in configuration.items()}
 
 
 def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, Tensor]:

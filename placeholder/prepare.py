@@ -1,5 +1,6 @@
 """From a data set and a configuration to everything a training needs: examples, models in their places, optimisers."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from placeholder.checkpoint import Checkpoint
 from placeholder.config import TrainConfig
 from placeholder.dataset import DatasetReport, Photo, read_dataset
 from placeholder.flow import shift_mu
@@ -33,7 +35,9 @@ from placeholder.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings, place_token, without_token
 from placeholder.plan import Plan, plan_training
 from placeholder.processes import Processes
-from placeholder.trainer import ALONE, Example, Step, Trainee, training_steps
+from placeholder.resume import apply_start, check_dataset
+from placeholder.trainer import ALONE, Example, Position, Step, Trainee, training_steps
+from placeholder.weights import Weights
 
 Log = Callable[[str], None]
 VAE_FACTOR, PATCH = 8, 2  # pixels a latent, latents a token, along one side
@@ -46,23 +50,32 @@ class Training:
     trainee: Trainee
     examples: list[Example]
     empty_ids: tuple[int, ...]
-    generator: torch.Generator
+    position: Position
     tokenizer: PreTrainedTokenizerBase
     tokens: PlaceholderTokens
     initial_rows: Tensor
     prompt_embeds: PromptEmbeddings
     report: DatasetReport
+    dataset_digest: str
     plan: Plan
 
     def steps(self, config: TrainConfig, processes: Processes = ALONE) -> Iterator[Step]:
         """The training's steps; `config` is what it was prepared with."""
-        return training_steps(self.trainee, self.examples, self.empty_ids, config, self.generator, processes)
+        return training_steps(self.trainee, self.examples, self.empty_ids, config, self.position, processes)
 
 
-def prepare(dataset: Path, config: TrainConfig, base: BaseModel, log: Log, processes: Processes = ALONE) -> Training:
+def prepare(
+    dataset: Path,
+    config: TrainConfig,
+    base: BaseModel,
+    log: Log,
+    processes: Processes = ALONE,
+    start: Checkpoint | Weights | None = None,
+) -> Training:
     """Read the data set, encode what cannot change, and put the models in their places; `config.seed` is not None.
 
-    Raises ValueError for a bad data set or token, and for a training that does not fit into memory, before any weight is loaded.
+    With a `start` the training goes on from there. Raises ValueError for a bad data set or token, and for a training that does
+    not fit into memory, before any weight is loaded.
     """
     tokenizer = load_tokenizer(base)
     for warning in check_tokens(config.tokens, tokenizer):
@@ -71,6 +84,8 @@ def prepare(dataset: Path, config: TrainConfig, base: BaseModel, log: Log, proce
     for line in report.lines():
         log(line)
     captions = _captions(photos, config, log)
+    digest = dataset_digest(photos, captions)
+    check_dataset(start, digest)
 
     generator = torch.Generator().manual_seed(config.seed)
     tokens = _tokens(config, base, tokenizer, generator, log)
@@ -105,8 +120,12 @@ def prepare(dataset: Path, config: TrainConfig, base: BaseModel, log: Log, proce
 
     examples = _examples(latents, ids, preserved, base)
     trainee = _trainee(config, plan, base, prompt_embeds, row_optimizer, log)
-    initial_rows = tokens.rows.detach().clone()
-    return Training(trainee, examples, empty_ids, generator, tokenizer, tokens, initial_rows, prompt_embeds, report, plan)
+    initial_rows, position = tokens.rows.detach().clone(), Position(generator)
+    if start is not None:
+        log(apply_start(start, trainee, tokens, position))
+    return Training(
+        trainee, examples, empty_ids, position, tokenizer, tokens, initial_rows, prompt_embeds, report, digest, plan
+    )
 
 
 def _captions(photos: list[Photo], config: TrainConfig, log: Log) -> list[str]:
@@ -117,6 +136,17 @@ def _captions(photos: list[Photo], config: TrainConfig, log: Log) -> list[str]:
     placed = [place_token(caption, config.tokens, photo.name) for caption, photo in zip(captions, photos, strict=True)]
     log(f"Captions: {sum(in_front for _, in_front in placed)} of {len(placed)} lacked the token and got it in front")
     return [caption for caption, _ in placed]
+
+
+def dataset_digest(photos: list[Photo], captions: list[str]) -> str:
+    """The SHA-256 of all crops and captions, by which a data set is known again however it was packed."""
+    digest = hashlib.sha256()
+    for photo, caption in zip(photos, captions, strict=True):
+        digest.update(f"{len(caption)} {caption}".encode())
+        for pixels in photo.crops:
+            digest.update(f"{tuple(pixels.shape)}".encode())
+            digest.update(pixels.numpy(force=True).tobytes())
+    return digest.hexdigest()
 
 
 def _tokens(

@@ -1,7 +1,7 @@
 """The training loop: a generator that makes one step after another and yields what each came to."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -58,6 +58,24 @@ class Step:
     recomputed: int
 
 
+@dataclass
+class Position:
+    """Where a training stands: the steps made, the examples that this round still has to bring, the source of randomness.
+
+    Every random number of the steps comes from `generator`, on the CPU, the same in every process.
+    """
+
+    generator: torch.Generator
+    step: int = 0
+    upcoming: list[int] = field(default_factory=list)
+
+    def next_index(self, count: int) -> int:
+        """An index below `count`; each comes once before any comes again."""
+        if not self.upcoming:
+            self.upcoming = torch.randperm(count, generator=self.generator).tolist()
+        return self.upcoming.pop(0)
+
+
 @dataclass(frozen=True)
 class Trainee:
     """What is trained and what it takes: the transformer with its LoRA, the prompts' embeddings, optimisers, checkpointing."""
@@ -75,10 +93,10 @@ def training_steps(
     examples: list[Example],
     empty_ids: tuple[int, ...],
     config: TrainConfig,
-    generator: torch.Generator,
+    position: Position,
     processes: Processes = ALONE,
 ) -> Iterator[Step]:
-    """Train for `config.steps` steps; every random number comes from `generator`, on the CPU, the same in every process.
+    """Train from `position`, which moves along, to step `config.steps`.
 
     The gradient is that of the mean loss over a batch of `config.batch_size` for each process, plus `config.prior_preservation`
     times the mean preservation loss of each preserved prompt in every `config.prior_preservation_interval`-th step. In the first `config.placeholder_warmup_fraction` of
@@ -86,14 +104,16 @@ def training_steps(
     gradients silence the LoRA. A step that runs out of CUDA memory is made again with more blocks recomputed;
     torch.OutOfMemoryError is raised once all of them are.
     """
-    order = shuffled(len(examples), generator)
     rows_alone = round(config.steps * config.placeholder_warmup_fraction) if trainee.row_optimizer else 0
     batch_size = config.batch_size * processes.count
-    for number in range(1, config.steps + 1):
+    for number in range(position.step + 1, config.steps + 1):
         lora_learns = number > rows_alone
         # While the LoRA is still zero there is nothing that it could have changed.
         preserves = lora_learns and number % config.prior_preservation_interval == 0
-        batch = [draw_sample(examples[next(order)], empty_ids, config.caption_dropout, generator) for _ in range(batch_size)]
+        batch = [
+            draw_sample(examples[position.next_index(len(examples))], empty_ids, config.caption_dropout, position.generator)
+            for _ in range(batch_size)
+        ]
         while True:
             try:
                 loss, preservation = gradients(
@@ -111,6 +131,7 @@ def training_steps(
             trainee.lora_optimizer.step()
         if trainee.row_optimizer is not None:
             trainee.row_optimizer.step()
+        position.step = number
         yield Step(number, loss, preservation, trainee.checkpointing.recomputed)
 
 
@@ -147,12 +168,6 @@ def _add_up(processes: Processes, trainee: Trainee, losses: list[Tensor], rows_l
         rows.grad = torch.zeros_like(rows) if rows.grad is None else rows.grad
         gradients_of.append(rows)
     processes.add_up([*losses, *(parameter.grad for parameter in gradients_of)])
-
-
-def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
-    """Indices below `count` without end, each once before any comes again."""
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
 
 
 def draw_sample(example: Example, empty_ids: tuple[int, ...], caption_dropout: float, generator: torch.Generator) -> Sample:

@@ -45,9 +45,10 @@ def embedding_name(token: str) -> str:
 
 
 def write_weights(path: Path, weights: Weights, lora_metadata: dict[str, Any]) -> None:
-    """Write the archive; `lora_metadata` is the PEFT configuration of the LoRA (alpha = rank).
+    """Write the archive, whole or not at all; `lora_metadata` is the PEFT configuration of the LoRA (alpha = rank).
 
-    Entries are stored, not compressed (bf16 noise does not shrink), sorted, and without a time of their own.
+    Entries are stored, not compressed (bf16 noise does not shrink), sorted, and without a time of their own: equal weights and
+    meta.json make equal bytes.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         root = Path(folder)
@@ -63,13 +64,31 @@ def write_weights(path: Path, weights: Weights, lora_metadata: dict[str, Any]) -
             save_file({EMBEDDING_KEY: rows.contiguous()}, target, metadata={"format": "pt", "token": token})
         (root / META_NAME).write_text(json.dumps(weights.meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         files = sorted(file for file in root.rglob("*") if file.is_file())
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for file in files:
+            if file.suffix == ".safetensors":
+                _sort_metadata(file)
+        whole = root / path.name
+        with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
             for file in files:
                 entry = zipfile.ZipInfo(file.relative_to(root).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
                 entry.external_attr = 0o644 << 16
                 with archive.open(entry, "w", force_zip64=True) as target, file.open("rb") as source:
                     while block := source.read(1 << 20):
                         target.write(block)
+        whole.replace(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give the metadata in a safetensors header, which are written in a random order, the order of their names."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) != length:
+            raise RuntimeError(f"the header of {path.name} has {length} bytes and would have {len(text)} sorted")
+        file.seek(8)
+        file.write(text)
 
 
 def read_weights(path: Path | str) -> Weights:

@@ -24,6 +24,7 @@ from placeholder.optimizers import RowOptimizer, lora_optimizer
 from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
 from placeholder.trainer import (
     Example,
+    Position,
     Sample,
     Trainee,
     draw_sample,
@@ -31,7 +32,6 @@ from placeholder.trainer import (
     predict_velocity,
     preservation_losses,
     sample_losses,
-    shuffled,
     training_steps,
 )
 from tests.samples import picture
@@ -84,7 +84,7 @@ class Parts:
             prior_preservation_interval=prior_preservation_interval,
         )
         generator = torch.Generator().manual_seed(seed)
-        return training_steps(trainee, examples or self.examples, self.empty_ids, config, generator)
+        return training_steps(trainee, examples or self.examples, self.empty_ids, config, Position(generator))
 
     def wake_lora(self):
         """Give the LoRA's B, zero at first, some size, so that A has a gradient too."""
@@ -147,9 +147,9 @@ def test_the_row_and_the_lora_learn_exactly_as_with_a_gradient_mask_on_the_whole
     row_adamw = torch.optim.AdamW([matrix], lr=learning_rate, weight_decay=0.0)
     lora_adamw = torch.optim.AdamW(reference.lora, lr=1e-3, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(3)
-    order, expected = shuffled(3, generator), []
+    position, expected = Position(generator), []
     for step in range(1, steps + 1):
-        sample = draw_sample(reference.examples[next(order)], reference.empty_ids, 0.0, generator)
+        sample = draw_sample(reference.examples[position.next_index(3)], reference.empty_ids, 0.0, generator)
         embeds = whole(input_ids=torch.tensor([sample.input_ids])).last_hidden_state[:, 34:]
         loss = reference_loss(
             reference.transformer, sample.example.latents, sample.noise, sample.sigma, embeds, sample.example.grid
@@ -184,8 +184,8 @@ def test_a_batch_of_mixed_shapes_and_lengths_has_the_mean_gradient_of_its_sample
     singles = Parts(base, tokenizer, text_encoder)
     singles.wake_lora()
     generator = torch.Generator().manual_seed(5)
-    order = shuffled(3, generator)
-    batch = [draw_sample(singles.examples[next(order)], singles.empty_ids, 0.3, generator) for _ in range(4)]
+    position = Position(generator)
+    batch = [draw_sample(singles.examples[position.next_index(3)], singles.empty_ids, 0.3, generator) for _ in range(4)]
     losses = [sample_losses(singles.transformer, singles.prompt_embeds, [sample])[0] for sample in batch]
     torch.stack(losses).mean().backward()
     learning = [(found, single) for found, single in zip(parts.lora, singles.lora, strict=True) if single.grad is not None]
@@ -332,8 +332,8 @@ def test_captions_are_dropped_as_often_as_asked(share, parts):
 
 
 def test_every_example_comes_once_before_any_comes_again():
-    order = shuffled(5, torch.Generator().manual_seed(0))
-    rounds = [[next(order) for _ in range(5)] for _ in range(6)]
+    position = Position(torch.Generator().manual_seed(0))
+    rounds = [[position.next_index(5) for _ in range(5)] for _ in range(6)]
     assert all(sorted(indices) == [0, 1, 2, 3, 4] for indices in rounds)
     assert len({tuple(indices) for indices in rounds}) > 1
 
