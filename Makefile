@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint format study bench bench-gpu scale base-check pretrain check-gpu clean
+.PHONY: setup demo test lint format study bench bench-gpu interruptions scale base-check pretrain check-gpu clean
 
 setup: .venv/installed
 
@@ -35,6 +35,10 @@ format: setup
 # Time the training step of the full-size transformer on a CUDA GPU, beside diffusers' script; writes into benchmarks.
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu
+
+# Kill, cancel and stop trainings at random moments; writes benchmarks/interruptions.json.
+interruptions: setup
+	$(BIN)/python -m benchmarks.interruptions
 
 # What full-size trainings and pictures cost, counted; writes docs/scale-table.md.
 scale: setup

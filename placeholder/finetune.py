@@ -2,10 +2,9 @@
 
 import os
 import secrets
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import diffusers
@@ -38,6 +37,14 @@ class StoppedError(RuntimeError):
     """A training that was asked to end before its last step."""
 
 
+@dataclass
+class Stop:
+    """A training that leaves checkpoints ends after its present step once this is `wanted`, as long as it is `heeded`."""
+
+    wanted: bool = False
+    heeded: bool = False
+
+
 def finetune(
     dataset: Path,
     config: TrainConfig,
@@ -47,12 +54,12 @@ def finetune(
     processes: Processes = ALONE,
     resume_from: Path | None = None,
     checkpoints: CheckpointFolder | None = None,
-    stop: Event | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any] | None:
     """Train on the data-set archive and write the weights archive to `output`; returns what meta.json holds.
 
-    `resume_from` is a checkpoint, a folder of them, or an earlier weights archive. Once `stop` is set, the next step is the
-    last: it leaves a checkpoint in the folder and StoppedError is raised. Of several processes the first alone writes and returns,
+    `resume_from` is a checkpoint, a folder of them, or an earlier weights archive. Where `stop` is wanted, a last checkpoint
+    is left and StoppedError raised. Of several processes the first alone writes and returns,
     the others return None.
     Raises ValueError for a bad data set, token or start before any weight is loaded, and RuntimeError when the loss stops being
     finite or the archive does not prove itself.
@@ -72,15 +79,18 @@ def finetune(
     training = prepare(dataset, config, base, log, processes, start)
     earlier = start.facts["record"] if isinstance(start, Checkpoint) else None
     record = Record(config.steps, training.tokens, log, training.position.step, earlier)
+    stop = stop or Stop()
+    stop.heeded = checkpoints is not None
     for step in training.steps(config, processes):
         record.note(step)
         if checkpoints is None or processes.index > 0:
             continue
-        stopping = stop is not None and stop.is_set()
+        stopping = stop.wanted
         if stopping or step.number % checkpoints.every == 0:
             _save(checkpoints, training, shared | {"config": asdict(config), "record": record.facts()}, log)
         if stopping:
             raise StoppedError(f"the training was stopped after step {step.number}: resume_from takes its checkpoint")
+    stop.heeded = False
     if processes.index > 0:
         return None
     figures = record.figures() | shared

@@ -5,10 +5,12 @@ job.json holds the fields of Job: the paths `dataset` and `output`, under `confi
 `resume_from`, `checkpoint_folder` and `checkpoint_every`.
 """
 
+import errno
 import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from accelerate import PartialState
 
 from placeholder.checkpoint import CheckpointFolder
 from placeholder.config import TrainConfig
-from placeholder.finetune import StoppedError, finetune
+from placeholder.finetune import Stop, StoppedError, finetune
 from placeholder.models import BaseModel
 from placeholder.prepare import Log
 from placeholder.processes import Processes
@@ -124,8 +126,11 @@ def _run(count: int, job: Path, log: Log) -> int:
             lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
+    served = _knock() == 0
     try:
         while True:
+            if served and _knock() == errno.ECONNREFUSED:
+                processes.stdin.close()  # Cog's server has had SIGTERM: it hears no one any more, but waits for ten seconds
             try:
                 line = lines.get(timeout=POLL_SECONDS)  # short, so that a cancellation is not held up
             except queue.Empty:
@@ -136,6 +141,14 @@ def _run(count: int, job: Path, log: Log) -> int:
                 log(line)
     finally:
         _end(processes)
+
+
+def _knock() -> int:
+    """0 where a server listens on this machine's port for Cog, otherwise the number of the error."""
+    port = os.environ.get("PORT", "5000")
+    with socket.socket() as probe:
+        probe.settimeout(POLL_SECONDS)
+        return probe.connect_ex(("127.0.0.1", int(port))) if port.isdigit() else errno.EINVAL
 
 
 def _error_of(job: Path) -> ValueError | RuntimeError | None:
@@ -173,22 +186,20 @@ def _end(processes: subprocess.Popen) -> None:
 class Ending:
     """How a training process is asked to end: by SIGTERM, or by its standard input, which closes when its starter has gone.
 
-    A process that leaves checkpoints is given GRACE_SECONDS for a last one, the others end at once.
+    It ends at once, unless the training heeds a stop by leaving a checkpoint; that is given GRACE_SECONDS.
     """
 
-    def __init__(self, gracefully: bool, ends_with_stdin: bool):
-        self.stop = threading.Event()
-        self.gracefully = gracefully
-        if gracefully:
-            signal.signal(signal.SIGTERM, lambda *_: self.end())
+    def __init__(self, ends_with_stdin: bool):
+        self.stop = Stop()
+        signal.signal(signal.SIGTERM, lambda *_: self.end())
         if ends_with_stdin:
             threading.Thread(target=self._watch_stdin, daemon=True).start()
 
     def end(self) -> None:
         """End now, or after the step that is being made."""
-        if not self.gracefully:
+        if not self.stop.heeded:
             os._exit(1)
-        self.stop.set()
+        self.stop.wanted = True
         timer = threading.Timer(GRACE_SECONDS, os._exit, [1])
         timer.daemon = True
         timer.start()
@@ -204,7 +215,7 @@ def main(file: Path) -> None:
     processes = Processes.from_environment()
     config = job.train_config
     checkpoints = CheckpointFolder.of(job.checkpoint_folder, job.checkpoint_every, config.steps)
-    ending = Ending(checkpoints is not None, job.ends_with_stdin)
+    ending = Ending(job.ends_with_stdin)
 
     def log(line: str) -> None:
         if processes.index == 0:

@@ -3,14 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
 
 import pytest
 import torch
 
 from placeholder import prepare as prepare_module
 from placeholder.checkpoint import FACTS_KEY, CheckpointFolder, read_checkpoint, stored_checkpoints
-from placeholder.finetune import StoppedError, finetune
+from placeholder.finetune import Stop, StoppedError, finetune
 from placeholder.memory import BlockCheckpointing
 from placeholder.optimizers import RowOptimizer, lora_optimizer
 from placeholder.trainer import Position, Trainee
@@ -24,11 +23,11 @@ EVERY = 5
 @pytest.fixture(scope="module")
 def interrupted(zero_prior, dataset, base, tmp_path_factory) -> Path:
     """Checkpoints of steps 5 and 8 of the shared training, which was asked to stop in its eighth."""
-    folder, stop = tmp_path_factory.mktemp("checkpoints"), Event()
+    folder, stop = tmp_path_factory.mktemp("checkpoints"), Stop()
 
     def log(line: str) -> None:
         if " 8/15 [" in line:
-            stop.set()
+            stop.wanted = True
 
     with pytest.raises(StoppedError, match="stopped after step 8: resume_from takes its checkpoint"):
         finetune(
