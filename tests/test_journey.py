@@ -2,6 +2,8 @@
 
 import io
 import json
+import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +107,29 @@ def test_a_prediction_without_weights_after_one_with_them_is_the_base_models(pre
     without = drawn(prediction_server.ask(inputs))
     assert np.array_equal(without, stock_picture(base.source, "a photo of <zwx>"))
     assert not np.array_equal(with_weights, without)
+
+
+def test_cancelled_trainings_leave_nothing_and_the_next_one_is_as_if_they_had_not_been(
+    training_server, dataset, temporary, training
+):
+    def result() -> dict[str, bytes]:
+        path = temporary / "result.zip"
+        path.write_bytes(from_data_url(training_server.ask(inputs)["output"]["weights"]))
+        entries = read_zip(path)
+        del entries["meta.json"]  # it tells the time
+        return entries
+
+    inputs = {"dataset": data_url(dataset), **TRAINING, "steps": 2, "placeholder_token": "<zwx>"}
+    undisturbed, moments = result(), random.Random(0)
+    for number in range(4):
+        training_server.start(f"cancelled-{number}", inputs | {"steps": 20000})
+        time.sleep(moments.uniform(0.0, 3.0))
+        start = time.monotonic()
+        training_server.cancel(f"cancelled-{number}")
+        training_server.wait_until_ready()
+        assert time.monotonic() - start < 2
+        assert ours(temporary, "training") == set()
+    assert result() == undisturbed
 
 
 def test_bad_trainings_fail_with_their_sentence_and_leave_nothing(training_server, dataset, temporary, tmp_path):

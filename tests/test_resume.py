@@ -1,6 +1,9 @@
 """A training that goes on where it was interrupted, and one that starts from earlier weights."""
 
 import json
+import os
+import signal
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +59,39 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(step, interrupt
     assert f"Resumed from {start.name} after step {step}" in found.log
     assert not any(f" {step}/15 [" in line for line in found.log)
     assert any(f" {step + 1}/15 [" in line for line in found.log)
+
+
+@pytest.mark.parametrize("moment", [3, 9, 14])
+def test_a_killed_training_loses_no_more_than_the_steps_since_its_checkpoint(moment, zero_prior, dataset, base, tmp_path):
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints", EVERY)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            finetune(
+                dataset,
+                zero_prior.config,
+                tmp_path / "killed.zip",
+                base,
+                lambda line: os.write(writing, f"{line}\n".encode()),
+                checkpoints=checkpoints,
+            )
+        os._exit(1)
+    os.close(writing)
+    with os.fdopen(reading) as lines:
+        for line in lines:
+            if f" {moment}/15 [" in line:
+                os.kill(child, signal.SIGKILL)
+                break
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    stored = [int(path.stem[-6:]) for path in stored_checkpoints(checkpoints.path)]
+    assert max(stored, default=0) >= moment - EVERY  # it may have got further before the signal came
+    start = checkpoints.path if stored else None
+    config, log = zero_prior.config, []
+    finetune(dataset, config, tmp_path / "w.zip", base, log.append, resume_from=start, checkpoints=checkpoints)
+    found = Run(config, tmp_path / "w.zip", {}, log)
+    assert (found.entry(LORA), found.entry(ROWS)) == (zero_prior.entry(LORA), zero_prior.entry(ROWS))
+    assert not (tmp_path / "killed.zip").exists()
 
 
 def test_a_folder_means_the_newest_checkpoint_in_it(interrupted, zero_prior, dataset, base, tmp_path):
