@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint format study bench bench-gpu interruptions scale base-check pretrain check-gpu clean
+.PHONY: setup demo test fuzz lint format study bench bench-gpu interruptions soak scale base-check pretrain check-gpu lock clean
 
 setup: .venv/installed
 
@@ -39,6 +39,9 @@ bench-gpu: setup
 # Kill, cancel and stop trainings at random moments; writes benchmarks/interruptions.json.
 interruptions: setup
 	$(BIN)/python -m benchmarks.interruptions
+# A thousand predictions in one process: whether memory, open files and temporary folders stay flat; writes benchmarks/soak.json.
+soak: setup
+	$(BIN)/python -m benchmarks.soak
 
 # What full-size trainings and pictures cost, counted; writes docs/scale-table.md.
 scale: setup
@@ -69,6 +72,10 @@ pretrain: setup
 	$(BIN)/python -m demo.pretrain denoiser
 	$(BIN)/python -m demo.pretrain denoiser --go-on 1
 	$(BIN)/python -m demo.pretrain denoiser --go-on 2
+
+# Pin what requirements.txt pulls into the container, with hashes; pins that still fit stay. Writes requirements.lock.
+lock: setup
+	$(BIN)/uv pip compile requirements.txt --quiet --generate-hashes --python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-header -o requirements.lock
 
 clean:
 	rm -rf .venv .cache demo-output

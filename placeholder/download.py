@@ -1,12 +1,14 @@
 """Fetching a base model from the Hugging Face hub: its files side by side, with lines that tell how far it is."""
 
 import io
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 from tqdm import tqdm
 
 Log = Callable[[str], None]
@@ -19,16 +21,45 @@ PATTERNS = ["model_index.json"] + [
 SECONDS = 10.0  # between two lines
 
 
-def fetch(source: str, log: Log, endpoint: str | None = None) -> None:
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Source and revision of `owner/name@revision`; a folder, or a name without a revision, is a source alone.
+
+    Raises ValueError for a revision that git could not have.
+    """
+    if "@" not in name or Path(name).is_dir():
+        return name, None
+    source, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", revision):
+        raise ValueError(
+            f"the base model {name!r} is not a folder and not owner/name@revision: give a commit, a tag or a branch behind the @"
+        )
+    return source, revision
+
+
+def fetch(source: str, log: Log, endpoint: str | None = None, revision: str | None = None) -> None:
     """See that all files of the base model are in the hub's cache; nothing where `source` is a folder.
 
-    Raises what huggingface_hub raises where the model cannot be had.
+    Raises ValueError for a revision that is not there, and what huggingface_hub raises where the model cannot be had.
     """
     if Path(source).is_dir():
         return
-    log(f"Base model: fetching what is missing of {source}")
-    snapshot_download(source, allow_patterns=PATTERNS, endpoint=endpoint, tqdm_class=_logged(log))
-    log("Base model: complete")
+    log(f"Base model: fetching what is missing of {source}" + (f" at {revision}" if revision else ""))
+    options = {"allow_patterns": PATTERNS, "endpoint": endpoint, "tqdm_class": _logged(log)}
+    try:
+        folder = snapshot_download(source, revision=revision, **options)
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{source} has no revision {revision!r}: give one of its commits, tags or branches") from error
+    log(f"Base model: complete, commit {Path(folder).name}")
+
+
+def cached_commit(source: str, revision: str | None) -> str | None:
+    """The commit that the hub's cache holds for the revision; None for a folder and where it holds none."""
+    if Path(source).is_dir():
+        return None
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=PATTERNS, local_files_only=True)).name
+    except LocalEntryNotFoundError:
+        return None
 
 
 def _logged(log: Log) -> type[tqdm]:

@@ -1,6 +1,9 @@
 """Files that come in by URL and files that go out: fetched and kept in temporary folders that do not outlive their use."""
 
 import atexit
+import http.client
+import re
+import secrets
 import shutil
 import tempfile
 import urllib.error
@@ -8,6 +11,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from placeholder.failures import plain_failures
 
 TIMEOUT_SECONDS = 60
 URL_SCHEMES = ("http://", "https://")
@@ -29,8 +34,11 @@ class OutputFolder:
     def fresh(self) -> Iterator[Path]:
         """An empty folder, in the place of the previous request's."""
         self._remove()
-        self._folder = Path(tempfile.mkdtemp(prefix=self._prefix))
+        # Known before it exists, so that an interruption cannot fall between the two.
+        self._folder = Path(tempfile.gettempdir()) / (self._prefix + secrets.token_hex(8))
         try:
+            with plain_failures():
+                self._folder.mkdir(mode=0o700)
             yield self._folder
         except BaseException:
             self._remove()
@@ -44,17 +52,31 @@ class OutputFolder:
 
 @contextmanager
 def local_file(source: str) -> Iterator[Path]:
-    """A local path for a path or an http(s) URL; a download is removed afterwards. Raises ValueError when it cannot be had."""
+    """A local path for a path or an http(s) URL; a download is removed afterwards. Raises ValueError when it cannot be had,
+    RuntimeError when the disk is full."""
     if not source.startswith(URL_SCHEMES):
         yield Path(source)
         return
     with tempfile.TemporaryDirectory(prefix="placeholder-download-") as folder:
         target = Path(folder) / "weights"
-        try:
-            with urllib.request.urlopen(source, timeout=TIMEOUT_SECONDS) as response, target.open("wb") as file:
-                shutil.copyfileobj(response, file)
-        except (urllib.error.URLError, TimeoutError) as error:
-            raise ValueError(
-                f"the weights could not be fetched from {source.split('?')[0]} ({error}): check the URL"
-            ) from error
+        _download(source, target)
         yield target
+
+
+def _download(url: str, target: Path) -> None:
+    """Fetch the URL into a file; no message shows its query or a user's name and password, where secrets travel."""
+    shown = re.sub("//[^/]*@", "//", re.split("[?#]", url)[0])
+    try:
+        with plain_failures(), urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response, target.open("wb") as file:
+            shutil.copyfileobj(response, file)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # Without a cause: what urllib says may quote the URL.
+        raise ValueError(f"the weights could not be fetched from {shown} ({_reason(error)}): check the URL") from None
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in words that cannot hold a part of the URL."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP status {error.code}"
+    cause = error.reason if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError) else error
+    return getattr(cause, "strerror", None) or type(cause).__name__

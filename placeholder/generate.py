@@ -8,12 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from diffusers import FirstBlockCacheConfig, QwenImagePipeline
+from diffusers import QwenImagePipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from placeholder.checks import MAX_SEED
+from placeholder.failures import plain_failures
+from placeholder.hooks import cache_first_block, stop_caching, stop_streaming, stream
 from placeholder.lora import load_lora, scale_lora, unload_lora
 from placeholder.models import (
     BaseModel,
@@ -35,6 +37,7 @@ Log = Callable[[str], None]
 INCOMPLETE = "incomplete"
 ARCHIVES_KEPT = 4  # read and checked, in the host's memory; one of rank 32 takes 0.2 GB
 PROMPTS_KEPT = 32  # as embeddings, on the device; one takes about a megabyte
+LESS_MEMORY = "give a smaller width and height"
 PILLOW_FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 
 
@@ -48,6 +51,7 @@ class ImageGenerator:
         self.tokenizer = load_tokenizer(base)
         placement = placement_of(base)
         log(placement.line)
+        self.streamed = placement.stream_transformer
         self.text_encoder = load_text_encoder(base, streamed=placement.stream_text_encoder)
         # The pipeline gets prompt embeddings from `_encode`, the way of training, so it needs no text encoder of its own.
         self.pipeline = QwenImagePipeline(
@@ -63,11 +67,13 @@ class ImageGenerator:
         self.caching = False
         self._plain()
 
+    @plain_failures(LESS_MEMORY)
     @torch.no_grad()
     def generate(self, request: Request, weights: Path | None) -> Image.Image:
         """Draw the picture, with the archive or bare LoRA at `weights` on the base model, or with the base model alone.
 
-        Raises ValueError when the weights cannot be used; the base model is then as it was.
+        Raises ValueError when the weights cannot be used and RuntimeError when the memory does not suffice. Whatever ends a
+        request early, also an interruption, leaves nothing that the next one would show.
         """
         if weights is None:
             self.unload()
@@ -98,16 +104,22 @@ class ImageGenerator:
         """The archive, from memory where one of the same content was read lately."""
         weights = self.archives.pop(digest, None) or read_weights(path)
         self.archives[digest] = weights
-        if len(self.archives) > ARCHIVES_KEPT:
+        while len(self.archives) > ARCHIVES_KEPT:
             self.archives.popitem(last=False)
         return weights
 
     def unload(self) -> None:
         """Back to the base model alone, bit for bit."""
-        if self.applied is not None:
-            self.applied = INCOMPLETE
-            unload_lora(self.pipeline.transformer)
-            self._plain()
+        if self.applied is None:
+            return
+        transformer, restream = self.pipeline.transformer, self.streamed and self.applied == INCOMPLETE
+        self.applied = INCOMPLETE
+        if restream:  # the streaming of the layers may be half taken off or put on
+            stop_streaming(transformer)
+        unload_lora(transformer)
+        if restream:
+            stream(transformer, self.base.device)
+        self._plain()
 
     def _plain(self) -> None:
         self.tokens = self._tokens(Weights(lora={}))
@@ -148,7 +160,7 @@ class ImageGenerator:
         try:
             if request.go_fast:
                 self.caching = True
-                self.pipeline.transformer.enable_cache(FirstBlockCacheConfig())
+                cache_first_block(self.pipeline.transformer)
             return self.pipeline(
                 **prompts,
                 true_cfg_scale=request.guidance,
@@ -164,12 +176,11 @@ class ImageGenerator:
     def _stop_caching(self) -> None:
         """Take the first-block cache off the transformer, also where putting it on or off was interrupted half way."""
         if self.caching:
-            transformer = self.pipeline.transformer
-            transformer._cache_config = FirstBlockCacheConfig()  # diffusers sets it last and disables nothing without it
-            transformer.disable_cache()
+            stop_caching(self.pipeline.transformer)
             self.caching = False
 
 
+@plain_failures(LESS_MEMORY)
 def save_image(image: Image.Image, request: Request, folder: Path) -> Path:
     """Write the picture in the request's format; `output_quality` counts for webp and jpg, png is lossless."""
     path = folder / f"output.{request.output_format}"

@@ -15,7 +15,6 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from diffusers.hooks import apply_group_offloading
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import (
@@ -27,7 +26,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from placeholder.download import fetch
+from placeholder.download import cached_commit, fetch, split_revision
+from placeholder.hooks import stream
 from placeholder.latents import normalise, pack
 from placeholder.placeholder_token import PlaceholderTokens
 from placeholder.storage import Storage, store
@@ -46,39 +46,53 @@ MAX_PROMPT_TOKENS = 512  # max_sequence_length of QwenImagePipeline.__call__
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which base model, and where and in which dtype its components run."""
+    """Which base model, and where and in which dtype its components run.
+
+    `source`: a folder, or a repository of the hub, there at `revision` (a commit, tag or branch; None for its main branch).
+    """
 
     source: str
     device: torch.device
     dtype: torch.dtype
+    revision: str | None = None
 
     @classmethod
     def from_environment(cls) -> "BaseModel":
-        """Hub id or folder from QWEN_IMAGE_MODEL; bf16 on CUDA, fp32 on a CPU, which only a small base model fits.
+        """Folder, hub id or hub id@revision from QWEN_IMAGE_MODEL; bf16 on CUDA, fp32 on a CPU, which only a small model fits.
 
-        Raises ValueError when the full-size model is asked for and there is no CUDA GPU.
+        Raises ValueError for a malformed revision, and when the full-size model is asked for and there is no CUDA GPU.
         """
-        source = os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL
+        source, revision = split_revision(os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL)
         if torch.cuda.is_available():
-            return cls(source, torch.device("cuda"), torch.bfloat16)
+            return cls(source, torch.device("cuda"), torch.bfloat16, revision)
         if source == DEFAULT_MODEL:
             raise ValueError(
                 f"no CUDA GPU was found and {DEFAULT_MODEL} needs one: run on a GPU, or name a small model in {MODEL_VARIABLE}"
             )
-        return cls(source, torch.device("cpu"), torch.float32)
+        return cls(source, torch.device("cpu"), torch.float32, revision)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the hub's repository that is loaded; None for a folder, and before anything was fetched."""
+        return cached_commit(self.source, self.revision)
 
     def fetch(self, log: Callable[[str], None]) -> None:
         """Have all files at hand before the first is read, fetched side by side from the hub where the source is not a folder."""
-        fetch(self.source, log)
+        fetch(self.source, log, revision=self.revision)
 
     def component(self, kind: type, name: str, **options: Any) -> Any:
         """A component of the class `kind` from the base model's subfolder `name`, on the CPU."""
-        return kind.from_pretrained(self.source, subfolder=name, **options)
+        return kind.from_pretrained(self.source, subfolder=name, **self._pinned(), **options)
 
     def configuration(self, kind: type, name: str) -> Any:
         """The configuration of a component: a dictionary for a diffusers class, the object for one of transformers."""
         read = kind.load_config if issubclass(kind, ConfigMixin) else kind.from_pretrained
-        return read(self.source, subfolder=name)
+        return read(self.source, subfolder=name, **self._pinned())
+
+    def _pinned(self) -> dict[str, str]:
+        """The commit that was fetched, so that all components are of one, also where the branch moves meanwhile."""
+        revision = self.commit or self.revision
+        return {"revision": revision} if revision else {}
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
@@ -120,9 +134,7 @@ def _placed(module: nn.Module, base: BaseModel, streamed: bool) -> nn.Module:
     module.requires_grad_(False).eval()
     if not streamed:
         return module.to(base.device)
-    on_cuda = base.device.type == "cuda"  # the next layer is fetched on a stream of its own while one computes
-    # Pinned as they go: pinned beforehand, every weight would take the next power of two of the host's memory.
-    apply_group_offloading(module, base.device, offload_type="leaf_level", use_stream=on_cuda, low_cpu_mem_usage=on_cuda)
+    stream(module, base.device)
     return module
 
 

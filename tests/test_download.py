@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
 
 from placeholder import download
 from placeholder.models import BaseModel
@@ -41,6 +42,12 @@ class Hub(BaseHTTPRequestHandler):
         if path.startswith("/api/models/some/model/tree"):
             content = json.dumps([{"type": "file", "path": name, "size": len(FILES[name]), "oid": "0"} for name in FILES])
             content = content.encode()
+        elif path.startswith("/api/models/some/model/revision/") and path.rsplit("/", 1)[1] not in ("main", "v1", COMMIT):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RevisionNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         elif path.startswith("/api/models/some/model"):
             siblings = [{"rfilename": name} for name in FILES]
             content = json.dumps({"id": "some/model", "sha": COMMIT, "siblings": siblings}).encode()
@@ -83,7 +90,7 @@ def test_only_weights_and_descriptions_are_fetched_and_the_log_tells_how_far(hub
     wanted = ("model_index.json", "transformer/config.json", "transformer/weights.safetensors")
     assert found == {name: FILES[name] for name in wanted}
     assert log[0] == "Base model: fetching what is missing of some/model"
-    assert log[-2:] == ["Base model: 0.00 GB fetched", "Base model: complete"]
+    assert log[-2:] == ["Base model: 0.00 GB fetched", f"Base model: complete, commit {COMMIT}"]
     assert not any("%|" in line for line in log)  # which Replicate would take for the training's progress
 
 
@@ -91,6 +98,35 @@ def test_a_folder_is_taken_as_it_is(base):
     log: list[str] = []
     BaseModel(base.source, base.device, base.dtype).fetch(log.append)
     assert log == []
+    assert base.commit is None
+
+
+@pytest.mark.parametrize("revision", [None, "v1", COMMIT])
+def test_the_commit_that_was_fetched_is_known_and_all_components_are_read_at_it(revision, hub, tmp_path):
+    base = BaseModel("some/model", torch.device("cpu"), torch.float32, revision)
+    assert base.commit is None
+    log: list[str] = []
+    download.fetch("some/model", log.append, hub, revision)
+    assert base.commit == COMMIT
+    assert log[0] == "Base model: fetching what is missing of some/model" + (f" at {revision}" if revision else "")
+    assert log[-1] == f"Base model: complete, commit {COMMIT}"
+    asked = []
+
+    class Component:
+        """A component that notes what it is asked for."""
+
+        @classmethod
+        def from_pretrained(cls, source: str, **options: str) -> None:
+            asked.append((source, options))
+
+    base.component(Component, "vae")
+    base.configuration(Component, "text_encoder")
+    assert asked == [("some/model", {"subfolder": name, "revision": COMMIT}) for name in ("vae", "text_encoder")]
+
+
+def test_a_revision_that_is_not_there_gets_its_sentence(hub):
+    with pytest.raises(ValueError, match="some/model has no revision 'v9': give one of its commits, tags or branches"):
+        download.fetch("some/model", lambda line: None, hub, "v9")
 
 
 def test_no_bar_is_drawn_anywhere(hub, capfd):

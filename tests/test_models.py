@@ -167,6 +167,29 @@ def test_the_base_model_is_the_one_that_the_environment_names(monkeypatch):
         assert BaseModel.from_environment().source == DEFAULT_MODEL == "Qwen/Qwen-Image"
 
 
+def test_a_revision_stands_behind_an_at_sign(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for revision in ("v1.0", "refs/pr/7", "0123456789abcdef0123456789abcdef01234567"):
+        monkeypatch.setenv("QWEN_IMAGE_MODEL", f"some/model@{revision}")
+        found = BaseModel.from_environment()
+        assert (found.source, found.revision) == ("some/model", revision)
+    folder = tmp_path / "base@home"
+    folder.mkdir()
+    monkeypatch.setenv("QWEN_IMAGE_MODEL", str(folder))
+    assert BaseModel.from_environment().source == str(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["some/model@", "some/model@a b", "some/model@../x", "some/model@-x", "@v1", "a/b/c@v1", "a/b@c@d"]
+)
+def test_a_malformed_revision_gets_its_sentence(name, monkeypatch):
+    monkeypatch.setenv("QWEN_IMAGE_MODEL", name)
+    with pytest.raises(
+        ValueError, match="is not a folder and not owner/name@revision: give a commit, a tag or a branch behind"
+    ):
+        BaseModel.from_environment()
+
+
 def test_the_full_size_model_without_a_gpu_gets_its_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("QWEN_IMAGE_MODEL", raising=False)

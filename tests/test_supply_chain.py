@@ -1,0 +1,76 @@
+"""What comes from outside: pinned packages with hashes, and base model and archive files that cannot hold code."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from demo.server import ROOT
+
+SOURCES = [ROOT / "predict.py", ROOT / "train.py", *sorted((ROOT / "placeholder").glob("*.py"))]
+UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
+WITHOUT_WEIGHTS = {"Qwen2Tokenizer", "FlowMatchEulerDiscreteScheduler"}  # read from JSON and text
+
+
+def pins(text: str) -> dict[str, str]:
+    """Versions by package of a requirements file."""
+    return dict(re.findall(r"^([a-z0-9._-]+)==([^\s\\]+)", text, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def lock() -> str:
+    return (ROOT / "requirements.lock").read_text()
+
+
+def test_every_requirement_stands_in_the_lock_with_its_version(lock):
+    required = pins((ROOT / "requirements.txt").read_text())
+    assert len(required) >= 14
+    assert required.items() <= pins(lock).items()
+
+
+def test_every_package_of_the_lock_has_a_hash_and_no_index_is_named(lock):
+    entries = re.split(r"^(?=[a-z0-9])", lock, flags=re.MULTILINE)
+    entries = [entry for entry in entries if entry.strip()]
+    assert len(entries) == len(pins(lock))
+    for entry in entries:
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", entry), entry.split()[0]
+    assert not re.search(r"://|--(extra-)?index|--find-links| @ ", lock)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_source_unpickles_or_runs_what_it_is_given(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not {name.name.split(".")[0] for name in node.names} & UNSAFE_MODULES
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in UNSAFE_MODULES
+            assert not (node.module == "torch" and {name.name for name in node.names} & {"load"})
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in UNSAFE_CALLS | {"torch.load", "yaml.load"}
+            assert "trust_remote_code" not in {keyword.arg for keyword in node.keywords}
+
+
+def test_weights_of_the_base_model_are_read_from_safetensors_alone():
+    found = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "component":
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                found[ast.unparse(node.args[0])] = options.get("use_safetensors")
+    assert found.keys() >= WITHOUT_WEIGHTS
+    safe = {kind: option for kind, option in found.items() if kind not in WITHOUT_WEIGHTS}
+    assert len(safe) == 3
+    assert set(safe.values()) == {"True"}
+
+
+def test_models_are_read_in_one_place():
+    calls = [
+        (path.name, ast.unparse(node))
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "from_pretrained"
+    ]
+    assert {name for name, _ in calls} == {"models.py"}
