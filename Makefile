@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint format study bench bench-gpu scale base-check pretrain check-gpu clean
+.PHONY: setup demo test fuzz lint format study bench bench-gpu scale base-check pretrain check-gpu clean
 
 setup: .venv/installed
 
@@ -23,6 +23,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Read thousands of mutated archives, data sets and configuration files; takes about a minute.
+fuzz: setup
+	$(BIN)/python -W ignore -m tests.fuzz --count 2000
 
 lint: setup
 	$(BIN)/ruff check .

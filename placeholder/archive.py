@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from placeholder.entries import BoundedFile, Entry, Tally, inner_archive, plain_names
+from placeholder.entries import BoundedFile, Entry, OverrunError, Tally, inner_archive, plain_names
 from placeholder.labels import label, quoted, reason
 
 MAX_DIRECTORY_BYTES = 16 * 1024**2  # of a zip's table of contents: 800 bytes an entry
@@ -30,8 +30,9 @@ OTHER_MAGIC = {  # each format's own description of its first bytes
     b"BZh": "bzip2",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
-# What the standard library raises for archives that were cut or changed.
+# What the standard library raises for archives that were cut or changed; ValueError for names and numbers that are none.
 DAMAGE = (
+    OverrunError,
     zipfile.BadZipFile,
     tarfile.TarError,
     gzip.BadGzipFile,
@@ -39,7 +40,7 @@ DAMAGE = (
     struct.error,
     EOFError,
     NotImplementedError,
-    UnicodeDecodeError,
+    ValueError,
     RecursionError,
 )
 
@@ -90,7 +91,7 @@ def open_archive(path: Path | str) -> Iterator[Archive]:
 
 @contextmanager
 def _zip(file: BinaryIO, tally: Tally) -> Iterator[Archive]:
-    bounded = BoundedFile(file, tally.archive, MAX_DIRECTORY_BYTES)
+    bounded = BoundedFile(file, MAX_DIRECTORY_BYTES)
     with _damage_named(tally.archive):
         opened = zipfile.ZipFile(bounded)
     bounded.left = None  # from here on all reading is by the block
@@ -131,30 +132,33 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
 
 @contextmanager
 def _tar(file: BinaryIO, tally: Tally, is_gzip: bool) -> Iterator[Archive]:
-    bounded = BoundedFile(gzip.GzipFile(fileobj=file) if is_gzip else file, tally.archive, MAX_HEADER_BYTES)
+    bounded = BoundedFile(gzip.GzipFile(fileobj=file) if is_gzip else file, MAX_HEADER_BYTES)
     with _damage_named(tally.archive):
-        try:
-            opened = tarfile.open(fileobj=bounded, mode="r:")  # noqa: SIM115
-        except tarfile.ReadError as error:
-            raise ValueError(f"{tally.archive} is neither a zip nor a tar archive: pack the files as a zip") from error
+        opened = _opened_tar(bounded)
+    if opened is None:
+        raise ValueError(f"{tally.archive} is neither a zip nor a tar archive: pack the files as a zip")
     with opened:
-        with _damage_named(tally.archive):
-            files = list(_tar_entries(opened, bounded, tally))
+        files = list(_tar_entries(opened, bounded, tally))
         bounded.left = None
         yield _archive(tally.archive, files, opened.extractfile)
 
 
+def _opened_tar(bounded: BoundedFile) -> tarfile.TarFile | None:
+    try:
+        return tarfile.open(fileobj=bounded, mode="r:")
+    except tarfile.ReadError:  # there is no header at the beginning
+        return None
+
+
 def _tar_entries(opened: tarfile.TarFile, bounded: BoundedFile, tally: Tally) -> Iterator[Entry]:
     headers = 0
-    for info in opened:
+    while (info := _next(opened, bounded, tally.archive)) is not None:
         headers += MAX_HEADER_BYTES - bounded.left
         if headers > MAX_HEADERS_BYTES:
             raise ValueError(f"{tally.archive} has more than {MAX_HEADERS_BYTES} bytes of headers: pack it as a plain zip")
         bounded.left = MAX_HEADER_BYTES
         info.pax_headers = {}  # each entry has a copy of all that is global
         opened.pax_headers.clear()
-        if info.size < 0:
-            raise tarfile.ReadError(f"{quoted(info.name)} has a negative size")
         entry = Entry(info.name, info.size, None, info)
         tally.add(entry)
         if info.isdir():
@@ -164,29 +168,38 @@ def _tar_entries(opened: tarfile.TarFile, bounded: BoundedFile, tally: Tally) ->
                 f"{tally.archive}: {quoted(info.name)} is a link or a device, or sparse: pack the files themselves"
             )
         yield entry
-    # tarfile takes a damaged header for the end.
-    bounded.seek(opened.offset)
-    if bounded.read(tarfile.BLOCKSIZE).strip(b"\0"):
-        raise tarfile.ReadError("a header in the middle is not one")
+
+
+def _next(opened: tarfile.TarFile, bounded: BoundedFile, archive: str) -> tarfile.TarInfo | None:
+    """The next header; tarfile takes a damaged one for the end."""
+    with _damage_named(archive):
+        info = opened.next()
+        if info is not None and info.size < 0:
+            raise tarfile.ReadError("a size is negative")
+        if info is None and bounded.last.strip(b"\0"):
+            raise tarfile.ReadError("a header in the middle is not one")
+    return info
 
 
 def _archive(name: str, files: list[Entry], open_info: Callable) -> Archive:
     entries = plain_names(name, files)
 
     def read(entry_name: str) -> bytes:
+        size = entries[entry_name].size
         with _damage_named(name), open_info(entries[entry_name].info) as stream:
-            return _read_exactly(stream, name, entry_name, entries[entry_name].size)
+            content = _up_to(size + 1, stream)
+        if len(content) != size:
+            raise ValueError(f"{name}: {quoted(entry_name)} does not hold the {size} bytes it claims: pack the archive again")
+        return content
 
     return Archive(name, entries, read)
 
 
-def _read_exactly(stream: BinaryIO, archive: str, name: str, size: int) -> bytes:
-    """The entry's content, by the block; an entry that is longer or shorter than it claims is damaged."""
+def _up_to(size: int, stream: BinaryIO) -> bytes:
+    """About `size` bytes, or as many as there are, by the block: so much is never set aside because a header claims it."""
     content = io.BytesIO()
-    while content.tell() <= size and (block := stream.read(BLOCK_BYTES)):
+    while content.tell() < size and (block := stream.read(BLOCK_BYTES)):
         content.write(block)
-    if content.tell() != size:
-        raise ValueError(f"{archive}: {quoted(name)} does not hold the {size} bytes it claims: pack the archive again")
     return content.getvalue()
 
 

@@ -58,27 +58,31 @@ class Tally:
                 )
 
 
+class OverrunError(Exception):
+    """More is to be read from a BoundedFile than it allows."""
+
+
 class BoundedFile:
     """A file of which at most `left` bytes are read, or any number where that is None.
 
     The standard library reads as much as a header claims; where the file is a compressed stream, that much may come.
     """
 
-    def __init__(self, file: BinaryIO, archive: str, left: int | None):
-        self.file, self.archive, self.left = file, archive, left
+    def __init__(self, file: BinaryIO, left: int | None):
+        self.file, self.left = file, left
+        self.last = b""  # what was read last, while reading was bounded
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
 
     def read(self, size: int | None = -1) -> bytes:
-        """Up to `size` bytes; ValueError where more than is left would be read."""
+        """Up to `size` bytes; OverrunError where more than is left would be read."""
         if self.left is None:
             return self.file.read(size)
         wanted = self.left + 1 if size is None or size < 0 else size
         content = self.file.read(min(wanted, self.left + 1))
         self.left -= len(content)
         if self.left < 0:
-            raise ValueError(
-                f"{self.archive} has a header or a table of contents far too long: pack fewer files, as a plain zip"
-            )
+            raise OverrunError("a header or the table of contents is far too long")
+        self.last = content
         return content
 
     def close(self) -> None:
