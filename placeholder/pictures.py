@@ -1,6 +1,7 @@
 """Encoded pictures from strangers as 8-bit RGB, within a bounded memory."""
 
 import io
+import struct
 import warnings
 
 import numpy as np
@@ -35,8 +36,11 @@ def to_rgb(content: bytes) -> Image.Image:
     opened = _opened(content)
     with opened:
         _check_size(opened)
-        opened.load()
-        turn = UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation))
+        try:
+            opened.load()
+            turn = UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation))
+        except (struct.error, IndexError) as error:
+            raise ValueError("its EXIF data or its colour profile is damaged: save it again") from error
         image = _plain(opened)
     del opened  # with the memory of its decoder
     return image if turn is None else image.transpose(turn)

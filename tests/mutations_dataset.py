@@ -42,7 +42,7 @@ def mutated_dataset(seed: int) -> bytes:
     for number in range(1, rng.choice([2, 3, 4])):
         kind = rng.choice(sorted(_pictures()))
         content = _pictures()[kind]
-        entries.append((f"{number}.{kind.split('.')[1]}", _changed_picture(content, rng) if rng.random() < 0.6 else content))
+        entries.append((f"{number}.{kind.split('.')[1]}", _changed_picture(content, rng, rng.choice([0, 0, 1, 1, 2, 3]))))
         entries.append(
             (
                 f"{number}.txt",
@@ -56,14 +56,22 @@ def mutated_dataset(seed: int) -> bytes:
     return changed_bytes(content, rng) if rng.random() < 0.2 else content
 
 
-def _changed_picture(content: bytes, rng: random.Random) -> bytes:
+def _changed_picture(content: bytes, rng: random.Random, times: int) -> bytes:
+    for _ in range(times):
+        content = _changed_once(content, rng)
+    return content
+
+
+def _changed_once(content: bytes, rng: random.Random) -> bytes:
     """The picture with bytes changed, or with a field of its headers overwritten and the checksum put right."""
     if content.startswith(b"\x89PNG") and rng.random() < 0.7:
         chunks, place = [], 8
-        while place < len(content):
+        while place + 12 <= len(content):
             (length,) = struct.unpack(">I", content[place : place + 4])
             chunks.append((content[place + 4 : place + 8], content[place + 8 : place + 8 + length]))
             place += 12 + length
+        if not chunks:
+            return content
         number = rng.choice([0, rng.randrange(len(chunks))])
         kind, data = chunks[number]
         if number == 0:  # IHDR: width, height, depth, colour type, compression, filter, interlace
@@ -75,7 +83,7 @@ def _changed_picture(content: bytes, rng: random.Random) -> bytes:
         chunks[number] = (kind, data)
         if rng.random() < 0.2:
             chunks.insert(
-                rng.randrange(1, len(chunks)),
+                rng.randrange(len(chunks)) + 1,
                 (
                     rng.choice([b"tEXt", b"zTXt", b"iCCP", b"tRNS", b"PLTE", b"eXIf", b"acTL", b"fcTL", b"iTXt"]),
                     rng.randbytes(rng.choice([0, 1, 8, 26])),

@@ -1,6 +1,8 @@
 """Pictures and captions from an archive: which are found, how they are converted, and how they are cut."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -384,3 +386,18 @@ def test_the_shared_data_set_writer_makes_what_the_other_tests_expect(tmp_path):
     assert [photo.caption for photo in photos] == ["one", None]
     assert report.buckets == {"64x64": 1, "80x48": 1}
     assert Image.open(io.BytesIO(encoded(picture(96, 64)))).size == (96, 64)
+
+
+def test_a_picture_with_damaged_exif_or_colour_profile_is_skipped_with_a_reason(tmp_path):
+    short = PNG[:-12] + chunk(b"eXIf", b"MM\0*") + PNG[-12:]
+    profile = PNG[:-12] + chunk(b"iCCP", b"") + PNG[-12:]
+    path = write_zip(tmp_path / "data.zip", {"good.png": PNG, "exif.png": short, "profile.png": profile})
+    photos, report = read_dataset(path, (64,))
+    assert [photo.name for photo in photos] == ["good.png"]
+    assert report.skipped == dict.fromkeys(
+        ["exif.png", "profile.png"], "its EXIF data or its colour profile is damaged: save it again"
+    )
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
