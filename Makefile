@@ -24,6 +24,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# Read thousands of mutated archives, data sets and configuration files; takes about a minute.
+fuzz: setup
+	$(BIN)/python -W ignore -m tests.fuzz --count 2000
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,6 +43,7 @@ bench-gpu: setup
 # Kill, cancel and stop trainings at random moments; writes benchmarks/interruptions.json.
 interruptions: setup
 	$(BIN)/python -m benchmarks.interruptions
+
 # A thousand predictions in one process: whether memory, open files and temporary folders stay flat; writes benchmarks/soak.json.
 soak: setup
 	$(BIN)/python -m benchmarks.soak

@@ -40,12 +40,23 @@ def text(name: str, value: Any) -> str:
     if not isinstance(value, str) or len(value) > MAX_TEXT_CHARACTERS:
         given = f"{len(value)} characters long" if isinstance(value, str) else shown(value)
         raise ValueError(f"{name} is {given}: give text of at most {MAX_TEXT_CHARACTERS} characters")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{name} is {shown(value)}: give text without halves of surrogate pairs")
     return value
 
 
 def shown(value: Any) -> str:
     """A value as an error message shows it: cut short, however large or nested it is."""
-    return reprlib.repr(value)
+    return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write integers of more than 4300 digits."""
+        return super().repr_int(x, level) if x.bit_length() < 1000 else f"an integer of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
 
 
 def _within(name: str, value: Any, low: float, high: float, kind: str) -> float:

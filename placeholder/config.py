@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from placeholder.checks import MAX_SEED, choice, flag, number, shown, text, whole
+from placeholder.labels import label, reason
 
 OPTIMIZERS = ("adamw", "adamw8bit", "adam8bit", "prodigy")
 BATCH_SIZES = (1, 2, 4)
@@ -117,14 +118,14 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     """The options that a YAML file with the sections train, debug and model names, flattened."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"config {path.name or path} is not a file: give a YAML file")
+        raise ValueError(f"config {label(path.name or str(path))} is not a file: give a YAML file")
     content = path.read_bytes()
     if len(content) > MAX_CONFIG_BYTES:
         raise ValueError(f"config is {len(content)} bytes: a configuration file has at most {MAX_CONFIG_BYTES}")
     try:
-        document = yaml.safe_load(content.decode("utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, an impossible date or number
-        raise ValueError(f"config is not a YAML file: {' '.join(str(error).split())}") from error
+        document = yaml.load(content.decode("utf-8"), _PlainLoader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # also an impossible date or number
+        raise ValueError(f"config is not a YAML file: {reason(error)}") from error
     if document is None:
         return {}
     if not isinstance(document, dict):
@@ -132,15 +133,29 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for section, entries in document.items():
         if section not in YAML_SECTIONS:
-            raise ValueError(f"config has an unknown section {section!r}: known are {', '.join(YAML_SECTIONS)}")
+            raise ValueError(f"config has an unknown section {shown(section)}: known are {', '.join(YAML_SECTIONS)}")
         if not isinstance(entries, dict | None):
             raise ValueError(f"config section {section} holds a {type(entries).__name__}: expected option names with values")
         for name, value in (entries or {}).items():
             if name not in YAML_SECTIONS[section]:
                 known = "; ".join(f"{part}: {', '.join(names)}" for part, names in YAML_SECTIONS.items())
-                raise ValueError(f"config has an unknown key {section}.{name}: known are {known}")
+                raise ValueError(f"config has an unknown key {section}.{_key(name)}: known are {known}")
             options[name] = value
     return options
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without tags and aliases: a tag can fail in any way, and aliases within merge keys grow without bound."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError("tags (!name) and aliases (*name) are not read, write the value itself")
+        return super().compose_node(parent, index)
+
+
+def _key(name: Any) -> str:
+    return label(name) if isinstance(name, str) else shown(name)
 
 
 def _placeholder_options(train: Any, named: Any) -> dict[str, Any]:
@@ -157,7 +172,7 @@ def _resolutions(name: str, value: Any) -> tuple[int, ...]:
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     sides = set()
     for part in parts:
-        digits = str(part).strip() if isinstance(part, int | str) else ""
+        digits = str(part).strip() if isinstance(part, str) or type(part) is int and 0 < part <= MAX_SIDE else ""
         if not (digits.isascii() and digits.isdigit() and len(digits) <= 4 and MIN_SIDE <= int(digits) <= MAX_SIDE):
             raise ValueError(f"{name} is {shown(value)}: give whole numbers from {MIN_SIDE} to {MAX_SIDE}, separated by commas")
         sides.add(int(digits))

@@ -1,9 +1,9 @@
 """The user's pictures and captions: read from an archive, converted to RGB, and cut to aspect-ratio buckets."""
 
-import io
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,12 +11,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from placeholder.archive import Archive, open_archive
+from placeholder.entries import is_clutter
+from placeholder.labels import label, reason
+from placeholder.pictures import MAX_PICTURE_BYTES, MIN_SIDE, UNREADABLE, to_rgb
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SIDE_MULTIPLE = 16  # VAE /8, then 2x2 patches
-MIN_SIDE = 32  # pixels: two tokens
 MAX_ASPECT = 4.0  # a longer picture is cropped to it
 MAX_CAPTION_BYTES = 64 * 1024
+MAX_CROPS_BYTES = 16 * 1024**3  # of all pictures together, decoded: they stay in memory until they are encoded
 
 
 @dataclass(frozen=True)
@@ -54,47 +57,34 @@ def read_dataset(path: Path | str, resolutions: tuple[int, ...]) -> tuple[list[P
     `resolutions` are sides of squares in pixels; every photograph is cut to one bucket of each area. Raises ValueError when
     the archive cannot be read, a caption is not UTF-8, or no picture is usable.
     """
-    photos: list[Photo] = []
-    skipped: dict[str, str] = {}
+    photos: dict[str, Photo] = {}
     with open_archive(path) as archive:
-        names = [name for name in archive.names if not _ignored(name)]
-        captions = {_stem(name): _caption(archive, name) for name in names if name.lower().endswith(".txt")}
-        pictures = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-        skipped |= {
-            name: "not a jpg, png or webp picture" for name in names if not name.lower().endswith((*IMAGE_SUFFIXES, ".txt"))
-        }
-        skipped |= _captions_without_picture(names, pictures)
+        names = [name for name in archive.names if not is_clutter(name)]
+        _refuse_collisions(archive.name, names)
+        texts, pictures = _with_suffix(names, (".txt",)), _with_suffix(names, IMAGE_SUFFIXES)
+        captions = {_stem(name): _caption(archive, name) for name in texts}
+        skipped = dict.fromkeys(set(names) - {*texts, *pictures}, "not a jpg, png or webp picture")
+        pictured = {_stem(name) for name in pictures}
+        skipped |= {name: "a caption without a picture of that name" for name in texts if _stem(name) not in pictured}
+        crops_bytes = 0
         for name in pictures:
-            try:
-                image = to_rgb(archive.read(name))
-                crops = tuple(crop(image, bucket) for bucket in buckets_of(image.size, resolutions))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                # Pillow raises these for files that are no pictures, truncated ones and decompression bombs.
-                skipped[name] = " ".join(str(error).split())
+            crops = _crops(archive, name, resolutions)
+            if isinstance(crops, str):
+                skipped[name] = crops
                 continue
-            photos.append(Photo(name, captions.get(_stem(name)), crops))
+            crops_bytes += sum(cut.nbytes for cut in crops)
+            if crops_bytes > MAX_CROPS_BYTES:
+                raise ValueError(
+                    f"the pictures of {archive.name} take more than {MAX_CROPS_BYTES} bytes when cut to "
+                    f"{', '.join(map(str, resolutions))} pixels: give fewer pictures or resolutions"
+                )
+            photos[name] = Photo(label(name), captions.get(_stem(name)), crops)
+    skipped = {label(name): why for name, why in sorted(skipped.items())}
     if not photos:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3]) or "it holds no file"
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3]) or "it holds no file"
         raise ValueError(f"the data set holds no usable picture ({reasons}): give a zip of jpg, png or webp files")
-    photos.sort(key=lambda photo: photo.name)
-    return photos, _report(photos, skipped)
-
-
-def to_rgb(content: bytes) -> Image.Image:
-    """An encoded picture as 8-bit RGB: upright by its EXIF orientation, transparency on white, 16-bit scaled down.
-
-    Raises OSError, SyntaxError or ValueError when the content is no picture, is truncated or is smaller than MIN_SIDE.
-    """
-    with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as opened:
-        image = ImageOps.exif_transpose(opened)
-    if min(image.size) < MIN_SIDE:
-        raise ValueError(f"{image.width}x{image.height} pixels: at least {MIN_SIDE} on each side are needed")
-    if image.mode.startswith("I"):  # 16-bit greys; Pillow's own conversion would clip instead of scale
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    found = [photos[name] for name in sorted(photos)]
+    return found, _report(found, skipped)
 
 
 def buckets_of(size: tuple[int, int], resolutions: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -126,37 +116,54 @@ def _round_sides(width: float, height: float, down: bool = False) -> tuple[int, 
     return width, height
 
 
-def _ignored(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+def _crops(archive: Archive, name: str, resolutions: tuple[int, ...]) -> tuple[Tensor, ...] | str:
+    """The picture's crops, or why it cannot be used."""
+    if (size := archive.size(name)) > MAX_PICTURE_BYTES:
+        return f"it is {size} bytes: a picture has at most {MAX_PICTURE_BYTES}"
+    content = archive.read(name)  # not tried: where the archive is damaged, nothing of it is used
+    try:
+        image = to_rgb(content)
+    except UNREADABLE as error:
+        return reason(error)
+    return tuple(crop(image, bucket) for bucket in buckets_of(image.size, resolutions))
+
+
+def _with_suffix(names: list[str], suffixes: tuple[str, ...]) -> list[str]:
+    return [name for name in names if name.lower().endswith(suffixes)]
 
 
 def _stem(name: str) -> str:
-    return name[: name.rindex(".")]
+    """The name without its suffix; composed, because macOS decomposes accents in the names of files."""
+    return unicodedata.normalize("NFC", name[: name.rindex(".")])
+
+
+def _refuse_collisions(archive: str, names: list[str]) -> None:
+    """ValueError for two names that are one file where case or the composition of accents does not count."""
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise ValueError(
+                f"{archive} holds {ascii(other)} and {ascii(name)}, which are one file on some systems: rename one of them"
+            )
 
 
 def _caption(archive: Archive, name: str) -> str | None:
     """The caption in a text file on one line, or None where the file is empty."""
-    content = archive.read(name)
-    if len(content) > MAX_CAPTION_BYTES:
-        raise ValueError(f"caption {name} is {len(content)} bytes: a caption has at most {MAX_CAPTION_BYTES}")
+    shown = label(name)
+    if (size := archive.size(name)) > MAX_CAPTION_BYTES:
+        raise ValueError(f"caption {shown} is {size} bytes: a caption has at most {MAX_CAPTION_BYTES}")
     try:
-        text = content.decode("utf-8-sig")
+        text = " ".join(archive.read(name).decode("utf-8-sig").split())
     except UnicodeDecodeError as error:
-        raise ValueError(f"caption {name} is not UTF-8 text: save it as UTF-8") from error
-    return " ".join(text.split()) or None
-
-
-def _captions_without_picture(names: list[str], pictures: list[str]) -> dict[str, str]:
-    stems = {_stem(name) for name in pictures}
-    return {
-        name: "a caption without a picture of that name"
-        for name in names
-        if name.lower().endswith(".txt") and _stem(name) not in stems
-    }
+        raise ValueError(f"caption {shown} is not UTF-8 text: save it as UTF-8") from error
+    if any(unicodedata.category(character) == "Cc" for character in text):
+        raise ValueError(f"caption {shown} holds control characters: save it as plain text in UTF-8")
+    return text or None
 
 
 def _report(photos: list[Photo], skipped: dict[str, str]) -> DatasetReport:
     found = sum(photo.caption is not None for photo in photos)
     sizes = Counter((cut.shape[2], cut.shape[1]) for photo in photos for cut in photo.crops)
     buckets = {f"{width}x{height}": count for (width, height), count in sorted(sizes.items())}
-    return DatasetReport(len(photos), found, len(photos) - found, buckets, dict(sorted(skipped.items())))
+    return DatasetReport(len(photos), found, len(photos) - found, buckets, skipped)

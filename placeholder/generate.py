@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from placeholder.checks import MAX_SEED
+from placeholder.checks import MAX_SEED, shown
 from placeholder.failures import plain_failures
 from placeholder.hooks import cache_first_block, stop_caching, stop_streaming, stream
 from placeholder.lora import load_lora, scale_lora, unload_lora
@@ -133,7 +133,8 @@ class ImageGenerator:
         trained_ids = weights.meta.get("placeholder_token_ids", {})
         if tokens.ids != trained_ids:
             raise ValueError(
-                f"the token ids of the archive are {trained_ids}, here they are {tokens.ids}: it was trained on another base"
+                f"the token ids of the archive are {shown(trained_ids)}, here they are {shown(tokens.ids)}: "
+                "it was trained on another base"
             )
         trained_on = weights.meta.get("base_model", self.base.source)
         if trained_on != self.base.source:

@@ -12,11 +12,14 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from placeholder.labels import quoted
+
 # Attention of both streams. With the feed-forward layers the archive more than doubles, and Cog hands archives over as base64.
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 ADAPTER = "default"
 PREFIX = "transformer."
 A, B = ".lora_A.weight", ".lora_B.weight"
+MAX_RANK = 2048  # eight times what a training takes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNSUPPORTED_METADATA = ("use_dora", "lora_bias", "modules_to_save")
 
@@ -78,11 +81,11 @@ def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, 
     folded = {}
     for key, value in state.items():
         if not key.endswith((A, B)):
-            raise ValueError(f"the LoRA holds an unknown key {key!r}: expected names that end in {A} or {B}")
+            raise ValueError(f"the LoRA holds an unknown key {quoted(key)}: expected names that end in {A} or {B}")
         if value.ndim != 2 or 0 in value.shape:
-            raise ValueError(f"the LoRA has {key!r} of shape {tuple(value.shape)}: expected two dimensions")
+            raise ValueError(f"the LoRA has {quoted(key)} of shape {tuple(value.shape)}: expected two dimensions")
         if value.dtype not in DTYPES:
-            raise ValueError(f"the LoRA has {key!r} in {value.dtype}: save it in float32, bfloat16 or float16")
+            raise ValueError(f"the LoRA has {quoted(key)} in {value.dtype}: save it in float32, bfloat16 or float16")
         if key.endswith(B):
             value = value * _scale(key.removesuffix(B), value.shape[-1], metadata)
         folded[key] = value
@@ -149,15 +152,17 @@ def _check_key(modules: dict[str, nn.Module], key: str, value: Tensor, state: di
     module_name = key.removesuffix(A).removesuffix(B)
     layer = modules.get(module_name)
     if not isinstance(layer, nn.Linear):
-        raise ValueError(f"the LoRA was made for another model: this one has no linear layer {module_name!r}")
+        raise ValueError(f"the LoRA was made for another model: this one has no linear layer {quoted(module_name)}")
     down, up = state.get(module_name + A), state.get(module_name + B)
     if down is None or up is None:
-        raise ValueError(f"the LoRA is incomplete: {module_name!r} needs both lora_A and lora_B")
+        raise ValueError(f"the LoRA is incomplete: {quoted(module_name)} needs both lora_A and lora_B")
     rank = len(down) if down.ndim == 2 else None
+    if rank is not None and rank > MAX_RANK:
+        raise ValueError(f"the LoRA has rank {rank} at {quoted(module_name)}: at most {MAX_RANK} can be loaded")
     if [tuple(down.shape), tuple(up.shape)] != [(rank, layer.in_features), (layer.out_features, rank)]:
         raise ValueError(
-            f"the LoRA was made for another model: {module_name!r} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}, "
+            f"the LoRA was made for another model: {quoted(module_name)} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}, "
             f"expected (r, {layer.in_features}) and ({layer.out_features}, r)"
         )
     if not torch.isfinite(value).all():
-        raise ValueError(f"the LoRA holds NaN or infinite numbers in {key!r}: train it again")
+        raise ValueError(f"the LoRA holds NaN or infinite numbers in {quoted(key)}: train it again")

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from placeholder.checks import shown
+
+MAX_TOKENS = 64  # of one training or one archive
 MAX_TOKEN_BYTES = 64  # its file in the archive has a percent-encoded name of at most three times as many
 
 
@@ -72,17 +75,22 @@ def initial_embeddings(tokens: tuple[str, ...], width: int, std: float, generato
     return {token: torch.randn(1, width, generator=generator) * std for token in tokens}
 
 
+def check_word(token: str) -> None:
+    """Raise ValueError for a token that is not one printable word of at most MAX_TOKEN_BYTES."""
+    if not token or token != "".join(token.split()) or not token.isprintable():
+        raise ValueError(f"placeholder_token {shown(token)} is empty or holds white space: give one word such as <zwx>")
+    if (size := len(token.encode())) > MAX_TOKEN_BYTES:
+        raise ValueError(f"placeholder_token {shown(token)} has {size} bytes in UTF-8: give at most {MAX_TOKEN_BYTES}")
+
+
 def check_tokens(tokens: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Raise ValueError for a token that cannot be a zero-prior placeholder; returns warnings about the others."""
+    if len(tokens) > MAX_TOKENS:
+        raise ValueError(f"placeholder_token names {len(tokens)} tokens: give at most {MAX_TOKENS}")
     known = set(tokenizer.get_added_vocab())
     warnings = []
     for position, token in enumerate(tokens):
-        if not token or token != "".join(token.split()) or not token.isprintable():
-            raise ValueError(f"placeholder_token {token!r} is empty or holds white space: give one word such as <zwx>")
-        if len(token.encode()) > MAX_TOKEN_BYTES:
-            raise ValueError(
-                f"placeholder_token {token!r} has {len(token.encode())} bytes in UTF-8: give at most {MAX_TOKEN_BYTES}"
-            )
+        check_word(token)
         pieces = tokenizer(token).input_ids
         if len(pieces) == 1 or len(tokenizer(" " + token).input_ids) == 1:
             raise ValueError(

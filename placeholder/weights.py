@@ -10,15 +10,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-import safetensors
 import torch
 from diffusers import QwenImagePipeline
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from placeholder.archive import Archive, open_archive
 from placeholder.checks import shown
-from placeholder.lora import PREFIX, fold_scale
+from placeholder.entries import MAX_ENTRY_BYTES
+from placeholder.labels import label, quoted, reason
+from placeholder.lora import DTYPES, PREFIX, fold_scale
+from placeholder.placeholder_token import MAX_TOKENS, check_word
+from placeholder.tensors import looks_like_safetensors, read_tensors
 
 META_NAME = "meta.json"
 LORA_NAME = "lora/lora_weights.safetensors"
@@ -26,7 +29,10 @@ EMBEDDINGS_FOLDER = "embeddings"
 EMBEDDING_KEY = "qwen25_7b"  # the key under which ComfyUI looks for an embedding of this text encoder
 LORA_METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the PEFT configuration in the safetensors header
 MAX_META_BYTES = 1024 * 1024
+MAX_BASE_MODEL_CHARACTERS = 1000
+MAX_ID = 2**31  # of a token
 MAX_VECTORS = 64  # rows one token may have
+MAX_EMBEDDING_BYTES = 8 * 1024**2  # 64 rows of 8192 numbers in fp32 have a quarter of that
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,15 @@ def read_weights(path: Path | str) -> Weights:
     """
     path = _existing(path)
     if _is_safetensors(path):
-        return Weights(_lora(path.name, path.read_bytes()))
+        if (size := path.stat().st_size) > MAX_ENTRY_BYTES:
+            raise ValueError(f"{label(path.name)} is {size} bytes: a LoRA has at most {MAX_ENTRY_BYTES}, is it a base model?")
+        return Weights(_lora(label(path.name), path.read_bytes()))
     with open_archive(path) as archive:
         if LORA_NAME not in archive.names:
             raise ValueError(f"LoRA weights not found in {archive.name}: expected {LORA_NAME}")
         if META_NAME not in archive.names:
             raise ValueError(f"{META_NAME} not found in {archive.name}: give the archive as the training returned it")
-        meta = _meta(archive.name, archive.read(META_NAME))
+        meta = _meta(archive)
         lora = _lora(f"{archive.name}: {LORA_NAME}", archive.read(LORA_NAME))
         return Weights(lora, _embeddings(archive, meta), meta)
 
@@ -118,38 +126,29 @@ def content_digest(path: Path | str) -> str:
 def _existing(path: Path | str) -> Path:
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"the weights {path.name or path} are not a file: give a weights.zip or a LoRA in safetensors")
+        raise ValueError(
+            f"the weights {label(path.name or str(path))} are not a file: give a weights.zip or a LoRA in safetensors"
+        )
     return path
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Eight bytes of header length, then the header, a JSON object (the safetensors format description)."""
     with path.open("rb") as file:
-        start = file.read(9)
-    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
-
-
-def _tensors(name: str, content: bytes) -> dict[str, Tensor]:
-    try:
-        return load(content)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{name} is not a safetensors file ({error}): train it again or pack it again") from error
+        return looks_like_safetensors(file.read(9))
 
 
 def _lora(name: str, content: bytes) -> dict[str, Tensor]:
-    tensors = _tensors(name, content)
+    tensors, metadata = read_tensors(name, content)
     foreign = sorted(key for key in tensors if not key.startswith(PREFIX))
     if foreign or not tensors:
-        found = f"it holds {foreign[0]!r}" if foreign else "it is empty"
+        found = f"it holds {quoted(foreign[0])}" if foreign else "it is empty"
         raise ValueError(f"{name} is not a diffusers LoRA of Qwen-Image: {found}, expected keys that begin with {PREFIX!r}")
     state = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-    return fold_scale(state, _lora_metadata(name, content))
+    return fold_scale(state, _lora_metadata(name, metadata.get(LORA_METADATA_KEY)))
 
 
-def _lora_metadata(name: str, content: bytes) -> dict[str, Any]:
+def _lora_metadata(name: str, text: str | None) -> dict[str, Any]:
     """The PEFT configuration in the header, without prefix; empty where the file has none (then alpha = rank)."""
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    text = header.get("__metadata__", {}).get(LORA_METADATA_KEY)
     if text is None:
         return {}
     try:
@@ -163,32 +162,57 @@ def _lora_metadata(name: str, content: bytes) -> dict[str, Any]:
     return metadata
 
 
-def _meta(name: str, content: bytes) -> dict[str, Any]:
-    if len(content) > MAX_META_BYTES:
-        raise ValueError(f"{name}: {META_NAME} is {len(content)} bytes: it has at most {MAX_META_BYTES}")
+def _meta(archive: Archive) -> dict[str, Any]:
+    """What meta.json holds, with the types of what a prediction reads of it checked."""
+    name, advice = archive.name, "give the archive as the training returned it"
+    if (size := archive.size(META_NAME)) > MAX_META_BYTES:
+        raise ValueError(f"{name}: {META_NAME} is {size} bytes: it has at most {MAX_META_BYTES}")
     try:
-        meta = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: {META_NAME} is not JSON ({error}): give the archive as the training returned it") from error
-    if not isinstance(meta, dict) or not isinstance(meta.get("placeholder_token_ids", {}), dict):
-        raise ValueError(f"{name}: {META_NAME} is not the one of a training: give the archive as the training returned it")
+        meta = json.loads(archive.read(META_NAME).decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{name}: {META_NAME} is not JSON ({reason(error)}): {advice}") from error
+    token_ids = meta.get("placeholder_token_ids", {}) if isinstance(meta, dict) else None
+    if not isinstance(token_ids, dict):
+        raise ValueError(f"{name}: {META_NAME} is not the one of a training: {advice}")
+    base_model = meta.get("base_model", "")
+    if not isinstance(base_model, str) or not base_model.isprintable() or len(base_model) > MAX_BASE_MODEL_CHARACTERS:
+        raise ValueError(f"{name}: {META_NAME} has the base_model {shown(base_model)}: expected a name, {advice}")
+    if len(token_ids) > MAX_TOKENS:
+        raise ValueError(f"{name}: {META_NAME} names {len(token_ids)} tokens: at most {MAX_TOKENS} are read")
+    for token, ids in token_ids.items():
+        check_word(token)
+        if not isinstance(ids, list) or not all(type(token_id) is int and 0 <= token_id < MAX_ID for token_id in ids):
+            raise ValueError(f"{name}: {META_NAME} gives {token!r} the ids {shown(ids)}: expected whole numbers, {advice}")
     return meta
 
 
 def _embeddings(archive: Archive, meta: dict[str, Any]) -> dict[str, Tensor]:
     """The rows of every token that meta.json names, and no others."""
-    expected = {embedding_name(token): token for token in meta.get("placeholder_token_ids", {})}
+    expected: dict[str, str] = {}
+    for token in meta.get("placeholder_token_ids", {}):
+        other = expected.setdefault(embedding_name(token), token)
+        if other != token:
+            raise ValueError(f"{archive.name} names {other!r} and {token!r}, which have the same file: train with one of them")
     stored = {name for name in archive.names if name.startswith(EMBEDDINGS_FOLDER + "/")}
     if missing := sorted(expected.keys() - stored):
         raise ValueError(
             f"the learned embedding of {expected[missing[0]]!r} was not found in {archive.name}: expected {missing[0]}"
         )
     if unnamed := sorted(stored - expected.keys()):
-        raise ValueError(f"{archive.name} holds {unnamed[0]}, a token that {META_NAME} does not name: train it again")
-    embeddings = {}
-    for name, token in expected.items():
-        rows = _tensors(f"{archive.name}: {name}", archive.read(name)).get(EMBEDDING_KEY)
-        if rows is None or rows.ndim != 2 or not 1 <= len(rows) <= MAX_VECTORS or not torch.isfinite(rows).all():
-            raise ValueError(f"{archive.name}: {name} holds no usable rows under {EMBEDDING_KEY!r}: expected finite (k, width)")
-        embeddings[token] = rows.float()
-    return embeddings
+        raise ValueError(f"{archive.name} holds {label(unnamed[0])}, a token that {META_NAME} does not name: train it again")
+    return {token: _rows(archive, name, token) for name, token in expected.items()}
+
+
+def _rows(archive: Archive, name: str, token: str) -> Tensor:
+    if (size := archive.size(name)) > MAX_EMBEDDING_BYTES:
+        raise ValueError(f"{archive.name}: {name} is {size} bytes: an embedding has at most {MAX_EMBEDDING_BYTES}")
+    tensors, metadata = read_tensors(f"{archive.name}: {name}", archive.read(name))
+    if (named := metadata.get("token", token)) != token:
+        raise ValueError(
+            f"{archive.name}: {name} holds the rows of {shown(named)}, not of {token!r}: it was renamed, train again"
+        )
+    rows = tensors.get(EMBEDDING_KEY)
+    usable = rows is not None and rows.dtype in DTYPES and rows.ndim == 2 and 1 <= len(rows) <= MAX_VECTORS
+    if not usable or not torch.isfinite(rows).all():
+        raise ValueError(f"{archive.name}: {name} holds no usable rows under {EMBEDDING_KEY!r}: expected finite (k, width)")
+    return rows.float()

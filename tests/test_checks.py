@@ -58,3 +58,9 @@ def test_a_huge_or_nested_value_is_shown_short():
         nested = [nested]
     assert len(shown("x" * 10_000)) < 100
     assert len(shown(nested)) < 100
+    assert shown([10**5000]) == "[an integer of 16610 bits]"
+
+
+def test_text_with_half_a_surrogate_pair_gets_its_sentence():
+    with pytest.raises(ValueError, match=r"^prompt is 'a\\ud800': give text without halves of surrogate pairs"):
+        text("prompt", "a\ud800")

@@ -162,12 +162,27 @@ def test_an_unknown_key_is_refused_with_all_the_known_ones(yaml_file):
         ("train:\n  steps: many", "steps is 'many': give a whole number from 1 to 20000"),
         ("train:\n  train_placeholder_token: 1", "train_placeholder_token is 1: give true or false"),
         ("train:\n  placeholder_token: [<a>, <b>]", "placeholder_token is .*: give text"),
+        ("a: &a {k: 1}\ntrain: *a", r"config is not a YAML file: tags \(!name\) and aliases \(\*name\) are not read"),
+        ("train:\n  steps: !!int ''", "tags .* are not read"),
+        ("train:\n  steps: !!bool x", "tags .* are not read"),
+        ("train:\n  steps: 1" + ":1" * 5000 + ".5", "config is not a YAML file"),
+        ("train:\n  steps: 0x" + "f" * 5000, "steps is an integer of 20000 bits: give a whole number"),
+        ("train:\n  resolution: 0x" + "f" * 5000, "resolution is an integer of 20000 bits: give whole numbers"),
+        ('train:\n  "a\\nb": 1', r"unknown key train\.'a\\nb': known are"),
+        ("x" * 1000 + ": 1", r"unknown section 'x+\.\.\.x+': known are"),
+        ('train:\n  default_caption: "\\ud800"', r"default_caption is '\\ud800': give text without halves of surrogate pairs"),
         ("#" * 70_000, "config is 70000 bytes: a configuration file has at most 65536"),
     ],
 )
 def test_a_wrong_yaml_file_gets_its_sentence(text, sentence, yaml_file):
     with pytest.raises(ValueError, match=sentence):
         train_config({}, yaml_file(text))
+
+
+def test_aliases_that_would_grow_without_bound_are_refused_at_once(yaml_file):
+    levels = [f"{new}: &{new} {{<<: [{','.join(['*' + old] * 9)}]}}" for old, new in zip("abcdefgh", "bcdefghi", strict=True)]
+    with pytest.raises(ValueError, match="aliases .* are not read, write the value itself"):
+        train_config({}, yaml_file("\n".join(["a: &a {k: 1}", *levels])))
 
 
 def test_a_yaml_file_in_another_encoding_gets_its_sentence(tmp_path):

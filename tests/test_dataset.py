@@ -1,13 +1,18 @@
 """Pictures and captions from an archive: which are found, how they are converted, and how they are cut."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from placeholder.dataset import buckets_of, crop, read_dataset, to_rgb
+from placeholder import dataset as dataset_module
+from placeholder import pictures as pictures_module
+from placeholder.dataset import buckets_of, crop, read_dataset
+from placeholder.pictures import to_rgb
 from tests.samples import encoded, picture, write_dataset, write_tar, write_zip
 
 PNG = encoded(picture())
@@ -141,10 +146,10 @@ def test_the_report_counts_and_names_everything_that_was_skipped(tmp_path):
     ("entries", "reason"),
     [
         ({}, "it holds no file"),
-        ({"a.png": b"no picture"}, r"a\.png: cannot identify image"),
+        ({"a.png": b"no picture"}, r"a\.png: its content is no jpg, png or webp picture"),
         ({"a.txt": b"alone"}, r"a\.txt: a caption without a picture"),
         ({"a.gif": encoded(picture(), "GIF")}, r"a\.gif: not a jpg"),
-        ({"a.png": encoded(picture(), "GIF")}, r"a\.png: cannot identify image"),
+        ({"a.png": encoded(picture(), "GIF")}, r"a\.png: its content is no jpg, png or webp picture"),
     ],
 )
 def test_a_data_set_without_a_usable_picture_gets_its_sentence_with_the_reasons(entries, reason, tmp_path):
@@ -275,12 +280,105 @@ def test_every_photograph_is_cut_once_for_each_area(tmp_path):
     assert report.buckets == {"64x64": 1, "96x48": 1, "128x64": 1}
 
 
-def test_a_picture_that_would_unpack_to_far_too_many_pixels_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
-    path = write_zip(tmp_path / "data.zip", {"a.png": PNG, "bomb.png": encoded(picture(256, 256))})
+@pytest.mark.parametrize(
+    ("limit", "kind", "options"),
+    [
+        ("MAX_PIXELS", "PNG", {}),
+        ("MAX_PIXELS", "JPEG", {}),
+        ("MAX_PIXELS_TWICE", "JPEG", {"progressive": True}),
+        ("MAX_PIXELS_TWICE", "WEBP", {}),
+    ],
+)
+def test_a_picture_of_too_many_pixels_is_skipped_before_it_is_decoded(limit, kind, options, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures_module, limit, 64 * 64)
+    bomb = encoded(picture(256, 256), kind, **options)
+    if kind != "WEBP":  # which is checked as a whole when it is opened
+        bomb = bomb[: len(bomb) // 2]  # decoding would say that it is truncated
+    path = write_zip(tmp_path / "data.zip", {"a.png": PNG, "bomb.png": bomb})
     photos, report = read_dataset(path, (64,))
     assert [photo.name for photo in photos] == ["a.png"]
-    assert "decompression bomb" in report.skipped["bomb.png"]
+    assert report.skipped["bomb.png"].startswith("256x256 pixels: at most 0 megapixels are read")
+
+
+def test_a_picture_of_too_many_bytes_is_skipped_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, "MAX_PICTURE_BYTES", len(PNG))
+    path = write_zip(tmp_path / "data.zip", {"a.png": PNG, "b.png": PNG + b"x"})
+    photos, report = read_dataset(path, (64,))
+    assert [photo.name for photo in photos] == ["a.png"]
+    assert report.skipped == {"b.png": f"it is {len(PNG) + 1} bytes: a picture has at most {len(PNG)}"}
+
+
+def test_crops_that_take_too_much_together_get_their_sentence(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "data.zip", {"a.png": PNG, "b.png": PNG})
+    monkeypatch.setattr(dataset_module, "MAX_CROPS_BYTES", 2 * 64 * 64 * 3)
+    assert len(read_dataset(path, (64,))[0]) == 2
+    monkeypatch.setattr(dataset_module, "MAX_CROPS_BYTES", 2 * 64 * 64 * 3 - 1)
+    with pytest.raises(
+        ValueError, match=r"the pictures of data\.zip take more than 24575 bytes when cut to 64 pixels: give fewer"
+    ):
+        read_dataset(path, (64,))
+
+
+@pytest.mark.parametrize("first", ["a.png", "e\u0301.png", "x/A.png", "\u00df.png"])
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_two_names_that_are_one_file_on_some_systems_get_their_sentence(write, first, tmp_path):
+    second = {"a.png": "A.PNG", "e\u0301.png": "\u00e9.png", "x/A.png": "X/a.png", "\u00df.png": "ss.png"}[first]
+    with pytest.raises(ValueError, match="which are one file on some systems: rename one of them") as raised:
+        read_dataset(write(tmp_path / "data", {first: PNG, second: PNG}), (64,))
+    assert ascii(first) in str(raised.value)
+    assert ascii(second) in str(raised.value)
+
+
+def test_a_caption_is_found_however_its_accents_are_composed(tmp_path):
+    entries = {"e\u0301.png": PNG, "\u00e9.txt": b"a caption"}
+    assert read_dataset(write_zip(tmp_path / "data.zip", entries), (64,))[0][0].caption == "a caption"
+
+
+@pytest.mark.parametrize("text", [b"a\0b", "in UTF-16".encode("utf-16-le"), b"\x1b[31mred"])
+def test_a_caption_with_control_characters_gets_its_sentence(text, tmp_path):
+    with pytest.raises(ValueError, match=r"caption a\.txt holds control characters: save it as plain text in UTF-8"):
+        read_dataset(write_zip(tmp_path / "data.zip", {"a.png": PNG, "a.txt": text}), (64,))
+
+
+def test_control_characters_of_names_do_not_reach_the_report(tmp_path):
+    names = ["a\n.png", "b\x1b[31m.png", "Icon\r", "c\u202f.png"]
+    photos, report = read_dataset(
+        write_zip(tmp_path / "data.zip", dict.fromkeys(names[:2], PNG) | dict.fromkeys(names[2:], b"")), (64,)
+    )
+    assert [photo.name for photo in photos] == [r"'a\n.png'", r"'b\x1b[31m.png'"]
+    assert report.skipped == {r"'Icon\r'": "not a jpg, png or webp picture", r"'c\u202f.png'": "the file is empty"}
+
+
+def test_an_animation_counts_as_its_first_frame():
+    frames = [picture(seed=seed) for seed in range(3)]
+    for kind in ("PNG", "WEBP"):
+        content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+        assert np.array_equal(rgb(content), np.asarray(frames[0]))
+
+
+def test_a_picture_is_told_by_its_content_and_not_by_its_suffix(tmp_path):
+    assert names(write_zip(tmp_path / "data.zip", {"a.jpg": PNG, "b.webp": encoded(picture(), "JPEG")})) == ["a.jpg", "b.webp"]
+
+
+def test_a_very_wide_picture_is_cut_and_a_single_pixel_is_skipped(tmp_path):
+    path = write_zip(tmp_path / "data.zip", {"wide.png": encoded(picture(20_000, 40)), "dot.png": encoded(picture(1, 1))})
+    (photo,), report = read_dataset(path, (64,))
+    assert [tuple(cut.shape) for cut in photo.crops] == [(3, 32, 128)]
+    assert report.skipped["dot.png"] == "1x1 pixels: at least 32 on each side are needed"
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "CMYK", "L"])
+def test_a_picture_that_is_converted_in_bands_is_the_same(mode, monkeypatch):
+    if mode == "I;16":
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (70, 50), dtype=np.uint16))
+    else:
+        image = picture(50, 70).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(picture(50, 70, seed=1).convert("L"))
+    content = encoded(image, "JPEG" if mode == "CMYK" else "PNG", **({"transparency": 3} if mode == "P" else {}))
+    whole = rgb(content)
+    monkeypatch.setattr(pictures_module, "BAND_PIXELS", 50 * 16)
+    assert np.array_equal(rgb(content), whole)
 
 
 def test_the_shared_data_set_writer_makes_what_the_other_tests_expect(tmp_path):
@@ -288,3 +386,18 @@ def test_the_shared_data_set_writer_makes_what_the_other_tests_expect(tmp_path):
     assert [photo.caption for photo in photos] == ["one", None]
     assert report.buckets == {"64x64": 1, "80x48": 1}
     assert Image.open(io.BytesIO(encoded(picture(96, 64)))).size == (96, 64)
+
+
+def test_a_picture_with_damaged_exif_or_colour_profile_is_skipped_with_a_reason(tmp_path):
+    short = PNG[:-12] + chunk(b"eXIf", b"MM\0*") + PNG[-12:]
+    profile = PNG[:-12] + chunk(b"iCCP", b"") + PNG[-12:]
+    path = write_zip(tmp_path / "data.zip", {"good.png": PNG, "exif.png": short, "profile.png": profile})
+    photos, report = read_dataset(path, (64,))
+    assert [photo.name for photo in photos] == ["good.png"]
+    assert report.skipped == dict.fromkeys(
+        ["exif.png", "profile.png"], "its EXIF data or its colour profile is damaged: save it again"
+    )
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

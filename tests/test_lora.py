@@ -199,6 +199,11 @@ def wrong_loras() -> list:
         pytest.param(
             good | {FIRST + B: torch.full((64, 4), math.nan)}, f"NaN or infinite numbers in '{FIRST}{B}': train it", id="NaN"
         ),
+        pytest.param(
+            good | {FIRST + A: torch.zeros(2049, 64), FIRST + B: torch.zeros(64, 2049)},
+            f"the LoRA has rank 2049 at '{FIRST}': at most 2048 can be loaded",
+            id="rank",
+        ),
         pytest.param(good | {FIRST + A: torch.full((4, 64), math.inf)}, "NaN or infinite numbers", id="infinite"),
     ]
 

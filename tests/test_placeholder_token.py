@@ -155,6 +155,9 @@ def test_fresh_rows_are_normal_of_the_given_size_and_zero_is_exactly_zero():
         (("<a\u00a0b>",), "is empty or holds white space"),
         (("<a\tb>",), "is empty or holds white space"),
         (("<a\u200bb>",), "is empty or holds white space"),
+        (("<a\x1b[31m>",), r"'<a\\x1b\[31m>' is empty or holds white space"),
+        (("<\ud800>",), r"'<\\ud800>' is empty or holds white space"),
+        (tuple(f"<q{number}>" for number in range(65)), "placeholder_token names 65 tokens: give at most 64"),
         (("cat",), "'cat' is already a token of the vocabulary, so it has a prior: give a new one such as <zwx>"),
         (("TOKEN",), "'TOKEN' is already a token"),
         (("TOK",), "'TOK' is already a token"),  # " TOK" is one
@@ -170,6 +173,13 @@ def test_fresh_rows_are_normal_of_the_given_size_and_zero_is_exactly_zero():
 def test_a_token_that_cannot_be_new_gets_its_sentence(names, sentence, tokenizer):
     with pytest.raises(ValueError, match=sentence):
         check_tokens(names, tokenizer)
+
+
+def test_a_token_that_is_a_regular_expression_is_taken_literally(tokenizer):
+    assert check_tokens(("<.*>",), tokenizer) == []
+    tokens = tokens_of("<.*>")
+    assert tokens.tokenize(tokenizer, "a <cat>") == tokenizer("a <cat>").input_ids
+    assert tokens.first_id in tokens.tokenize(tokenizer, "a <.*>")
 
 
 def test_matching_is_case_sensitive(tokenizer):

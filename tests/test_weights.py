@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from placeholder import weights as weights_module
 from placeholder.lora import A, B
 from placeholder.placeholder_token import check_tokens
 from placeholder.weights import LORA_NAME, Weights, embedding_name, read_weights, write_weights
@@ -148,6 +149,18 @@ def test_every_token_that_is_accepted_has_a_name_that_a_file_system_takes(word, 
     assert_same(read_weights(tmp_path / "weights.zip"), weights)
 
 
+def header_only(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file with this header, which may claim another length."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def meta_of(**changed) -> bytes:
+    return json.dumps({"placeholder_token_ids": {"<zwx>": [151665]}} | changed).encode()
+
+
+ROW = torch.zeros(1, 32)
+TENSOR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 NOT_A_LORA = "is not a diffusers LoRA of Qwen-Image"
 UNUSABLE = "embeddings/zwx.safetensors holds no usable rows under 'qwen25_7b': expected finite"
 
@@ -174,6 +187,38 @@ UNUSABLE = "embeddings/zwx.safetensors holds no usable rows under 'qwen25_7b': e
         ({"embeddings/zwx.safetensors": save({"qwen25_7b": torch.zeros(0, 32)})}, UNUSABLE),
         ({"embeddings/zwx.safetensors": save({"qwen25_7b": torch.zeros(65, 32)})}, UNUSABLE),
         ({"embeddings/zwx.safetensors": save({"qwen25_7b": torch.full((1, 32), float("nan"))})}, UNUSABLE),
+        ({"embeddings/zwx.safetensors": save({"qwen25_7b": ROW.to(torch.int32)})}, UNUSABLE),
+        ({"embeddings/zwx.safetensors": save({"qwen25_7b": ROW.to(torch.float8_e4m3fn)})}, UNUSABLE),
+        (
+            {"embeddings/zwx.safetensors": save({"qwen25_7b": ROW}, {"token": "<other>"})},
+            "embeddings/zwx.safetensors holds the rows of '<other>', not of '<zwx>': it was renamed",
+        ),
+        ({"embeddings/zwx.safetensors": bytes(9_000_000)}, "is 9000000 bytes: an embedding has at most"),
+        ({"meta.json": meta_of(placeholder_token_ids={"<zwx>": "151665"})}, "gives '<zwx>' the ids '151665': expected whole"),
+        ({"meta.json": meta_of(placeholder_token_ids={"<zwx>": [True]})}, r"gives '<zwx>' the ids \[True\]: expected whole"),
+        ({"meta.json": meta_of(placeholder_token_ids={"<zwx>": [2**70]})}, "gives '<zwx>' the ids .*: expected whole"),
+        (
+            {"meta.json": meta_of(placeholder_token_ids={"a\nb": [1]})},
+            r"placeholder_token 'a\\nb' is empty or holds white space",
+        ),
+        ({"meta.json": meta_of(placeholder_token_ids={"\ud800": [1]})}, "placeholder_token .* is empty or holds white space"),
+        ({"meta.json": meta_of(placeholder_token_ids={"x" * 99: [1]})}, "placeholder_token .* has 99 bytes"),
+        ({"meta.json": meta_of(placeholder_token_ids={f"<{n}>": [n] for n in range(65)})}, "names 65 tokens: at most 64"),
+        (
+            {"meta.json": meta_of(placeholder_token_ids={"<zwx>": [151665], "zwx": [151666]})},
+            "names '<zwx>' and 'zwx', which have the same file: train with one of them",
+        ),
+        ({"meta.json": meta_of(base_model=["a"])}, r"meta.json has the base_model \['a'\]: expected a name"),
+        ({"meta.json": meta_of(base_model="\x1b[31m")}, r"meta.json has the base_model '\\x1b\[31m': expected a name"),
+        ({LORA_NAME: header_only({"x": TENSOR | {"shape": [2**63]}}, b"1234")}, "holds 'x' with an impossible shape"),
+        ({LORA_NAME: header_only({"x": TENSOR | {"shape": [0, 2**62, 2**62]}})}, "holds 'x' with an impossible shape"),
+        ({LORA_NAME: header_only({"x": TENSOR | {"shape": [0] * 100}})}, "holds 'x' with 100 dimensions"),
+        ({LORA_NAME: header_only({"x": TENSOR, "y": TENSOR}, b"1234")}, "is not a safetensors file"),
+        ({LORA_NAME: header_only({"x": TENSOR | {"dtype": "F4"}}, b"1234")}, "is not a safetensors file"),
+        ({LORA_NAME: header_only({"__metadata__": None})}, f"{NOT_A_LORA}: it is empty"),
+        ({LORA_NAME: header_only([])}, "its header is no object"),
+        ({LORA_NAME: header_only(b'{"a":' * 90_000)}, "is not a safetensors file"),
+        ({LORA_NAME: header_only({}, length=2**62)}, "its header claims 4611686018427387904 bytes, at most 4194304 are read"),
         ({LORA_NAME: b"junk"}, "weights.zip: lora/lora_weights.safetensors is not a safetensors file"),
         ({LORA_NAME: safetensors_of(prefixed(LORA))[:-9]}, "is not a safetensors file"),
         ({LORA_NAME: safetensors_of({})}, f"{NOT_A_LORA}: it is empty"),
@@ -241,6 +286,23 @@ def test_what_is_neither_an_archive_nor_safetensors_gets_its_sentence(content, t
     path = tmp_path / "weights.zip"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"weights\.zip is neither a zip nor a tar archive"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("cut", [100, 600])
+def test_a_truncated_bare_lora_gets_its_sentence(cut, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(GOOD[LORA_NAME][:cut])
+    with pytest.raises(ValueError, match=r"lora\.safetensors is not a safetensors file \("):
+        read_weights(path)
+
+
+def test_a_base_model_given_as_a_lora_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(GOOD[LORA_NAME])
+    monkeypatch.setattr(weights_module, "MAX_ENTRY_BYTES", 100)
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=r"model\.safetensors is \d+ bytes: a LoRA has at most 100, is it a base model\?"):
         read_weights(path)
 
 
