@@ -21,23 +21,21 @@ class ShortageError(RuntimeError):
 def plain_failures(advice: str = "use a machine with more memory") -> Iterator[None]:
     """Raise ShortageError, a RuntimeError of one sentence, where the memory or the disk does not suffice; other errors pass as they are.
 
-    `advice` says what takes less memory. What the failed work held is given back first, although its traceback refers to it.
+    `advice` says what takes less memory. What the failed or cancelled work held is given back, although its traceback refers to it.
     """
     try:
         yield
-    except ShortageError:
-        raise
-    except Exception as error:
-        sentence = _sentence(error, advice)
-        if sentence is None:
-            raise
+    except BaseException as error:
+        sentence = None if isinstance(error, ShortageError) else _sentence(error, advice)
         for cause in _chain(error):
             traceback.clear_frames(cause.__traceback__)
         free_memory()
+        if sentence is None:
+            raise
         raise ShortageError(sentence) from error
 
 
-def _sentence(error: Exception, advice: str) -> str | None:
+def _sentence(error: BaseException, advice: str) -> str | None:
     """For an error, or for what was being handled when it was raised: libraries tidy up and stumble."""
     for cause in _chain(error):
         text = str(cause)

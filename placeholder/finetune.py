@@ -66,7 +66,7 @@ def finetune(
     """
     source = resume_path(resume_from) if resume_from else None
     start = read_start(source) if source else None
-    shared = {"base_model": base.source, "processes": processes.count}
+    shared = {"base_model": base.source, "base_model_revision": base.revision, "processes": processes.count}
     if start is not None:
         config = config_of(start, config, shared)
     config = processes.agree(with_seed(config, log))
@@ -93,7 +93,7 @@ def finetune(
     stop.heeded = False
     if processes.index > 0:
         return None
-    figures = record.figures() | shared
+    figures = record.figures() | shared | {"base_model_revision": base.commit}
     if config.tokens:
         figures |= _diagnostics(training, log)
     figures |= _memory(training, log)

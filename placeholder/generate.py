@@ -136,9 +136,9 @@ class ImageGenerator:
                 f"the token ids of the archive are {shown(trained_ids)}, here they are {shown(tokens.ids)}: "
                 "it was trained on another base"
             )
-        trained_on = weights.meta.get("base_model", self.base.source)
-        if trained_on != self.base.source:
-            self.log(f"Warning: trained on {trained_on}, applied to {self.base.source}")
+        for name, here in (("base_model", self.base.source), ("base_model_revision", self.base.commit)):
+            if (trained_on := weights.meta.get(name, here)) != here:
+                self.log(f"Warning: trained on {name} {shown(trained_on)}, applied to {here}")
         return tokens.to(self.base.device)
 
     def _encode(self, prompt: str, applied: str | None) -> Tensor:

@@ -25,6 +25,7 @@ from accelerate import PartialState
 
 from placeholder.checkpoint import CheckpointFolder
 from placeholder.config import TrainConfig
+from placeholder.failures import ShortageError, plain_failures
 from placeholder.finetune import Stop, StoppedError, finetune
 from placeholder.models import BaseModel
 from placeholder.prepare import Log
@@ -32,6 +33,7 @@ from placeholder.processes import Processes
 
 PROCESSES_VARIABLE = "TRAINING_PROCESSES"
 ERROR_NAME = "error.json"
+LESS_MEMORY = "give a smaller resolution or batch_size, or set quantize"
 POLL_SECONDS, GRACE_SECONDS = 0.2, 8.0  # the server itself waits for ten
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +86,8 @@ def finetune_on_all_gpus(
     count = wanted_processes()
     base = BaseModel.from_environment()
     if count == 1 and checkpoints is None:
-        finetune(dataset, config, output, base, log, resume_from=resume_from)
+        with plain_failures(LESS_MEMORY):
+            finetune(dataset, config, output, base, log, resume_from=resume_from)
         return
     job = Job(str(dataset), str(output), asdict(config), resume_from and str(resume_from), ends_with_stdin=True)
     if checkpoints is not None:
@@ -223,20 +226,21 @@ def main(file: Path) -> None:
                 print(line, flush=True)
 
     try:
-        finetune(
-            Path(job.dataset),
-            config,
-            Path(job.output),
-            BaseModel.from_environment(),
-            log,
-            processes,
-            Path(job.resume_from) if job.resume_from else None,
-            checkpoints,
-            ending.stop,
-        )
+        with plain_failures(LESS_MEMORY):
+            finetune(
+                Path(job.dataset),
+                config,
+                Path(job.output),
+                BaseModel.from_environment(),
+                log,
+                processes,
+                Path(job.resume_from) if job.resume_from else None,
+                checkpoints,
+                ending.stop,
+            )
     except (ValueError, RuntimeError) as error:
         _tell(file, error, processes.index)
-        if isinstance(error, ValueError | StoppedError):
+        if isinstance(error, ValueError | StoppedError | ShortageError):
             sys.exit(1)
         raise
     PartialState().destroy_process_group()  # after a failure it would wait for processes that do not come

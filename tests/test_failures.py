@@ -10,9 +10,15 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from placeholder import prepare as prepare_module
+from placeholder import weights as weights_module
+from placeholder.config import TrainConfig
 from placeholder.failures import plain_failures
 from placeholder.files import OutputFolder, local_file
 from placeholder.generate import save_image
+from placeholder.launch import finetune_on_all_gpus
+from placeholder.models import MODEL_VARIABLE, load_transformer
+from tests.conftest import SHORT
 from tests.samples import picture
 from tests.test_generate import PLAIN
 
@@ -115,3 +121,43 @@ def test_a_full_disk_gets_its_sentence_before_anything_is_drawn(tmp_path, monkey
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(RuntimeError, match=DISK), OutputFolder("placeholder-").fresh():
         pass
+
+
+def test_a_cancelled_training_holds_no_memory(base, dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv(MODEL_VARIABLE, base.source)
+    loaded = []
+
+    def load(*arguments):
+        transformer = load_transformer(*arguments)
+        loaded.append(weakref.ref(transformer))
+        return transformer
+
+    def cancelled(line: str) -> None:
+        if " 2/15 [" in line:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "load_transformer", load)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_on_all_gpus(dataset, TrainConfig(**SHORT), tmp_path / "weights.zip", cancelled)
+    assert [reference() for reference in loaded] == [None]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_that_runs_out_of_memory_says_what_takes_less(base, dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv(MODEL_VARIABLE, base.source)
+    monkeypatch.setattr(prepare_module, "load_transformer", lambda *_: allocate_too_much())
+    sentence = "the memory does not suffice: give a smaller resolution or batch_size, or set quantize"
+    with pytest.raises(RuntimeError, match=f"^{sentence}$"):
+        finetune_on_all_gpus(dataset, TrainConfig(**SHORT), tmp_path / "weights.zip", lambda _: None)
+
+
+def test_a_disk_that_is_full_while_the_archive_is_written_leaves_nothing(base, dataset, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setenv(MODEL_VARIABLE, base.source)
+    monkeypatch.setattr(weights_module, "save_file", full)
+    config = TrainConfig(**SHORT | {"steps": 2}, train_placeholder_token=True, placeholder_token=("<zwx>",))
+    with pytest.raises(RuntimeError, match=f"^{DISK}$"):
+        finetune_on_all_gpus(dataset, config, tmp_path / "weights.zip", lambda _: None)
+    assert list(tmp_path.iterdir()) == []

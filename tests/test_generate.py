@@ -227,7 +227,7 @@ def test_a_prompt_that_does_not_name_the_token_is_warned_about(draw, zero_prior)
 def test_weights_of_another_base_model_are_warned_about(draw, zero_prior, zipped):
     meta = zero_prior.meta | {"base_model": "some/other"}
     draw(NAMED, zipped({"meta.json": json.dumps(meta).encode()}))
-    assert f"Warning: trained on some/other, applied to {draw.generator.base.source}" in draw.log
+    assert f"Warning: trained on base_model 'some/other', applied to {draw.generator.base.source}" in draw.log
 
 
 def test_a_bare_lora_draws_what_its_archive_draws_without_the_token(draw, zero_prior, tmp_path):

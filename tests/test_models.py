@@ -7,6 +7,7 @@ from torchao.quantization import Int8Tensor
 
 from placeholder.models import (
     DEFAULT_MODEL,
+    DEFAULT_REVISION,
     BaseModel,
     PromptEmbeddings,
     encode_picture,
@@ -165,6 +166,9 @@ def test_the_base_model_is_the_one_that_the_environment_names(monkeypatch):
     for empty in (lambda: monkeypatch.setenv("QWEN_IMAGE_MODEL", ""), lambda: monkeypatch.delenv("QWEN_IMAGE_MODEL")):
         empty()
         assert BaseModel.from_environment().source == DEFAULT_MODEL == "Qwen/Qwen-Image"
+        assert BaseModel.from_environment().revision == DEFAULT_REVISION
+    monkeypatch.setenv("QWEN_IMAGE_MODEL", "Qwen/Qwen-Image@main")
+    assert BaseModel.from_environment().revision == "main"
 
 
 def test_a_revision_stands_behind_an_at_sign(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -65,27 +66,24 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(step, interrupt
 def test_a_killed_training_loses_no_more_than_the_steps_since_its_checkpoint(moment, zero_prior, dataset, base, tmp_path):
     checkpoints = CheckpointFolder(tmp_path / "checkpoints", EVERY)
     reading, writing = os.pipe()
+
+    def told(line: str) -> None:
+        if f" {moment}/15 [" in line:
+            os.write(writing, b"now")
+            time.sleep(60)
+
     child = os.fork()
     if child == 0:
         with suppress(BaseException):
-            finetune(
-                dataset,
-                zero_prior.config,
-                tmp_path / "killed.zip",
-                base,
-                lambda line: os.write(writing, f"{line}\n".encode()),
-                checkpoints=checkpoints,
-            )
+            finetune(dataset, zero_prior.config, tmp_path / "killed.zip", base, told, checkpoints=checkpoints)
         os._exit(1)
-    os.close(writing)
-    with os.fdopen(reading) as lines:
-        for line in lines:
-            if f" {moment}/15 [" in line:
-                os.kill(child, signal.SIGKILL)
-                break
+    os.read(reading, 3)
+    os.kill(child, signal.SIGKILL)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    os.close(reading)
+    os.close(writing)
     stored = [int(path.stem[-6:]) for path in stored_checkpoints(checkpoints.path)]
-    assert max(stored, default=0) >= moment - EVERY  # it may have got further before the signal came
+    assert max(stored, default=0) >= moment - EVERY
     start = checkpoints.path if stored else None
     config, log = zero_prior.config, []
     finetune(dataset, config, tmp_path / "w.zip", base, log.append, resume_from=start, checkpoints=checkpoints)
