@@ -17,7 +17,7 @@ from placeholder.entries import BoundedFile, Entry, OverrunError, Tally, inner_a
 from placeholder.labels import label, quoted, reason
 
 MAX_DIRECTORY_BYTES = 16 * 1024**2  # of a zip's table of contents: 800 bytes an entry
-MAX_HEADERS_BYTES = 64 * 1024**2  # of all headers of a tar: 3 kB an entry
+MAX_HEADERS_BYTES = 48 * 1024**2  # of all headers of a tar: 2.5 kB an entry
 MAX_HEADER_BYTES = 1024**2  # of one entry of a tar, with the long names and attributes that stand before it
 BLOCK_BYTES = 1024**2
 MAGIC_BYTES = 6
