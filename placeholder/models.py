@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -54,7 +54,7 @@ class BaseModel:
     source: str
     device: torch.device
     dtype: torch.dtype
-    revision: str | None = None
+    revision: str | None = field(default=None, kw_only=True)
 
     @classmethod
     def from_environment(cls) -> "BaseModel":
@@ -64,12 +64,12 @@ class BaseModel:
         """
         source, revision = split_revision(os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL)
         if torch.cuda.is_available():
-            return cls(source, torch.device("cuda"), torch.bfloat16, revision)
+            return cls(source, torch.device("cuda"), torch.bfloat16, revision=revision)
         if source == DEFAULT_MODEL:
             raise ValueError(
                 f"no CUDA GPU was found and {DEFAULT_MODEL} needs one: run on a GPU, or name a small model in {MODEL_VARIABLE}"
             )
-        return cls(source, torch.device("cpu"), torch.float32, revision)
+        return cls(source, torch.device("cpu"), torch.float32, revision=revision)
 
     @property
     def commit(self) -> str | None:
