@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 from tqdm import tqdm
 
 Log = Callable[[str], None]
@@ -53,12 +53,12 @@ def fetch(source: str, log: Log, endpoint: str | None = None, revision: str | No
 
 
 def cached_commit(source: str, revision: str | None) -> str | None:
-    """The commit that the hub's cache holds for the revision; None for a folder and where it holds none."""
+    """The commit that the hub's cache holds for the revision; None for a folder, a name that no hub has, and where it holds none."""
     if Path(source).is_dir():
         return None
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=PATTERNS, local_files_only=True)).name
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         return None
 
 

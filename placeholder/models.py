@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -56,7 +56,7 @@ class BaseModel:
     source: str
     device: torch.device
     dtype: torch.dtype
-    revision: str | None = None
+    revision: str | None = field(default=None, kw_only=True)
 
     @classmethod
     def from_environment(cls) -> "BaseModel":
@@ -68,12 +68,12 @@ class BaseModel:
         if source == DEFAULT_MODEL:
             revision = revision or DEFAULT_REVISION
         if torch.cuda.is_available():
-            return cls(source, torch.device("cuda"), torch.bfloat16, revision)
+            return cls(source, torch.device("cuda"), torch.bfloat16, revision=revision)
         if source == DEFAULT_MODEL:
             raise ValueError(
                 f"no CUDA GPU was found and {DEFAULT_MODEL} needs one: run on a GPU, or name a small model in {MODEL_VARIABLE}"
             )
-        return cls(source, torch.device("cpu"), torch.float32, revision)
+        return cls(source, torch.device("cpu"), torch.float32, revision=revision)
 
     @property
     def commit(self) -> str | None:

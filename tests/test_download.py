@@ -99,11 +99,12 @@ def test_a_folder_is_taken_as_it_is(base):
     BaseModel(base.source, base.device, base.dtype).fetch(log.append)
     assert log == []
     assert base.commit is None
+    assert BaseModel("made of random weights", base.device, base.dtype).commit is None
 
 
 @pytest.mark.parametrize("revision", [None, "v1", COMMIT])
 def test_the_commit_that_was_fetched_is_known_and_all_components_are_read_at_it(revision, hub, tmp_path):
-    base = BaseModel("some/model", torch.device("cpu"), torch.float32, revision)
+    base = BaseModel("some/model", torch.device("cpu"), torch.float32, revision=revision)
     assert base.commit is None
     log: list[str] = []
     download.fetch("some/model", log.append, hub, revision)
