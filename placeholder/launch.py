@@ -241,7 +241,7 @@ def main(file: Path) -> None:
     except (ValueError, RuntimeError) as error:
         _tell(file, error, processes.index)
         if isinstance(error, ValueError | StoppedError | ShortageError):
-            sys.exit(1)
+            os._exit(1)  # the log is flushed line by line; taking the interpreter down would take its time
         raise
     PartialState().destroy_process_group()  # after a failure it would wait for processes that do not come
 

@@ -3,18 +3,22 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from demo.server import ROOT
 from placeholder import prepare as prepare_module
 from placeholder.checkpoint import FACTS_KEY, CheckpointFolder, read_checkpoint, stored_checkpoints
 from placeholder.finetune import Stop, StoppedError, finetune
+from placeholder.launch import Job
 from placeholder.memory import BlockCheckpointing
+from placeholder.models import MODEL_VARIABLE
 from placeholder.optimizers import RowOptimizer, lora_optimizer
 from placeholder.trainer import Position, Trainee
 from placeholder.training_state import capture, restore
@@ -62,34 +66,50 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(step, interrupt
     assert any(f" {step + 1}/15 [" in line for line in found.log)
 
 
-@pytest.mark.parametrize("moment", [3, 9, 14])
-def test_a_killed_training_loses_no_more_than_the_steps_since_its_checkpoint(moment, zero_prior, dataset, base, tmp_path):
-    checkpoints = CheckpointFolder(tmp_path / "checkpoints", EVERY)
-    reading, writing = os.pipe()
+def process(config, folder: Path, dataset: Path, base) -> subprocess.Popen:
+    """The training in a process of its own, with its log on a pipe."""
+    job = Job(str(dataset), str(folder / "w.zip"), asdict(config), None, str(folder / "checkpoints"), EVERY)
+    (folder / "job.json").write_text(json.dumps(asdict(job)))
+    return subprocess.Popen(
+        [sys.executable, "-m", "placeholder.launch", str(folder / "job.json")],
+        cwd=ROOT,
+        env=os.environ | {MODEL_VARIABLE: base.source},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
-    def told(line: str) -> None:
-        if f" {moment}/15 [" in line:
-            os.write(writing, b"now")
-            time.sleep(60)
 
-    child = os.fork()
-    if child == 0:
-        with suppress(BaseException):
-            finetune(dataset, zero_prior.config, tmp_path / "killed.zip", base, told, checkpoints=checkpoints)
-        os._exit(1)
-    os.read(reading, 3)
-    os.kill(child, signal.SIGKILL)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    os.close(reading)
-    os.close(writing)
-    stored = [int(path.stem[-6:]) for path in stored_checkpoints(checkpoints.path)]
-    assert max(stored, default=0) >= moment - EVERY
-    start = checkpoints.path if stored else None
-    config, log = zero_prior.config, []
-    finetune(dataset, config, tmp_path / "w.zip", base, log.append, resume_from=start, checkpoints=checkpoints)
-    found = Run(config, tmp_path / "w.zip", {}, log)
+def send_at(moment: str, number: signal.Signals, running: subprocess.Popen) -> str:
+    """Send a signal when a line with `moment` has come, and wait for the end; returns what came after it."""
+    for line in running.stdout:
+        if moment in line:
+            running.send_signal(number)
+            return running.communicate()[0]
+    raise AssertionError("the training ended before its moment")
+
+
+def test_a_killed_training_loses_no_more_than_the_steps_since_its_checkpoint(zero_prior, dataset, base, tmp_path):
+    running = process(zero_prior.config, tmp_path, dataset, base)
+    send_at(" 9/15 [", signal.SIGKILL, running)
+    assert running.returncode == -signal.SIGKILL
+    assert not (tmp_path / "w.zip").exists()
+    stored = stored_checkpoints(tmp_path / "checkpoints")
+    assert stored[0].name == "checkpoint-000005.safetensors"
+    found = resumed(stored[0], zero_prior, dataset, base, tmp_path / "w.zip")
     assert (found.entry(LORA), found.entry(ROWS)) == (zero_prior.entry(LORA), zero_prior.entry(ROWS))
-    assert not (tmp_path / "killed.zip").exists()
+
+
+def test_a_training_that_is_told_to_end_leaves_a_last_checkpoint(zero_prior, dataset, base, tmp_path):
+    running = process(replace(zero_prior.config, steps=20000), tmp_path, dataset, base)
+    start = time.monotonic()
+    told = send_at(" 200/20000 [", signal.SIGTERM, running)
+    assert time.monotonic() - start < 60
+    assert running.returncode == 1
+    assert "Traceback" not in told
+    (_, last) = stored_checkpoints(tmp_path / "checkpoints")
+    assert f"Checkpoint: step {int(last.stem[-6:])}" in told
+    assert not (tmp_path / "w.zip").exists()
 
 
 def test_a_folder_means_the_newest_checkpoint_in_it(interrupted, zero_prior, dataset, base, tmp_path):
