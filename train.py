@@ -56,6 +56,12 @@ def train(
         default=None,
         description="The new token, in angle brackets, such as <zwx>; several are separated by commas. <zwx> where the training of a token is on and none is named.",
     ),
+    placeholder_vectors: int = Input(
+        default=1,
+        ge=1,
+        le=64,
+        description="Rows of each new token: more can hold more of a subject, and take more of the prompt's 512 tokens.",
+    ),
     placeholder_init_std: float = Input(
         default=1e-5,
         ge=0.0,

@@ -13,6 +13,7 @@ from placeholder.labels import label, reason
 OPTIMIZERS = ("adamw", "adamw8bit", "adam8bit", "prodigy")
 BATCH_SIZES = (1, 2, 4)
 MAX_STEPS = 20_000
+MAX_VECTORS = 64  # rows one token may have
 MIN_SIDE, MAX_SIDE = 64, 2048  # pixels
 DEFAULT_PLACEHOLDER = "<zwx>"
 MAX_CONFIG_BYTES = 64 * 1024
@@ -30,6 +31,7 @@ YAML_SECTIONS: dict[str, tuple[str, ...]] = {
         "caption_dropout",
         "train_placeholder_token",
         "placeholder_token",
+        "placeholder_vectors",
         "placeholder_init_std",
         "placeholder_learning_rate",
         "placeholder_warmup_fraction",
@@ -61,6 +63,7 @@ class TrainConfig:
     caption_dropout: float = 0.05
     train_placeholder_token: bool = False
     placeholder_token: tuple[str, ...] = ()
+    placeholder_vectors: int = 1
     placeholder_init_std: float = 1e-5
     placeholder_learning_rate: float = 1e-3
     placeholder_warmup_fraction: float = 0.0
@@ -188,6 +191,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "resolution": _resolutions,
     "default_caption": text,
     "caption_dropout": lambda name, value: number(name, value, 0.0, 0.9),
+    "placeholder_vectors": lambda name, value: whole(name, value, 1, MAX_VECTORS),
     "placeholder_init_std": lambda name, value: number(name, value, 0.0, 1.0),
     "placeholder_learning_rate": lambda name, value: number(name, value, 0.0, 1.0),
     "placeholder_warmup_fraction": lambda name, value: number(name, value, 0.0, 0.9),

@@ -70,9 +70,11 @@ class PlaceholderTokens(nn.Module):
         return {token: rows[ids[0] - self.first_id : ids[-1] - self.first_id + 1].clone() for token, ids in self.ids.items()}
 
 
-def initial_embeddings(tokens: tuple[str, ...], width: int, std: float, generator: torch.Generator) -> dict[str, Tensor]:
-    """A row (1, width) for each token from N(0, std^2); std 0.0 gives exact zeros."""
-    return {token: torch.randn(1, width, generator=generator) * std for token in tokens}
+def initial_embeddings(
+    tokens: tuple[str, ...], width: int, std: float, generator: torch.Generator, vectors: int = 1
+) -> dict[str, Tensor]:
+    """Rows (vectors, width) for each token from N(0, std^2); std 0.0 gives exact zeros."""
+    return {token: torch.randn(vectors, width, generator=generator) * std for token in tokens}
 
 
 def check_word(token: str) -> None:

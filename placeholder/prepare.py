@@ -154,7 +154,7 @@ def _tokens(
 ) -> PlaceholderTokens:
     """The placeholder tokens with their fresh rows, on the device."""
     width = text_width(base)
-    embeddings = initial_embeddings(config.tokens, width, config.placeholder_init_std, generator)
+    embeddings = initial_embeddings(config.tokens, width, config.placeholder_init_std, generator, config.placeholder_vectors)
     tokens = PlaceholderTokens(len(tokenizer), embeddings, width).to(base.device)
     for token, ids in tokens.ids.items():
         log(f"Placeholder token '{token}' registered with ID: {', '.join(map(str, ids))}")

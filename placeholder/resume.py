@@ -98,6 +98,12 @@ def _check_tokens(start: Weights, config: TrainConfig) -> None:
     if tuple(start.embeddings) != config.tokens:
         stored, wanted = (", ".join(tokens) or "no token" for tokens in (start.embeddings, config.tokens))
         raise ValueError(f"the weights to start from were trained with {stored}, this training has {wanted}: give the same")
+    for token, rows in start.embeddings.items():
+        if len(rows) != config.placeholder_vectors:
+            raise ValueError(
+                f"the weights to start from have {len(rows)} vectors for {token}, this training has {config.placeholder_vectors}: "
+                "give the same placeholder_vectors"
+            )
 
 
 def _pairs(wanted: dict[str, Any], found: dict[str, Any]) -> Sequence[tuple[str, Any, Any]]:

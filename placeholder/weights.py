@@ -17,6 +17,7 @@ from torch import Tensor
 
 from placeholder.archive import Archive, open_archive
 from placeholder.checks import shown
+from placeholder.config import MAX_VECTORS
 from placeholder.entries import MAX_ENTRY_BYTES
 from placeholder.labels import label, quoted, reason
 from placeholder.lora import DTYPES, PREFIX, fold_scale
@@ -31,7 +32,6 @@ LORA_METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the PEFT co
 MAX_META_BYTES = 1024 * 1024
 MAX_BASE_MODEL_CHARACTERS = 1000
 MAX_ID = 2**31  # of a token
-MAX_VECTORS = 64  # rows one token may have
 MAX_EMBEDDING_BYTES = 8 * 1024**2  # 64 rows of 8192 numbers in fp32 have a quarter of that
 
 

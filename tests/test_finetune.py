@@ -233,23 +233,26 @@ def test_a_drawn_seed_is_logged_and_recorded_truly_and_another_seed_trains_other
         assert_same_tensors(drawn, zero_prior)
 
 
-def test_several_tokens_are_trained_and_come_back(base, tmp_path):
+def test_several_tokens_of_several_vectors_are_trained_and_come_back(base, tmp_path):
     dataset = write_dataset(tmp_path / "data.zip", ["<zwx> and <qrs>", "<qrs> alone", "<zwx> alone"])
-    config = replace(ZERO_PRIOR, placeholder_token=("<zwx>", "<qrs>"), seed=0, batch_size=2)
+    config = replace(ZERO_PRIOR, placeholder_token=("<zwx>", "<qrs>"), placeholder_vectors=2, seed=0, batch_size=2)
     run = train(dataset, config, tmp_path / "weights.zip", base)
     for line in (
         "Seed: 0",
-        "Placeholder token '<zwx>' registered with ID: 151665",
-        "Placeholder token '<qrs>' registered with ID: 151666",
-        "Gradient mask active: only tokens 151665, 151666 receive updates",
+        "Placeholder token '<zwx>' registered with ID: 151665, 151666",
+        "Placeholder token '<qrs>' registered with ID: 151667, 151668",
+        "Gradient mask active: only tokens 151665, 151666, 151667, 151668 receive updates",
     ):
         assert run.log.count(line) == 1
     assert run.meta["placeholder_token"] == "<zwx>,<qrs>"
-    assert run.meta["placeholder_token_ids"] == {"<zwx>": [151665], "<qrs>": [151666]}
+    assert run.meta["placeholder_vectors"] == 2
+    assert run.meta["placeholder_token_ids"] == {"<zwx>": [151665, 151666], "<qrs>": [151667, 151668]}
     rows = read_weights(run.archive).embeddings
     assert list(rows) == ["<zwx>", "<qrs>"]
-    assert all(row.norm() > 1e-3 for row in rows.values())
-    assert not torch.equal(rows["<zwx>"], rows["<qrs>"])
+    assert [row.shape for row in rows.values()] == [(2, 32), (2, 32)]
+    learned = torch.cat(list(rows.values()))
+    assert (learned.norm(dim=1) > 1e-3).all()
+    assert len(torch.unique(learned, dim=0)) == 4
 
 
 def test_several_tokens_need_captions_that_name_them(dataset, base, tmp_path):

@@ -131,6 +131,7 @@ OTHER_VALUES = {
     "caption_dropout": 0.0,
     "train_placeholder_token": True,
     "placeholder_token": "<qrs>",
+    "placeholder_vectors": 2,
     "placeholder_init_std": 0.0,
     "placeholder_learning_rate": 1e-2,
     "placeholder_warmup_fraction": 0.5,
