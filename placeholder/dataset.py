@@ -1,5 +1,6 @@
 """The user's pictures and captions: read from an archive, converted to RGB, and cut to aspect-ratio buckets."""
 
+import hashlib
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor
 from placeholder.archive import Archive, open_archive
 from placeholder.entries import is_clutter
 from placeholder.labels import label, reason
+from placeholder.masks import is_mask, masks_by_picture, token_weights
 from placeholder.pictures import MAX_PICTURE_BYTES, MIN_SIDE, UNREADABLE, to_rgb
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -24,11 +26,15 @@ MAX_CROPS_BYTES = 16 * 1024**3  # of all pictures together, decoded: they stay i
 
 @dataclass(frozen=True)
 class Photo:
-    """One picture of the data set: its caption, None where none was found, and its crops, each uint8 (3, H, W)."""
+    """One picture of the data set: its caption, None where none was found, and its crops, each uint8 (3, H, W).
+
+    `weights` are those of each crop's tokens in the loss, fp32 (H/16 * W/16,), where the picture has a mask.
+    """
 
     name: str
     caption: str | None
     crops: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class DatasetReport:
     images: int
     captions_found: int
     captions_filled: int
+    masks: int
     buckets: dict[str, int]
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -45,7 +52,7 @@ class DatasetReport:
         """The report as a person reads it."""
         found = [
             f"Data set: {self.images} images, {self.captions_found} captions found, "
-            f"{self.captions_filled} filled in with default_caption",
+            f"{self.captions_filled} filled in with default_caption" + (f", {self.masks} masks" if self.masks else ""),
             "Buckets: " + ", ".join(f"{bucket}: {count}" for bucket, count in self.buckets.items()),
         ]
         return found + [f"Skipped {name}: {reason}" for name, reason in self.skipped.items()]
@@ -54,37 +61,58 @@ class DatasetReport:
 def read_dataset(path: Path | str, resolutions: tuple[int, ...]) -> tuple[list[Photo], DatasetReport]:
     """The photographs of a zip or tar archive, sorted by name, and the report on them.
 
-    `resolutions` are sides of squares in pixels; every photograph is cut to one bucket of each area. Raises ValueError when
-    the archive cannot be read, a caption is not UTF-8, or no picture is usable.
+    `resolutions` are sides of squares in pixels; every photograph is cut to one bucket of each area. A photo.mask.png beside
+    photo.jpg weights the loss. Raises ValueError when
+    the archive cannot be read, a caption is not UTF-8, a mask does not fit, or no picture is usable.
     """
     photos: dict[str, Photo] = {}
     with open_archive(path) as archive:
         names = [name for name in archive.names if not is_clutter(name)]
         _refuse_collisions(archive.name, names)
-        texts, pictures = _with_suffix(names, (".txt",)), _with_suffix(names, IMAGE_SUFFIXES)
+        texts, images = _with_suffix(names, (".txt",)), _with_suffix(names, IMAGE_SUFFIXES)
+        pictures = [name for name in images if not is_mask(_stem(name))]
+        masks = masks_by_picture({name: _stem(name) for name in images if is_mask(_stem(name))})
         captions = {_stem(name): _caption(archive, name) for name in texts}
-        skipped = dict.fromkeys(set(names) - {*texts, *pictures}, "not a jpg, png or webp picture")
+        skipped = dict.fromkeys(set(names) - {*texts, *images}, "not a jpg, png or webp picture")
         pictured = {_stem(name) for name in pictures}
         skipped |= {name: "a caption without a picture of that name" for name in texts if _stem(name) not in pictured}
+        skipped |= {name: "a mask without a picture of that name" for stem, name in masks.items() if stem not in pictured}
         crops_bytes = 0
         for name in pictures:
-            crops = _crops(archive, name, resolutions)
-            if isinstance(crops, str):
-                skipped[name] = crops
+            image = _picture(archive, name)
+            if isinstance(image, str):
+                skipped[name] = image
                 continue
+            buckets = buckets_of(image.size, resolutions)
+            crops = tuple(crop(image, bucket) for bucket in buckets)
             crops_bytes += sum(cut.nbytes for cut in crops)
             if crops_bytes > MAX_CROPS_BYTES:
                 raise ValueError(
                     f"the pictures of {archive.name} take more than {MAX_CROPS_BYTES} bytes when cut to "
                     f"{', '.join(map(str, resolutions))} pixels: give fewer pictures or resolutions"
                 )
-            photos[name] = Photo(label(name), captions.get(_stem(name)), crops)
+            mask = masks.get(_stem(name))
+            weights = mask and token_weights(_mask(archive, mask), image.size, buckets, label(mask))
+            photos[name] = Photo(label(name), captions.get(_stem(name)), crops, weights)
     skipped = {label(name): why for name, why in sorted(skipped.items())}
     if not photos:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3]) or "it holds no file"
         raise ValueError(f"the data set holds no usable picture ({reasons}): give a zip of jpg, png or webp files")
     found = [photos[name] for name in sorted(photos)]
     return found, _report(found, skipped)
+
+
+def dataset_digest(photos: list[Photo], captions: list[str]) -> str:
+    """The SHA-256 of all crops, masks and captions, by which a data set is known again however it was packed."""
+    digest = hashlib.sha256()
+    for photo, caption in zip(photos, captions, strict=True):
+        digest.update(f"{len(caption)} {caption}".encode())
+        for pixels in photo.crops:
+            digest.update(f"{tuple(pixels.shape)}".encode())
+            digest.update(pixels.numpy(force=True).tobytes())
+        for weights in photo.weights or ():
+            digest.update(weights.numpy(force=True).tobytes())
+    return digest.hexdigest()
 
 
 def buckets_of(size: tuple[int, int], resolutions: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -116,16 +144,23 @@ def _round_sides(width: float, height: float, down: bool = False) -> tuple[int, 
     return width, height
 
 
-def _crops(archive: Archive, name: str, resolutions: tuple[int, ...]) -> tuple[Tensor, ...] | str:
-    """The picture's crops, or why it cannot be used."""
+def _picture(archive: Archive, name: str) -> Image.Image | str:
+    """The picture, or why it cannot be used."""
     if (size := archive.size(name)) > MAX_PICTURE_BYTES:
         return f"it is {size} bytes: a picture has at most {MAX_PICTURE_BYTES}"
     content = archive.read(name)  # not tried: where the archive is damaged, nothing of it is used
     try:
-        image = to_rgb(content)
+        return to_rgb(content)
     except UNREADABLE as error:
         return reason(error)
-    return tuple(crop(image, bucket) for bucket in buckets_of(image.size, resolutions))
+
+
+def _mask(archive: Archive, name: str) -> Image.Image:
+    """The picture of a mask; ValueError where it cannot be read, for without it too much would be learned."""
+    image = _picture(archive, name)
+    if isinstance(image, str):
+        raise ValueError(f"mask {label(name)} cannot be read ({image}): save it again, or leave it out")
+    return image
 
 
 def _with_suffix(names: list[str], suffixes: tuple[str, ...]) -> list[str]:
@@ -166,4 +201,5 @@ def _report(photos: list[Photo], skipped: dict[str, str]) -> DatasetReport:
     found = sum(photo.caption is not None for photo in photos)
     sizes = Counter((cut.shape[2], cut.shape[1]) for photo in photos for cut in photo.crops)
     buckets = {f"{width}x{height}": count for (width, height), count in sorted(sizes.items())}
-    return DatasetReport(len(photos), found, len(photos) - found, buckets, skipped)
+    masks = sum(photo.weights is not None for photo in photos)
+    return DatasetReport(len(photos), found, len(photos) - found, masks, buckets, skipped)

@@ -44,6 +44,9 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
     return noise - latents
 
 
-def flow_loss(model_pred: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample in fp32: (B, L, D) => (B,)."""
-    return (model_pred.float() - target.float()).square().flatten(1).mean(dim=1)
+def flow_loss(model_pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample in fp32: (B, L, D) => (B,); weighted by token with `weights` (B, L)."""
+    errors = (model_pred.float() - target.float()).square()
+    if weights is None:
+        return errors.flatten(1).mean(dim=1)
+    return (errors.mean(dim=2) * weights).sum(dim=1) / weights.sum(dim=1)

@@ -1,6 +1,5 @@
 """From a data set and a configuration to everything a training needs: examples, models in their places, optimisers."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from placeholder.checkpoint import Checkpoint
 from placeholder.config import TrainConfig
-from placeholder.dataset import DatasetReport, Photo, read_dataset
+from placeholder.dataset import DatasetReport, Photo, dataset_digest, read_dataset
 from placeholder.flow import shift_mu
 from placeholder.lora import add_lora
 from placeholder.memory import BlockCheckpointing, free_bytes, free_memory
@@ -118,7 +117,7 @@ def prepare(
     del text_encoder
     free_memory()  # the VAE too
 
-    examples = _examples(latents, ids, preserved, base)
+    examples = _examples(latents, ids, preserved, photos, base)
     trainee = _trainee(config, plan, base, prompt_embeds, row_optimizer, log)
     initial_rows, position = tokens.rows.detach().clone(), Position(generator)
     if start is not None:
@@ -136,17 +135,6 @@ def _captions(photos: list[Photo], config: TrainConfig, log: Log) -> list[str]:
     placed = [place_token(caption, config.tokens, photo.name) for caption, photo in zip(captions, photos, strict=True)]
     log(f"Captions: {sum(in_front for _, in_front in placed)} of {len(placed)} lacked the token and got it in front")
     return [caption for caption, _ in placed]
-
-
-def dataset_digest(photos: list[Photo], captions: list[str]) -> str:
-    """The SHA-256 of all crops and captions, by which a data set is known again however it was packed."""
-    digest = hashlib.sha256()
-    for photo, caption in zip(photos, captions, strict=True):
-        digest.update(f"{len(caption)} {caption}".encode())
-        for pixels in photo.crops:
-            digest.update(f"{tuple(pixels.shape)}".encode())
-            digest.update(pixels.numpy(force=True).tobytes())
-    return digest.hexdigest()
 
 
 def _tokens(
@@ -191,13 +179,13 @@ def preserved_prompts(captions: list[str], config: TrainConfig, log: Log) -> lis
     return preserved
 
 
-def _examples(latents: list, ids: list, preserved: list, base: BaseModel) -> list[Example]:
+def _examples(latents: list, ids: list, preserved: list, photos: list[Photo], base: BaseModel) -> list[Example]:
     scheduler = load_scheduler(base).config
     shift = (scheduler.base_image_seq_len, scheduler.max_image_seq_len, scheduler.base_shift, scheduler.max_shift)
     return [
-        Example(packed, grid, shift_mu(len(packed), *shift), caption_ids, preserved_ids)
-        for crops, caption_ids, preserved_ids in zip(latents, ids, preserved, strict=True)
-        for packed, grid in crops
+        Example(packed, grid, shift_mu(len(packed), *shift), caption_ids, preserved_ids, weights)
+        for crops, caption_ids, preserved_ids, photo in zip(latents, ids, preserved, photos, strict=True)
+        for (packed, grid), weights in zip(crops, photo.weights or [None] * len(crops), strict=True)
     ]
 
 

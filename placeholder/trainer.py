@@ -26,6 +26,7 @@ class Example:
     """One crop of one picture: packed latents fp32 (L, C), its height and width in tokens, its shift, its prompt's ids.
 
     `preserved` are prompts, as ids, that are to keep what the base model predicts for them at this picture's noisy latents.
+    `weights` are those of the tokens in the loss, fp32 (L,), None for all the same.
     """
 
     latents: Tensor
@@ -33,6 +34,7 @@ class Example:
     mu: float
     input_ids: tuple[int, ...]
     preserved: tuple[tuple[int, ...], ...] = ()
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def sample_losses(transformer: QwenImageTransformer2DModel, prompt_embeds: Promp
     latents, noise, sigmas = _stacked(group, transformer.device)
     embeds = prompt_embeds([sample.input_ids for sample in group])  # (B, T, D)
     model_pred = predict_velocity(transformer, add_noise(latents, noise, sigmas), sigmas, embeds, group[0].example.grid)
-    return flow_loss(model_pred, velocity_target(latents, noise))
+    return flow_loss(model_pred, velocity_target(latents, noise), _weights(group, latents.device))
 
 
 def preservation_losses(
@@ -211,6 +213,15 @@ def preservation_losses(
     with torch.no_grad(), without_lora(transformer):
         target = predict_velocity(transformer, noisy, sigmas, embeds, grid)
     return flow_loss(predict_velocity(transformer, noisy, sigmas, embeds, grid), target)
+
+
+def _weights(group: list[Sample], device: torch.device) -> Tensor | None:
+    """The tokens' weights (B, L) of a group on the device; None where no picture of it has a mask."""
+    weights = [sample.example.weights for sample in group]
+    if all(found is None for found in weights):
+        return None
+    length = len(group[0].example.latents)
+    return torch.stack([torch.ones(length) if found is None else found for found in weights]).to(device)
 
 
 def _stacked(group: list[Sample], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
