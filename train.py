@@ -3,14 +3,16 @@
 import pathlib
 from typing import Optional
 
-from cog import BaseModel, Input, Path
+from cog import BaseModel, Input, Path, Secret
 
 from placeholder.checkpoint import CheckpointFolder
 from placeholder.config import train_config
 from placeholder.files import OutputFolder
+from placeholder.hub import HubRepository
 from placeholder.launch import finetune_on_all_gpus
 
-FILES = ("dataset", "config", "resume_from", "checkpoint_folder", "checkpoint_every")  # what is not an option of TrainConfig
+# What is not an option of TrainConfig: files, and where things go.
+FILES = ("dataset", "config", "resume_from", "checkpoint_folder", "checkpoint_every", "hf_repo_id", "hf_token")
 OUTPUT = OutputFolder("placeholder-training-")
 
 
@@ -124,6 +126,11 @@ def train(
         le=20000,
         description="Steps from one checkpoint to the next. Left blank, a tenth of all, but at least 50. The newest two are kept.",
     ),
+    hf_repo_id: Optional[str] = Input(
+        default=None,
+        description="Repository on the Hugging Face hub, owner/name, to which the LoRA, the embedding and a model card are uploaded. A new one is private.",
+    ),
+    hf_token: Optional[Secret] = Input(default=None, description="Token of the Hugging Face hub that may write to hf_repo_id."),
     config: Optional[Path] = Input(
         default=None,
         description="YAML file with the sections train, debug and model; what it names overrules the other inputs.",
@@ -131,13 +138,18 @@ def train(
 ) -> TrainingOutput:
     """Train a LoRA, and optionally a fresh token, on the pictures; returns the weights archive."""
     inputs = dict(locals())
-    dataset, config_file, resume_from, checkpoint_folder, checkpoint_every = map(inputs.pop, FILES)
+    dataset, config_file, resume_from, checkpoint_folder, checkpoint_every, hf_repo_id, hf_token = map(inputs.pop, FILES)
     options = train_config(inputs, config_file)
     checkpoints = CheckpointFolder.of(checkpoint_folder, checkpoint_every, options.steps)
+    repository = HubRepository.of(hf_repo_id, hf_token.get_secret_value() if hf_token else None)
     if not dataset:
         raise ValueError("dataset is missing: give a zip or tar of jpg, png or webp pictures")
+    if repository:
+        repository.check()
     with OUTPUT.fresh() as folder:
         weights = folder / "weights.zip"
         start = pathlib.Path(resume_from) if resume_from else None
         finetune_on_all_gpus(dataset, options, weights, resume_from=start, checkpoints=checkpoints)
+        if repository:
+            repository.upload(weights, print)
         return TrainingOutput(weights=Path(weights))

@@ -17,6 +17,7 @@ TYPES = {
     "bool",
     "Path",
     "Optional[str]",
+    "Optional[Secret]",
     "Optional[int]",
     "Optional[float]",
     "Optional[bool]",
