@@ -126,7 +126,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     if len(content) > MAX_CONFIG_BYTES:
         raise ValueError(f"config is {len(content)} bytes: a configuration file has at most {MAX_CONFIG_BYTES}")
     try:
-        document = yaml.load(content.decode("utf-8"), _PlainLoader)
+        document = _PlainLoader(content.decode("utf-8")).get_single_data()
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # also an impossible date or number
         raise ValueError(f"config is not a YAML file: {reason(error)}") from error
     if document is None:
