@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +18,9 @@ import torch
 
 from demo.server import ROOT
 from demo.small_base import build_small_base, build_tiny_base
+from placeholder import generate as generate_module
+from placeholder import plan as plan_module
+from placeholder import prepare as prepare_module
 from placeholder.config import TrainConfig
 from placeholder.models import BaseModel, load_text_encoder, load_tokenizer
 from tests.samples import Run, train, write_dataset
@@ -43,6 +47,32 @@ def tokenizer(base):
     loaded = load_tokenizer(base)
     yield loaded
     assert len(loaded) == 151665
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_tokenizer(tokenizer):
+    """Trainings and predictions in this process share the tokenizer: loading one takes as long as a short training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
+        patch.setattr(generate_module, "load_tokenizer", lambda _base: tokenizer)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_plan():
+    """The memory that a kind of training needs is counted once: it depends on none of these options."""
+    count, counted = plan_module.training_needs, {}
+    alike = {"seed": None, "steps": 1, "learning_rate": 1e-3, "caption_dropout": 0.0, "log_prompt_ids": False}
+
+    def needs(base, config, *others):
+        key = repr((base, replace(config, **alike), others))
+        if key not in counted:
+            counted[key] = count(base, config, *others)
+        return counted[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "training_needs", needs)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -28,12 +28,6 @@ ROW_NAME = "embeddings/zwx.safetensors"
 ZERO_PRIOR = TrainConfig(**SHORT, train_placeholder_token=True, placeholder_token=("<zwx>",))
 
 
-@pytest.fixture(autouse=True)
-def quick_tokenizer(tokenizer, monkeypatch):
-    """The session's tokenizer, which is checked at the end: loading one takes as long as a short training."""
-    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
-
-
 def assert_same_tensors(one: Run, other: Run) -> None:
     for name in (LORA_NAME, ROW_NAME):
         found, expected = one.tensors(name), other.tensors(name)

@@ -111,7 +111,6 @@ def test_a_lora_that_is_not_applied_fails(healthy, small_base):
 
 
 def test_a_frozen_row_fails(small_base, tmp_path):
-    """Its pictures pass, as the study finds too: a near-zero row is a direction of its own. What fails is the row's share."""
-    frozen = trained(replace(CONFIG, placeholder_learning_rate=0.0), small_base, tmp_path)
-    found = measured(frozen, small_base)
-    assert found.row_share == 0.0 and not found.passes(), found
+    """Its pictures would pass, as the study finds: a near-zero row is a direction of its own. What fails is the row's share."""
+    frozen = trained(replace(CONFIG, placeholder_learning_rate=0.0, steps=40), small_base, tmp_path)
+    assert row_share(frozen) == 0.0 < MIN_ROW_SHARE
