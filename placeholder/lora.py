@@ -1,8 +1,8 @@
 """LoRA on the transformer through PEFT: adding it for training, taking its weights out, putting stored weights in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -69,11 +69,14 @@ def lora_metadata(transformer: QwenImageTransformer2DModel) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in configuration.items()}
 
 
-def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, Tensor]:
+def fold_scale(
+    state: dict[str, Tensor], metadata: dict[str, Any], alphas: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, Tensor]:
     """The same LoRA with alpha = rank, so that it loads at the right strength wherever metadata are dropped.
 
     `state` has keys `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r); `metadata` is the PEFT
-    configuration it was saved with, empty for alpha = rank. Raises ValueError for keys and settings of other methods.
+    configuration it was saved with, empty for alpha = rank; `alphas` are those of single modules, which come first. What is
+    scaled is fp32 afterwards: fp16 would lose small numbers. Raises ValueError for keys and settings of other methods.
     """
     others = [name for name in UNSUPPORTED_METADATA if metadata.get(name)]
     if others:
@@ -87,13 +90,16 @@ def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, 
         if value.dtype not in DTYPES:
             raise ValueError(f"the LoRA has {quoted(key)} in {value.dtype}: save it in float32, bfloat16 or float16")
         if key.endswith(B):
-            value = value * _scale(key.removesuffix(B), value.shape[-1], metadata)
+            scale = _scale(key.removesuffix(B), value.shape[-1], metadata, alphas)
+            value = value if scale == 1 else value.float() * scale
         folded[key] = value
     return folded
 
 
-def _scale(module: str, rank: int, metadata: dict[str, Any]) -> float:
+def _scale(module: str, rank: int, metadata: dict[str, Any], alphas: Mapping[str, float]) -> float:
     """alpha / rank (alpha / sqrt(rank) for rank-stabilised LoRA, arXiv:2312.03732), 1.0 where no alpha is stored."""
+    if module in alphas:
+        return alphas[module] / rank
     if "lora_alpha" not in metadata:
         return 1.0
     alpha = metadata["lora_alpha"]
