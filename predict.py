@@ -69,7 +69,17 @@ class Predictor(BasePredictor):
         ),
         replicate_weights: Optional[Path] = Input(
             default=None,
-            description="The weights.zip of a training, or a diffusers LoRA in safetensors. Overrules the weights the model was started with.",
+            description="The weights.zip of a training, or a LoRA of another trainer. Overrules the weights the model was started with.",
+        ),
+        extra_lora_weights: Optional[Path] = Input(
+            default=None,
+            description="A second weights.zip or LoRA, applied together with the first, with its own tokens.",
+        ),
+        extra_lora_scale: float = Input(
+            default=1.0,
+            ge=0.0,
+            le=3.0,
+            description="Strength of the LoRA in extra_lora_weights.",
         ),
         enhance_prompt: bool = Input(
             default=False,
@@ -85,8 +95,12 @@ class Predictor(BasePredictor):
         """Draw one picture."""
         inputs = dict(locals())
         del inputs["self"]
-        weights = inputs.pop("replicate_weights")
+        weights, extra = inputs.pop("replicate_weights"), inputs.pop("extra_lora_weights")
         request = picture_request(inputs)
         with OUTPUT.fresh() as folder:
-            image = self.generator.generate(request, pathlib.Path(weights) if weights else self.default_weights)
+            image = self.generator.generate(
+                request,
+                pathlib.Path(weights) if weights else self.default_weights,
+                pathlib.Path(extra) if extra else None,
+            )
             return Path(save_image(image, request, folder))

@@ -40,6 +40,8 @@ DEFAULTS: dict[str, Any] = {
     "image_size": "optimize_for_speed",
     "lora_scale": 1.0,
     "replicate_weights": None,
+    "extra_lora_weights": None,
+    "extra_lora_scale": 1.0,
     "enhance_prompt": False,
     "output_quality": 80,
 }

@@ -1,4 +1,4 @@
-"""A whole prediction: the pipeline, one archive's LoRA and token rows on it, and a picture from a request."""
+"""A whole prediction: the pipeline, the LoRA and token rows of one or two archives on it, and a picture from a request."""
 
 import secrets
 import time
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from placeholder.checks import MAX_SEED, shown
 from placeholder.failures import plain_failures
 from placeholder.hooks import cache_first_block, stop_caching, stop_streaming, stream
-from placeholder.lora import load_lora, scale_lora, unload_lora
+from placeholder.lora import ADAPTER, EXTRA_ADAPTER, load_lora, scale_loras, unload_lora
 from placeholder.models import (
     BaseModel,
     encode_prompts,
@@ -34,7 +34,8 @@ from placeholder.request import Request
 from placeholder.weights import Weights, content_digest, read_weights
 
 Log = Callable[[str], None]
-INCOMPLETE = "incomplete"
+Applied = tuple[tuple[str, str], ...]  # adapter and the digest of its archive
+INCOMPLETE: Applied = (("incomplete", ""),)
 ARCHIVES_KEPT = 4  # read and checked, in the host's memory; one of rank 32 takes 0.2 GB
 PROMPTS_KEPT = 32  # as embeddings, on the device; one takes about a megabyte
 LESS_MEMORY = "give a smaller width and height"
@@ -42,7 +43,7 @@ PILLOW_FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 
 
 class ImageGenerator:
-    """The base model in memory, and at most one weights archive applied to it at a time."""
+    """The base model in memory, and at most one weights archive applied to it at a time, or one and an extra one."""
 
     def __init__(self, base: BaseModel, log: Log = print):
         self.log = log
@@ -69,36 +70,44 @@ class ImageGenerator:
 
     @plain_failures(LESS_MEMORY)
     @torch.no_grad()
-    def generate(self, request: Request, weights: Path | None) -> Image.Image:
-        """Draw the picture, with the archive or bare LoRA at `weights` on the base model, or with the base model alone.
+    def generate(self, request: Request, weights: Path | None, extra: Path | None = None) -> Image.Image:
+        """Draw the picture, with the archive or bare LoRA at `weights`, the one at `extra`, both or neither on the base model.
 
         Raises ValueError when the weights cannot be used and RuntimeError when the memory does not suffice. Whatever ends a
         request early, also an interruption, leaves nothing that the next one would show.
         """
-        if weights is None:
-            self.unload()
-        else:
-            self.load(weights)
-            scale_lora(self.pipeline.transformer, request.lora_scale)
-        unnamed = [token for token in self.tokens.ids if token not in request.prompt]
-        if unnamed and len(unnamed) == len(self.tokens.ids):
-            self.log(f"Warning: the prompt does not name {' or '.join(unnamed)}, so the trained subject may not appear")
+        self.load(weights, extra)
+        if self.applied:
+            scales = {ADAPTER: request.lora_scale, EXTRA_ADAPTER: request.extra_lora_scale}
+            scale_loras(self.pipeline.transformer, {adapter: scales[adapter] for adapter, _ in self.applied})
+        for subject in self.subjects:
+            if subject and not any(token in request.prompt for token in subject):
+                named = " or ".join(subject)
+                self.log(f"Warning: the prompt does not name {named}, so the trained subject may not appear")
         return self._render(request)
 
-    def load(self, path: Path) -> None:
-        """Apply an archive, unless the one applied has the same content; nothing of an earlier one remains."""
-        digest = content_digest(path)
-        if digest == self.applied:
+    def load(self, path: Path | None, extra: Path | None = None) -> None:
+        """Apply an archive, and an extra one, unless those applied have the same content; nothing of earlier ones remains."""
+        paths = {adapter: given for adapter, given in ((ADAPTER, path), (EXTRA_ADAPTER, extra)) if given}
+        if not paths:
+            self.unload()
             return
-        weights = self._read(path, digest)
-        tokens = self._tokens(weights)
+        wanted = tuple((adapter, content_digest(given)) for adapter, given in paths.items())
+        if wanted == self.applied:
+            return
+        parts = [self._read(paths[adapter], digest) for adapter, digest in wanted]
+        tokens = self._tokens(*parts)
         self.unload()
         self.applied = INCOMPLETE  # so that an interruption here is undone by the next request
-        load_lora(self.pipeline.transformer, weights.lora)
-        self.tokens, self.applied = tokens, digest
+        for adapter, part in zip(paths, parts, strict=True):
+            load_lora(self.pipeline.transformer, part.lora, adapter)
+        self.tokens, self.subjects = tokens, [tuple(part.embeddings) for part in parts]
+        self.applied = wanted
         for token, ids in tokens.ids.items():
             self.log(f"Placeholder token '{token}' registered with ID: {', '.join(map(str, ids))}")
-        self.log(f"Weights applied: {len(weights.lora)} LoRA tensors, {len(tokens.ids)} embeddings")
+        for adapter, part in zip(paths, parts, strict=True):
+            name = "Weights" if adapter == ADAPTER else "Extra weights"
+            self.log(f"{name} applied: {len(part.lora)} LoRA tensors, {len(part.embeddings)} embeddings")
 
     def _read(self, path: Path, digest: str) -> Weights:
         """The archive, from memory where one of the same content was read lately."""
@@ -110,7 +119,7 @@ class ImageGenerator:
 
     def unload(self) -> None:
         """Back to the base model alone, bit for bit."""
-        if self.applied is None:
+        if not self.applied:
             return
         transformer, restream = self.pipeline.transformer, self.streamed and self.applied == INCOMPLETE
         self.applied = INCOMPLETE
@@ -122,27 +131,37 @@ class ImageGenerator:
         self._plain()
 
     def _plain(self) -> None:
-        self.tokens = self._tokens(Weights(lora={}))
-        self.applied: str | None = None  # last, so that an interruption here is undone by the next request
+        self.tokens, self.subjects = self._tokens(), []
+        self.applied: Applied = ()  # last, so that an interruption here is undone by the next request
 
-    def _tokens(self, weights: Weights) -> PlaceholderTokens:
-        """The archive's tokens, registered behind this tokenizer's last id, where they were in training."""
-        check_tokens(tuple(weights.embeddings), self.tokenizer)
+    def _tokens(self, *parts: Weights) -> PlaceholderTokens:
+        """The archives' tokens, registered behind this tokenizer's last id: the first's where they were in training, then the extra's.
+
+        An archive's recorded ids are those it has alone, where they prove that it was trained on this vocabulary.
+        """
         width = self.text_encoder.embed_tokens.embedding_dim
-        tokens = PlaceholderTokens(len(self.tokenizer), weights.embeddings, width)
-        trained_ids = weights.meta.get("placeholder_token_ids", {})
-        if tokens.ids != trained_ids:
-            raise ValueError(
-                f"the token ids of the archive are {shown(trained_ids)}, here they are {shown(tokens.ids)}: "
-                "it was trained on another base"
-            )
-        for name, here in (("base_model", self.base.source), ("base_model_revision", self.base.commit)):
-            if (trained_on := weights.meta.get(name, here)) != here:
-                self.log(f"Warning: trained on {name} {shown(trained_on)}, applied to {here}")
-        return tokens.to(self.base.device)
+        embeddings: dict[str, Tensor] = {}
+        for part in parts:
+            if shared := sorted(embeddings.keys() & part.embeddings.keys()):
+                raise ValueError(
+                    f"replicate_weights and extra_lora_weights both use the token {shared[0]!r}: train one of them with another"
+                )
+            check_tokens((*embeddings, *part.embeddings), self.tokenizer)
+            alone = PlaceholderTokens(len(self.tokenizer), part.embeddings, width)
+            trained_ids = part.meta.get("placeholder_token_ids", {})
+            if alone.ids != trained_ids:
+                raise ValueError(
+                    f"the token ids of the archive are {shown(trained_ids)}, here they are {shown(alone.ids)}: "
+                    "it was trained on another base"
+                )
+            for name, here in (("base_model", self.base.source), ("base_model_revision", self.base.commit)):
+                if (trained_on := part.meta.get(name, here)) != here:
+                    self.log(f"Warning: trained on {name} {shown(trained_on)}, applied to {here}")
+            embeddings |= part.embeddings
+        return PlaceholderTokens(len(self.tokenizer), embeddings, width).to(self.base.device)
 
-    def _encode(self, prompt: str, applied: str | None) -> Tensor:
-        """Prompt embeddings (1, T, D) with the tokens of the archive `applied`."""
+    def _encode(self, prompt: str, applied: Applied) -> Tensor:
+        """Prompt embeddings (1, T, D) with the tokens of the archives `applied`."""
         input_ids = torch.tensor([prompt_ids(self.tokenizer, self.tokens, prompt)], device=self.base.device)
         return encode_prompts(self.text_encoder, self.tokens, input_ids)
 

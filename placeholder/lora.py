@@ -1,8 +1,9 @@
 """LoRA on the transformer through PEFT: adding it for training, taking its weights out, putting stored weights in."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from placeholder.labels import quoted
 # Attention of both streams. With the feed-forward layers the archive more than doubles, and Cog hands archives over as base64.
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 ADAPTER = "default"
+EXTRA_ADAPTER = "extra"  # a second LoRA beside the first, in predictions
 PREFIX = "transformer."
 A, B = ".lora_A.weight", ".lora_B.weight"
 MAX_RANK = 2048  # eight times what a training takes
@@ -69,11 +71,14 @@ def lora_metadata(transformer: QwenImageTransformer2DModel) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in configuration.items()}
 
 
-def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, Tensor]:
+def fold_scale(
+    state: dict[str, Tensor], metadata: dict[str, Any], alphas: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, Tensor]:
     """The same LoRA with alpha = rank, so that it loads at the right strength wherever metadata are dropped.
 
     `state` has keys `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r); `metadata` is the PEFT
-    configuration it was saved with, empty for alpha = rank. Raises ValueError for keys and settings of other methods.
+    configuration it was saved with, empty for alpha = rank; `alphas` are those of single modules, which come first. What is
+    scaled is fp32 afterwards: fp16 would lose small numbers. Raises ValueError for keys and settings of other methods.
     """
     others = [name for name in UNSUPPORTED_METADATA if metadata.get(name)]
     if others:
@@ -87,13 +92,16 @@ def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, 
         if value.dtype not in DTYPES:
             raise ValueError(f"the LoRA has {quoted(key)} in {value.dtype}: save it in float32, bfloat16 or float16")
         if key.endswith(B):
-            value = value * _scale(key.removesuffix(B), value.shape[-1], metadata)
+            scale = _scale(key.removesuffix(B), value.shape[-1], metadata, alphas)
+            value = value if scale == 1 else value.float() * scale
         folded[key] = value
     return folded
 
 
-def _scale(module: str, rank: int, metadata: dict[str, Any]) -> float:
+def _scale(module: str, rank: int, metadata: dict[str, Any], alphas: Mapping[str, float]) -> float:
     """alpha / rank (alpha / sqrt(rank) for rank-stabilised LoRA, arXiv:2312.03732), 1.0 where no alpha is stored."""
+    if module in alphas:
+        return alphas[module] / rank
     if "lora_alpha" not in metadata:
         return 1.0
     alpha = metadata["lora_alpha"]
@@ -104,21 +112,23 @@ def _scale(module: str, rank: int, metadata: dict[str, Any]) -> float:
     return alpha / (rank**0.5 if metadata.get("use_rslora") else rank)
 
 
-def load_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor]) -> None:
-    """Put a stored LoRA with alpha = rank on the transformer, at scale 1.
+def load_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor], adapter: str = ADAPTER) -> None:
+    """Put a stored LoRA with alpha = rank on the transformer, at scale 1; another adapter than the first is added to it.
 
     Raises ValueError unless every key names a linear layer of this transformer and fits it. What PEFT then holds is compared
     with what was given, because a key that is not applied raises nothing there.
     """
     if not state:
         raise ValueError("the LoRA holds no weights")
-    modules = dict(transformer.named_modules())
+    layers = _linear_layers(transformer)
     for key, value in state.items():
-        _check_key(modules, key, value, state)
+        _check_key(layers, key, value, state)
     prefixed = {PREFIX + key: value for key, value in state.items()}
-    transformer.load_lora_adapter(prefixed, prefix=PREFIX.removesuffix("."), adapter_name=ADAPTER)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # PEFT's, about the second of two adapters
+        transformer.load_lora_adapter(prefixed, prefix=PREFIX.removesuffix("."), adapter_name=adapter)
     _maybe_remove_and_reapply_group_offloading(transformer)  # so that a streamed transformer streams the LoRA too
-    applied = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    applied = get_peft_model_state_dict(transformer, adapter_name=adapter)
     wrong = set(applied) ^ set(state)
     wrong |= {
         key for key in set(applied) & set(state) if not torch.equal(applied[key].cpu(), state[key].to(applied[key].dtype).cpu())
@@ -130,11 +140,16 @@ def load_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor]
 
 def scale_lora(transformer: QwenImageTransformer2DModel, scale: float) -> None:
     """Set the strength of the loaded LoRA: W + scale * B A."""
-    transformer.set_adapters(ADAPTER, weights=scale)
+    scale_loras(transformer, {ADAPTER: scale})
+
+
+def scale_loras(transformer: QwenImageTransformer2DModel, scales: Mapping[str, float]) -> None:
+    """Set the strength of every loaded LoRA, by adapter: W + the sum of scale * B A. One that is not named is passed over."""
+    transformer.set_adapters(list(scales), weights=list(scales.values()))
 
 
 def unload_lora(transformer: QwenImageTransformer2DModel) -> None:
-    """Take the LoRA off; the transformer is the base model again, bit for bit."""
+    """Take every LoRA off; the transformer is the base model again, bit for bit."""
     transformer.unload_lora()
 
 
@@ -148,10 +163,20 @@ def without_lora(transformer: QwenImageTransformer2DModel) -> Iterator[None]:
         transformer.enable_adapters()
 
 
-def _check_key(modules: dict[str, nn.Module], key: str, value: Tensor, state: dict[str, Tensor]) -> None:
+def _linear_layers(transformer: QwenImageTransformer2DModel) -> dict[str, nn.Linear]:
+    """The base model's linear layers by name, also where another LoRA is on them."""
+    found = {}
+    for name, module in transformer.named_modules():
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(layer, nn.Linear) and not {"base_layer", "lora_A", "lora_B"} & set(name.split(".")):
+            found[name] = layer
+    return found
+
+
+def _check_key(layers: dict[str, nn.Linear], key: str, value: Tensor, state: dict[str, Tensor]) -> None:
     module_name = key.removesuffix(A).removesuffix(B)
-    layer = modules.get(module_name)
-    if not isinstance(layer, nn.Linear):
+    layer = layers.get(module_name)
+    if layer is None:
         raise ValueError(f"the LoRA was made for another model: this one has no linear layer {quoted(module_name)}")
     down, up = state.get(module_name + A), state.get(module_name + B)
     if down is None or up is None:

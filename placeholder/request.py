@@ -36,7 +36,7 @@ ENHANCEMENT = ", Ultra HD, 4K, cinematic composition."
 
 @dataclass(frozen=True)
 class Request:
-    """One picture: prompts, guidance and steps, its size in pixels, its seed, the LoRA's strength, and the file to write."""
+    """One picture: prompts, guidance and steps, its size in pixels, its seed, the LoRAs' strengths, and the file to write."""
 
     prompt: str
     negative_prompt: str
@@ -49,6 +49,7 @@ class Request:
     go_fast: bool
     output_format: str
     output_quality: int
+    extra_lora_scale: float = 1.0
 
 
 def picture_request(inputs: dict[str, Any]) -> Request:
@@ -72,6 +73,7 @@ def picture_request(inputs: dict[str, Any]) -> Request:
         height=height,
         seed=None if seed is None else whole("seed", seed, 0, MAX_SEED),
         lora_scale=number("lora_scale", inputs["lora_scale"], 0.0, 3.0),
+        extra_lora_scale=number("extra_lora_scale", inputs["extra_lora_scale"], 0.0, 3.0),
         go_fast=flag("go_fast", inputs["go_fast"]),
         output_format=choice("output_format", inputs["output_format"], OUTPUT_FORMATS),
         output_quality=whole("output_quality", inputs["output_quality"], 0, 100),

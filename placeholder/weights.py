@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import tempfile
 import zipfile
 from dataclasses import dataclass, field
@@ -18,9 +17,10 @@ from torch import Tensor
 from placeholder.archive import Archive, open_archive
 from placeholder.checks import shown
 from placeholder.config import MAX_VECTORS
-from placeholder.entries import MAX_ENTRY_BYTES
+from placeholder.entries import MAX_ENTRY_BYTES, is_clutter
 from placeholder.labels import label, quoted, reason
-from placeholder.lora import DTYPES, PREFIX, fold_scale
+from placeholder.lora import DTYPES
+from placeholder.lora_formats import check_effect, plain_lora
 from placeholder.placeholder_token import MAX_TOKENS, check_word
 from placeholder.tensors import looks_like_safetensors, read_tensors
 
@@ -28,7 +28,6 @@ META_NAME = "meta.json"
 LORA_NAME = "lora/lora_weights.safetensors"
 EMBEDDINGS_FOLDER = "embeddings"
 EMBEDDING_KEY = "qwen25_7b"  # the key under which ComfyUI looks for an embedding of this text encoder
-LORA_METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the PEFT configuration in the safetensors header
 MAX_META_BYTES = 1024 * 1024
 MAX_BASE_MODEL_CHARACTERS = 1000
 MAX_ID = 2**31  # of a token
@@ -98,7 +97,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_weights(path: Path | str) -> Weights:
-    """Read a weights archive (zip or tar), or a bare diffusers LoRA in safetensors, told apart by content.
+    """Read a weights archive (zip or tar), one of another trainer, or a bare LoRA in safetensors, told apart by content.
 
     Raises ValueError, one sentence, when something that belongs there is missing, damaged or of another kind.
     """
@@ -106,8 +105,10 @@ def read_weights(path: Path | str) -> Weights:
     if _is_safetensors(path):
         if (size := path.stat().st_size) > MAX_ENTRY_BYTES:
             raise ValueError(f"{label(path.name)} is {size} bytes: a LoRA has at most {MAX_ENTRY_BYTES}, is it a base model?")
-        return Weights(_lora(label(path.name), path.read_bytes()))
+        return Weights(_lora_alone(label(path.name), path.read_bytes()))
     with open_archive(path) as archive:
+        if not any(name in (META_NAME, LORA_NAME) or name.startswith(EMBEDDINGS_FOLDER + "/") for name in archive.names):
+            return Weights(_foreign(archive))
         if LORA_NAME not in archive.names:
             raise ValueError(f"LoRA weights not found in {archive.name}: expected {LORA_NAME}")
         if META_NAME not in archive.names:
@@ -138,28 +139,25 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _lora(name: str, content: bytes) -> dict[str, Tensor]:
-    tensors, metadata = read_tensors(name, content)
-    foreign = sorted(key for key in tensors if not key.startswith(PREFIX))
-    if foreign or not tensors:
-        found = f"it holds {quoted(foreign[0])}" if foreign else "it is empty"
-        raise ValueError(f"{name} is not a diffusers LoRA of Qwen-Image: {found}, expected keys that begin with {PREFIX!r}")
-    state = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-    return fold_scale(state, _lora_metadata(name, metadata.get(LORA_METADATA_KEY)))
+    return plain_lora(name, *read_tensors(name, content))
 
 
-def _lora_metadata(name: str, text: str | None) -> dict[str, Any]:
-    """The PEFT configuration in the header, without prefix; empty where the file has none (then alpha = rank)."""
-    if text is None:
-        return {}
-    try:
-        metadata = json.loads(text)
-        metadata = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
-        alphas = [metadata.get("lora_alpha", 1), *(metadata.get("alpha_pattern") or {}).values()]
-        if not all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas):
-            raise ValueError(f"lora_alpha and alpha_pattern hold {shown(alphas)}")
-    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{name} has unreadable {LORA_METADATA_KEY}: save it again with diffusers") from error
-    return metadata
+def _lora_alone(name: str, content: bytes) -> dict[str, Tensor]:
+    """A LoRA that comes without tokens, so that it has to change something itself."""
+    lora = _lora(name, content)
+    check_effect(name, lora)
+    return lora
+
+
+def _foreign(archive: Archive) -> dict[str, Tensor]:
+    """The LoRA in an archive of another trainer: its only safetensors file, at the root (such as the hosted lora.safetensors)."""
+    files = [name for name in archive.names if name.lower().endswith(".safetensors") and not is_clutter(name)]
+    if len(files) != 1 or "/" in files[0]:
+        found = ", ".join(quoted(name) for name in files[:3]) or "no safetensors file"
+        raise ValueError(
+            f"LoRA weights not found in {archive.name}: expected {LORA_NAME}, or a single LoRA at the root, found {found}"
+        )
+    return _lora_alone(f"{archive.name}: {label(files[0])}", archive.read(files[0]))
 
 
 def _meta(archive: Archive) -> dict[str, Any]:

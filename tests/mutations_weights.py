@@ -47,18 +47,42 @@ TOKENS = [
 ]
 
 
+PREFIXES = ["transformer.", "diffusion_model.", "pipe.dit.", "lora_unet_", "", "lora_te_"]
+PARTS = [("lora_A", "lora_B"), ("lora_A.default", "lora_B.default"), ("lora_down", "lora_up"), ("lokr_w1", "lokr_w2")]
+
+
 def mutated_weights(valid: Entries, seed: int) -> bytes:
     """A weights archive, or a bare LoRA, in which something is different."""
     rng = random.Random(f"weights {seed}")
+    if rng.random() < 0.3:
+        valid = _of_another_trainer(valid, rng)
     entries = [(name, _changed_weights_file(name, content, rng) if rng.random() < 0.25 else content) for name, content in valid]
     if rng.random() < 0.1:
-        content = entries[[name.startswith("lora/") for name, _ in entries].index(True)][1]
+        content = entries[[name.startswith("lora") for name, _ in entries].index(True)][1]
     else:
         content = packed(changed_entries(entries, rng) if rng.random() < 0.3 else entries, rng)
     return changed_bytes(content, rng) if rng.random() < 0.15 else content
 
 
+def _of_another_trainer(valid: Entries, rng: random.Random) -> Entries:
+    """The archive with the LoRA in one of the formats of docs/formats.md or close to one, or that LoRA as the hosted model packs it."""
+    prefix, (down, up) = rng.choice(PREFIXES), rng.choice(PARTS)
+    content = dict(valid)["lora/lora_weights.safetensors"]
+    tensors = {}
+    for key, value in load(content).items():
+        module, part = key.removeprefix("transformer.").split(".lora_")
+        name = prefix + (module.replace(".", "_") if prefix.startswith("lora_") else module)
+        tensors[f"{name}.{down if part.startswith('A') else up}.weight"] = value
+        if prefix in ("lora_unet_", "diffusion_model."):
+            tensors[f"{name}.alpha"] = torch.tensor(rng.choice([1.0, 2.0, 0.5]))
+    if rng.random() < 0.5:
+        return [("lora.safetensors", save(tensors)), ("config.yaml", b"job: extension"), ("settings.txt", b"")]
+    return [(name, save(tensors) if name.startswith("lora/") else other) for name, other in valid]
+
+
 def _changed_weights_file(name: str, content: bytes, rng: random.Random) -> bytes:
+    if not name.endswith((".safetensors", ".json")):
+        return content[:1]
     if name == "meta.json":
         return _changed_meta(json.loads(content), rng)
     return rng.choice([_changed_header, _changed_tensor])(content, rng)
@@ -129,7 +153,7 @@ def _changed_tensor(content: bytes, rng: random.Random) -> bytes:
     tensors[key] = rng.choice(
         [
             value,
-            tensors[key].T.contiguous(),
+            tensors[key].T.contiguous() if tensors[key].ndim == 2 else tensors[key].reshape(1, 1),
             tensors[key][None],
             other,
             tensors[key].to(dtype),

@@ -46,9 +46,9 @@ class Drawer:
         self.log: list[str] = []
         self.generator = ImageGenerator(base, self.log.append)
 
-    def __call__(self, request: Request, weights: Path | None = None) -> np.ndarray:
+    def __call__(self, request: Request, weights: Path | None = None, extra: Path | None = None) -> np.ndarray:
         self.log.clear()
-        return np.asarray(self.generator.generate(request, weights))
+        return np.asarray(self.generator.generate(request, weights, extra))
 
 
 @pytest.fixture(scope="module")
@@ -384,8 +384,8 @@ def test_an_interrupted_unload_is_undone_by_the_next_request(step, base, zero_pr
 
 
 def test_an_interrupted_load_is_undone_by_the_next_request(draw, zero_prior, plain_picture, monkeypatch):
-    def interrupted(transformer, state):
-        load_lora(transformer, state)
+    def interrupted(transformer, state, adapter):
+        load_lora(transformer, state, adapter)
         raise KeyboardInterrupt
 
     draw(PLAIN)

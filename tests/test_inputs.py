@@ -59,7 +59,8 @@ def defaults(inputs: dict) -> dict[str, Any]:
 
 
 TRAIN_DEFAULTS = {name: value for name, value in defaults(TRAIN_INPUTS).items() if name not in FILES}
-PREDICT_DEFAULTS = {name: value for name, value in defaults(PREDICT_INPUTS).items() if name != "replicate_weights"}
+WEIGHTS = ("replicate_weights", "extra_lora_weights")
+PREDICT_DEFAULTS = {name: value for name, value in defaults(PREDICT_INPUTS).items() if name not in WEIGHTS}
 
 
 @pytest.mark.parametrize(("name", "annotation", "keywords"), EVERY_INPUT)
@@ -163,6 +164,7 @@ OTHER_REQUESTS = {
     "image_size": "optimize_for_speed",
     "seed": 0,
     "lora_scale": 0.5,
+    "extra_lora_scale": 0.5,
     "enhance_prompt": True,
     "go_fast": True,
     "output_format": "png",

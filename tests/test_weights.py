@@ -115,7 +115,7 @@ def test_the_alpha_of_a_bare_lora_is_folded_into_b(alpha, factor, tmp_path):
     path.write_bytes(safetensors_of(prefixed(LORA), {"transformer.r": 4, "transformer.lora_alpha": alpha}))
     found = read_weights(path).lora
     assert torch.equal(found[FIRST + A], LORA[FIRST + A])
-    assert torch.equal(found[FIRST + B], LORA[FIRST + B] * factor)
+    assert torch.equal(found[FIRST + B], LORA[FIRST + B] * factor if factor == 1 else LORA[FIRST + B].float() * factor)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def meta_of(**changed) -> bytes:
 
 ROW = torch.zeros(1, 32)
 TENSOR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-NOT_A_LORA = "is not a diffusers LoRA of Qwen-Image"
+NOT_A_LORA = "is not a LoRA of Qwen-Image"
 UNUSABLE = "embeddings/zwx.safetensors holds no usable rows under 'qwen25_7b': expected finite"
 
 
@@ -223,16 +223,8 @@ UNUSABLE = "embeddings/zwx.safetensors holds no usable rows under 'qwen25_7b': e
         ({LORA_NAME: safetensors_of(prefixed(LORA))[:-9]}, "is not a safetensors file"),
         ({LORA_NAME: safetensors_of({})}, f"{NOT_A_LORA}: it is empty"),
         (
-            {LORA_NAME: safetensors_of(LORA)},
-            f"{NOT_A_LORA}: it holds '{FIRST}.*', expected keys that begin with 'transformer.'",
-        ),
-        (
-            {LORA_NAME: safetensors_of(prefixed(LORA) | {"text_encoder.x.lora_A.weight": torch.zeros(1, 1)})},
-            f"{NOT_A_LORA}: it holds 'text_encoder.x.lora_A.weight'",
-        ),
-        (
-            {LORA_NAME: safetensors_of(prefixed(LORA) | {f"transformer.{FIRST}.alpha": torch.tensor(4.0)})},
-            "the LoRA holds an unknown key",
+            {LORA_NAME: safetensors_of(prefixed(LORA) | {"transformer.norm.bias": ROW})},
+            f"{NOT_A_LORA}: it holds 'transf.*bias'",
         ),
         ({LORA_NAME: safetensors_of(prefixed(LORA), {"transformer.use_dora": True})}, "trained with use_dora: only plain LoRA"),
     ],
