@@ -28,7 +28,7 @@ from placeholder.models import (
     pipeline_inputs,
     prompt_ids,
 )
-from placeholder.placeholder_token import PlaceholderTokens, check_tokens
+from placeholder.placeholder_token import PlaceholderTokens, archive_tokens
 from placeholder.placement import placement_of
 from placeholder.request import Request
 from placeholder.weights import Weights, content_digest, read_weights
@@ -127,15 +127,9 @@ class ImageGenerator:
 
     def _tokens(self, weights: Weights) -> PlaceholderTokens:
         """The archive's tokens, registered behind this tokenizer's last id, where they were in training."""
-        check_tokens(tuple(weights.embeddings), self.tokenizer)
         width = self.text_encoder.embed_tokens.embedding_dim
-        tokens = PlaceholderTokens(len(self.tokenizer), weights.embeddings, width)
         trained_ids = weights.meta.get("placeholder_token_ids", {})
-        if tokens.ids != trained_ids:
-            raise ValueError(
-                f"the token ids of the archive are {shown(trained_ids)}, here they are {shown(tokens.ids)}: "
-                "it was trained on another base"
-            )
+        tokens = archive_tokens(weights.embeddings, trained_ids, self.tokenizer, width)
         for name, here in (("base_model", self.base.source), ("base_model_revision", self.base.commit)):
             if (trained_on := weights.meta.get(name, here)) != here:
                 self.log(f"Warning: trained on {name} {shown(trained_on)}, applied to {here}")
