@@ -77,6 +77,8 @@ def output_format(given: dict[str, Any]) -> str | None:
 def train(given: dict[str, Any], console: Console) -> Path:
     """A whole training; returns where the archive is."""
     inputs = inputs_of("train", given)
+    if not inputs["dataset"]:
+        raise ValueError("dataset is missing: give a zip or tar of jpg, png or webp pictures")
     config = train_config({name: inputs[name] for names in YAML_SECTIONS.values() for name in names}, inputs["config"])
     output = output_path(given.get("output", "weights.zip"), given.get("overwrite", False))
 
@@ -84,13 +86,23 @@ def train(given: dict[str, Any], console: Console) -> Path:
     from placeholder.launch import finetune_on_all_gpus
 
     checkpoints = CheckpointFolder.of(inputs["checkpoint_folder"], inputs["checkpoint_every"], config.steps)
+    _find_model_from_anywhere()
     try:
         finetune_on_all_gpus(inputs["dataset"], config, output, console, inputs["resume_from"], checkpoints)
     except (KeyboardInterrupt, SystemExit):
         if checkpoints is not None and checkpoints.path.is_dir() and (stored := stored_checkpoints(checkpoints.path)):
-            console.end(f"{stored[-1].name} is there: --resume-from {shlex.quote(str(stored[-1]))} goes on from it")
+            console.end(f"--resume-from {shlex.quote(str(stored[-1]))} goes on from the last checkpoint")
         raise
     return output
+
+
+def _find_model_from_anywhere() -> None:
+    """Make the folder that QWEN_IMAGE_MODEL may name absolute: the processes of a training run in another folder."""
+    from placeholder.models import MODEL_VARIABLE
+
+    source = os.environ.get(MODEL_VARIABLE, "")
+    if source and Path(source).is_dir():
+        os.environ[MODEL_VARIABLE] = str(Path(source).absolute())
 
 
 def predict(given: dict[str, Any], console: Console) -> Path:
@@ -106,6 +118,7 @@ def predict(given: dict[str, Any], console: Console) -> Path:
     from placeholder.models import BaseModel
     from placeholder.weights import read_weights
 
+    _find_model_from_anywhere()
     with ExitStack() as kept:
         archive = kept.enter_context(local_file(str(weights))) if weights else None
         if archive:

@@ -73,7 +73,7 @@ def _add_inputs(command: Parser, name: str) -> None:
     inputs = declared(name)
     positional = inputs.pop(POSITIONAL[name])
     command.add_argument(positional.name, help=_help(positional))
-    default = "weights.zip" if name == "train" else "output.webp; its suffix says the format"
+    default = "weights.zip" if name == "train" else "output.webp, or as --output-format says; a suffix says the format too"
     command.add_argument("-o", "--output", metavar="FILE", help=f"What to write. [default {default}]")
     command.add_argument("--overwrite", action="store_true", help="Replace what is there under that name.")
     first, *_ = GROUPS[name]
