@@ -1,1 +1,20 @@
-"""Teach Qwen-Image a new subject: LoRA on the transformer, optionally with a fresh zero-prior placeholder token."""
+"""Teach Qwen-Image a new subject: LoRA on the transformer, optionally with a fresh zero-prior placeholder token.
+
+`load(pipe, "weights.zip")` and `unload(pipe)` put an archive on a QwenImagePipeline of diffusers and take it off again.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from placeholder.pipeline import load, unload
+
+__all__ = ["load", "unload"]
+
+
+def __getattr__(name: str) -> Any:
+    """The two functions, imported when they are first wanted: diffusers takes seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from placeholder import pipeline
+
+    return getattr(pipeline, name)

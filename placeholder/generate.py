@@ -28,7 +28,7 @@ from placeholder.models import (
     pipeline_inputs,
     prompt_ids,
 )
-from placeholder.placeholder_token import PlaceholderTokens, check_tokens
+from placeholder.placeholder_token import PlaceholderTokens, archive_tokens, check_tokens
 from placeholder.placement import placement_of
 from placeholder.request import Request
 from placeholder.weights import Weights, content_digest, read_weights
@@ -142,22 +142,16 @@ class ImageGenerator:
         width = self.text_encoder.embed_tokens.embedding_dim
         embeddings: dict[str, Tensor] = {}
         for part in parts:
+            archive_tokens(part.embeddings, part.meta.get("placeholder_token_ids", {}), self.tokenizer, width)
             if shared := sorted(embeddings.keys() & part.embeddings.keys()):
                 raise ValueError(
                     f"replicate_weights and extra_lora_weights both use the token {shared[0]!r}: train one of them with another"
-                )
-            check_tokens((*embeddings, *part.embeddings), self.tokenizer)
-            alone = PlaceholderTokens(len(self.tokenizer), part.embeddings, width)
-            trained_ids = part.meta.get("placeholder_token_ids", {})
-            if alone.ids != trained_ids:
-                raise ValueError(
-                    f"the token ids of the archive are {shown(trained_ids)}, here they are {shown(alone.ids)}: "
-                    "it was trained on another base"
                 )
             for name, here in (("base_model", self.base.source), ("base_model_revision", self.base.commit)):
                 if (trained_on := part.meta.get(name, here)) != here:
                     self.log(f"Warning: trained on {name} {shown(trained_on)}, applied to {here}")
             embeddings |= part.embeddings
+        check_tokens(tuple(embeddings), self.tokenizer)  # those of one archive may overlap with those of the other
         return PlaceholderTokens(len(self.tokenizer), embeddings, width).to(self.base.device)
 
     def _encode(self, prompt: str, applied: Applied) -> Tensor:

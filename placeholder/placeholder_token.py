@@ -111,6 +111,20 @@ def check_tokens(tokens: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) ->
     return warnings
 
 
+def archive_tokens(
+    embeddings: dict[str, Tensor], trained_ids: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, width: int
+) -> PlaceholderTokens:
+    """An archive's tokens, registered behind this tokenizer's last id; ValueError unless that is where they were in training."""
+    check_tokens(tuple(embeddings), tokenizer)
+    tokens = PlaceholderTokens(len(tokenizer), embeddings, width)
+    if tokens.ids != trained_ids:
+        raise ValueError(
+            f"the token ids of the archive are {shown(trained_ids)}, here they are {shown(tokens.ids)}: "
+            "it was trained on another base"
+        )
+    return tokens
+
+
 def place_token(caption: str, tokens: tuple[str, ...], name: str) -> tuple[str, bool]:
     """The caption with its token, and whether the token had to be put in front.
 

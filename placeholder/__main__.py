@@ -1,0 +1,8 @@
+"""`python -m placeholder train ...` and `python -m placeholder predict ...`."""
+
+import sys
+
+from placeholder.command_line import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""An archive on a stock QwenImagePipeline of diffusers: its LoRA and its tokens, put on and taken off again."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import QwenImagePipeline
+from torch import Tensor, nn
+
+from placeholder.checks import number
+from placeholder.files import local_file
+from placeholder.lora import ADAPTER, load_lora, scale_lora, unload_lora
+from placeholder.models import prompt_ids
+from placeholder.placeholder_token import PlaceholderTokens, archive_tokens
+from placeholder.weights import Weights, read_weights
+
+WRAPPED = "_get_qwen_prompt_embeds"  # the pipeline's one way from prompts to embeddings, private to it, wrapped here alone
+
+
+class PromptEncoder:
+    """Stands on one pipeline in the place of its `_get_qwen_prompt_embeds`.
+
+    A prompt that names a token is encoded alone, without padding, as in training; any other is left to the pipeline.
+    """
+
+    def __init__(self, pipe: QwenImagePipeline, weights: Weights, tokens: PlaceholderTokens, lora_scale: float):
+        self.pipe, self.weights, self.tokens, self.lora_scale = pipe, weights, tokens.requires_grad_(False), lora_scale
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: str | list[str], device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings (B, T, D), zeros after the end of the shorter ones, and their mask (B, T)."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not any(map(self._names_a_token, prompts)):
+            return self._stock(prompts, device, dtype)
+        device, dtype = device or self.pipe._execution_device, dtype or self.pipe.text_encoder.dtype
+        found = [
+            self._encode(text, device) if self._names_a_token(text) else self._stock([text], device, dtype)[0][0]
+            for text in prompts
+        ]  # B times (T, D)
+        embeds = nn.utils.rnn.pad_sequence([each.to(device, dtype) for each in found], batch_first=True)
+        masks = [torch.ones(len(each), dtype=torch.long, device=device) for each in found]
+        return embeds, nn.utils.rnn.pad_sequence(masks, batch_first=True)
+
+    def _names_a_token(self, prompt: str) -> bool:
+        return any(token in prompt for token in self.tokens.ids)
+
+    def _stock(self, prompts: list[str], device: torch.device | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        return getattr(type(self.pipe), WRAPPED)(self.pipe, prompts, device, dtype)
+
+    def _encode(self, prompt: str, device: torch.device) -> Tensor:
+        """The embeddings (T, D) of one prompt, by the whole text encoder, on which offloading has its hooks."""
+        text_encoder = self.pipe.text_encoder
+        input_ids = torch.tensor([prompt_ids(self.pipe.tokenizer, self.tokens, prompt)], device=device)  # (1, T)
+        with learned_rows(text_encoder.get_input_embeddings(), self.tokens):
+            encoded = text_encoder(
+                input_ids=input_ids, attention_mask=torch.ones_like(input_ids), output_hidden_states=True, use_cache=False
+            )
+        return encoded.hidden_states[-1][0, self.pipe.prompt_template_encode_start_idx :]
+
+
+@contextmanager
+def learned_rows(embed_tokens: nn.Embedding, tokens: PlaceholderTokens) -> Iterator[None]:
+    """For a while the embedding gives the learned rows where their ids stand; its matrix is neither resized nor written to."""
+    given: list[Tensor] = []
+
+    def without_new_ids(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        given[:] = args
+        return (args[0].masked_fill(args[0] >= tokens.first_id, 0),)
+
+    def with_rows(_module: nn.Module, _args: tuple[Tensor], vocabulary: Tensor) -> Tensor:
+        tokens.to(vocabulary.device)  # where offloading has brought the embedding
+        return tokens.embed(lambda _ids: vocabulary, given[0].to(vocabulary.device))
+
+    hooks = [embed_tokens.register_forward_pre_hook(without_new_ids), embed_tokens.register_forward_hook(with_rows)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0) -> None:
+    """Put a weights archive, or a bare LoRA in safetensors, on the pipeline, in the place of one that this function put there.
+
+    `weights` is a path or a URL. Afterwards `pipe(prompt="a photo of <zwx>")` draws what was trained. Raises ValueError for
+    weights that cannot be used, and then leaves the pipeline as it was.
+    """
+    earlier = _loaded(pipe)
+    _check(pipe, earlier)
+    lora_scale = number("lora_scale", lora_scale, 0.0, 3.0)
+    with local_file(str(weights)) as path:
+        found = read_weights(path)
+    width = pipe.text_encoder.get_input_embeddings().embedding_dim
+    tokens = archive_tokens(found.embeddings, found.meta.get("placeholder_token_ids", {}), pipe.tokenizer, width)
+    trained_on, here = found.meta.get("base_model"), pipe.name_or_path
+    if trained_on and here and trained_on != here:
+        warnings.warn(f"trained on {trained_on}, applied to {here}", stacklevel=2)
+    unload(pipe)
+    try:
+        _apply(pipe, PromptEncoder(pipe, found, tokens, lora_scale))
+    except BaseException:
+        unload_lora(pipe.transformer)
+        if earlier is not None:
+            _apply(pipe, earlier)
+        raise
+
+
+def unload(pipe: QwenImagePipeline) -> None:
+    """Take off what `load` put on; the pipeline is what it was before, bit for bit. Nothing happens where nothing was loaded."""
+    if _loaded(pipe) is None:
+        return
+    if set(_adapters(pipe)) - {ADAPTER}:
+        pipe.transformer.delete_adapters(ADAPTER)  # another LoRA was put beside it and stays
+    else:
+        unload_lora(pipe.transformer)
+    delattr(pipe, WRAPPED)
+
+
+def _apply(pipe: QwenImagePipeline, encoder: PromptEncoder) -> None:
+    load_lora(pipe.transformer, encoder.weights.lora)
+    scale_lora(pipe.transformer, encoder.lora_scale)
+    setattr(pipe, WRAPPED, encoder)
+
+
+def _loaded(pipe: QwenImagePipeline) -> PromptEncoder | None:
+    return vars(pipe).get(WRAPPED)
+
+
+def _adapters(pipe: QwenImagePipeline) -> list[str]:
+    return list(getattr(pipe.transformer, "peft_config", {}))
+
+
+def _check(pipe: QwenImagePipeline, earlier: PromptEncoder | None) -> None:
+    if not isinstance(pipe, QwenImagePipeline):
+        raise ValueError(f"the pipeline is a {type(pipe).__name__}: give a QwenImagePipeline")
+    missing = [name for name in ("tokenizer", "text_encoder", "transformer") if getattr(pipe, name) is None]
+    if missing:
+        raise ValueError(f"the pipeline has no {missing[0]}: load it with all its components")
+    others = [name for name in _adapters(pipe) if earlier is None or name != ADAPTER]
+    if others:
+        raise ValueError(
+            f"the pipeline already has the LoRA {others[0]!r}: take it off with pipe.unload_lora_weights(), "
+            "load these weights, and then the other again"
+        )
