@@ -97,7 +97,8 @@ class Sampler:
             yield pipeline
         finally:
             pipeline = vae = None
-            free_memory()
+            if self.transformer.device.type == "cuda":  # the VAE's modules refer to themselves: only the collector frees them
+                free_memory()
 
     @torch.no_grad()
     def _draw(self, pipeline: QwenImagePipeline, prompt: str) -> Image.Image:

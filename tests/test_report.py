@@ -19,7 +19,7 @@ from placeholder.record import Point
 from placeholder.report import config_yaml, curve_csv
 from placeholder.weights import LORA_NAME, read_weights
 from tests.conftest import SHORT
-from tests.samples import Run, read_zip, train, write_dataset
+from tests.samples import Run, read_zip, train, write_dataset, write_zip
 
 HOSTILE = "<script>alert('x')</script> & \u202eزوكس"
 TOKEN = TrainConfig(
@@ -28,20 +28,26 @@ TOKEN = TrainConfig(
 ROWS = "embeddings/zwx.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def quick(tokenizer, monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def quick(tokenizer):
     """The session's tokenizer, and pictures of two denoising steps."""
-    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
-    monkeypatch.setattr(samples_module, "STEPS", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
+        patch.setattr(samples_module, "STEPS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
     """A data set whose captions and names would be code on a careless page, with a file that is no picture."""
     path = write_dataset(tmp_path_factory.mktemp("data") / "data.zip", [f"a photo of <zwx> {HOSTILE}", "<zwx> in a garden"])
-    from tests.samples import write_zip
-
     return write_zip(path, read_zip(path) | {"<b>notes.pdf": b"text"})
+
+
+@pytest.fixture(scope="module")
+def shown(quick, hostile, base, tmp_path_factory) -> Run:
+    """A training with a token, samples and a report."""
+    return train(hostile, TOKEN, tmp_path_factory.mktemp("shown") / "weights.zip", base)
 
 
 class Page(HTMLParser):
@@ -64,9 +70,8 @@ def page_of(run: Run) -> Page:
     return Page(run.entry("report/index.html").decode())
 
 
-def test_the_archive_shows_the_training_and_is_read_without_the_report(hostile, base, tmp_path):
-    run = train(hostile, TOKEN, tmp_path / "weights.zip", base)
-    entries = read_zip(run.archive)
+def test_the_archive_shows_the_training_and_is_read_without_the_report(shown, base):
+    entries = read_zip(shown.archive)
     assert list(entries) == [
         ROWS,
         LORA_NAME,
@@ -80,16 +85,16 @@ def test_the_archive_shows_the_training_and_is_read_without_the_report(hostile, 
         "report/index.html",
         *(f"report/samples/step-{step:06}-{number}.jpg" for step in (2, 4, 6) for number in (1, 2)),
     ]
-    assert list(read_weights(run.archive).embeddings) == ["<zwx>"]
+    assert list(read_weights(shown.archive).embeddings) == ["<zwx>"]
     for name, content in entries.items():
         if name.endswith(("jpg", "png")):
             Image.open(io.BytesIO(content)).load()
-    page = page_of(run)
+    page = page_of(shown)
     images = {f"report/{attributes['src']}" for tag, attributes in page.elements if tag == "img"}
     assert images == {name for name in entries if name.endswith(("jpg", "png"))}
     assert not {"script", "b", "link", "iframe", "zwx"} & {tag for tag, _ in page.elements}
     assert all(":" not in (attributes.get("href") or "") for _, attributes in page.elements)
-    for shown in (
+    for text in (
         f"a photo of <zwx> {HOSTILE}",
         "<b>notes.pdf",
         "not a jpg, png or webp picture",
@@ -98,40 +103,41 @@ def test_the_archive_shows_the_training_and_is_read_without_the_report(hostile, 
         "Nearest to <zwx>: ",
         "expected at the height",
     ):
-        assert shown in page.text
+        assert text in page.text
     for part in ("load", "data set", "cache", "samples", "steps", "pictures", "save"):
         assert part in page.text
 
 
-def test_the_curve_holds_every_progress_line(hostile, base, tmp_path):
-    run = train(hostile, replace(TOKEN, sample_every=0), tmp_path / "weights.zip", base)
-    rows = list(csv.DictReader(io.StringIO(run.entry("report/curve.csv").decode())))
+def test_the_curve_holds_every_progress_line(shown):
+    rows = list(csv.DictReader(io.StringIO(shown.entry("report/curve.csv").decode())))
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
-    lines = [line for line in run.log if "/6 [" in line]
+    lines = [line for line in shown.log if "/6 [" in line]
     assert all(f"loss={float(row['loss']):.4f}" in line for row, line in zip(rows, lines, strict=True))
     assert [bool(row["preservation"]) for row in rows] == [False, False, False, True, False, False]
     assert all(float(row["row_norm"]) > 0 for row in rows)
     assert curve_csv([Point(1, 0.25, None, None)]) == "step,loss,preservation,row_norm\n1,0.25,,\n"
 
 
-@pytest.mark.parametrize("tokens", [("<zwx>",), ()])
-def test_samples_and_report_leave_the_training_as_it_is_bit_for_bit(tokens, hostile, base, tmp_path):
-    config = replace(TOKEN, train_placeholder_token=bool(tokens), placeholder_token=tokens, optimizer="prodigy")
-    shown = train(hostile, config, tmp_path / "1.zip", base)
-    plain = train(hostile, replace(config, report=False, sample_every=0), tmp_path / "2.zip", base)
-    for name in (LORA_NAME, *([ROWS] if tokens else [])):
-        assert shown.entry(name) == plain.entry(name)
+def test_samples_and_report_leave_the_training_as_it_is_bit_for_bit(shown, hostile, base, tmp_path):
+    plain = train(hostile, replace(TOKEN, report=False, sample_every=0), tmp_path / "weights.zip", base)
+    assert (shown.entry(LORA_NAME), shown.entry(ROWS)) == (plain.entry(LORA_NAME), plain.entry(ROWS))
     assert shown.meta["loss"] == plain.meta["loss"]
     assert not any(name.startswith("report/") for name in read_zip(plain.archive))
-    page = page_of(shown)
-    assert ("The token" in page.text) == bool(tokens)
 
 
-def test_the_same_seed_gives_the_same_report_but_for_what_was_measured(hostile, base, tmp_path, monkeypatch):
-    first, second = (read_zip(train(hostile, TOKEN, tmp_path / name, base).archive) for name in ("1.zip", "2.zip"))
-    assert {name for name in first if first[name] != second[name]} <= {"meta.json", "report/index.html"}
+def test_a_baseline_has_its_report_and_is_left_as_it_is(hostile, base, tmp_path):
+    config = replace(TOKEN, train_placeholder_token=False, optimizer="prodigy", steps=2, sample_every=1)
+    run = train(hostile, config, tmp_path / "1.zip", base)
+    plain = train(hostile, replace(config, report=False, sample_every=0), tmp_path / "2.zip", base)
+    assert run.entry(LORA_NAME) == plain.entry(LORA_NAME)
+    assert "The token" not in page_of(run).text
+    assert "Training of a LoRA without a token" in page_of(run).text
+
+
+def test_with_a_fixed_time_the_report_holds_nothing_that_was_measured(hostile, base, tmp_path, monkeypatch):
     monkeypatch.setenv(TIME_VARIABLE, "1700000000")
-    first, second = (train(hostile, TOKEN, tmp_path / name, base) for name in ("3.zip", "4.zip"))
+    config = replace(TOKEN, steps=1, sample_every=1)
+    first, second = (train(hostile, config, tmp_path / name, base) for name in ("1.zip", "2.zip"))
     assert first.archive.read_bytes() == second.archive.read_bytes()
     assert "Time, in seconds" not in page_of(first).text
     assert "Memory" not in page_of(first).text
@@ -158,7 +164,9 @@ def test_the_configuration_can_be_given_again(config, tmp_path):
 
 
 def test_a_drawn_seed_stands_in_the_configuration(hostile, base, tmp_path):
-    run = train(hostile, replace(TOKEN, seed=None, sample_every=0, steps=1), tmp_path / "weights.zip", base)
+    run = train(
+        hostile, replace(TOKEN, seed=None, sample_every=0, steps=1, prior_preservation=0.0), tmp_path / "weights.zip", base
+    )
     path = tmp_path / "config.yaml"
     path.write_bytes(run.entry("report/config.yaml"))
     assert train_config({}, path) == replace(run.config, seed=run.meta["seed"])
@@ -171,7 +179,7 @@ def test_pictures_for_which_the_memory_does_not_suffice_are_missing_and_the_trai
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(samples_module, "load_vae", full)
-    run = train(hostile, TOKEN, tmp_path / "weights.zip", base)
+    run = train(hostile, replace(TOKEN, steps=2), tmp_path / "weights.zip", base)
     said = "the pictures before and after (the memory does not suffice: draw them with predict, which can stream the models)"
     assert f"Warning: not drawn for the report: {said}" in run.log
     assert f"Not drawn: {said}" in page_of(run).text
@@ -181,7 +189,7 @@ def test_pictures_for_which_the_memory_does_not_suffice_are_missing_and_the_trai
     assert "report/curve.png" in names
 
 
-def test_a_resumed_training_has_the_whole_curve_and_the_samples_since(hostile, base, tmp_path):
+def test_a_resumed_training_has_the_whole_curve_and_the_samples_since(shown, hostile, base, tmp_path):
     stop, checkpoints = Stop(), CheckpointFolder(tmp_path / "checkpoints", 3)
 
     def log(line: str) -> None:
@@ -193,8 +201,7 @@ def test_a_resumed_training_has_the_whole_curve_and_the_samples_since(hostile, b
     config, log = replace(TOKEN, sample_every=1), []
     meta = finetune(hostile, config, tmp_path / "w.zip", base, log.append, resume_from=checkpoints.path)
     found = Run(config, tmp_path / "w.zip", meta, log)
-    whole = train(hostile, TOKEN, tmp_path / "whole.zip", base)
     for name in (LORA_NAME, ROWS, "report/curve.csv", "report/grid.jpg", "report/samples/step-000006-1.jpg"):
-        assert found.entry(name) == whole.entry(name)
+        assert found.entry(name) == shown.entry(name)
     samples = {name[:26] for name in read_zip(found.archive) if "samples" in name}
     assert samples == {f"report/samples/step-{step:06}" for step in (4, 5, 6)}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from placeholder import prepare as prepare_module
 from placeholder import samples as samples_module
 from placeholder.config import TrainConfig
 from placeholder.prepare import prepare
@@ -50,8 +51,10 @@ def sampler_of(training, base, config, stopping=lambda: False) -> Sampler:
     )
 
 
-@pytest.fixture
-def few_steps(monkeypatch):
+@pytest.fixture(autouse=True)
+def quick(tokenizer, monkeypatch):
+    """The session's tokenizer, and pictures of two denoising steps."""
+    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
     monkeypatch.setattr(samples_module, "STEPS", 2)
 
 
@@ -68,7 +71,7 @@ def equal(one, other) -> bool:
     return np.array_equal(np.asarray(one), np.asarray(other))
 
 
-def test_the_columns_of_the_grid_are_what_they_say(few_steps, dataset, base):
+def test_the_columns_of_the_grid_are_what_they_say(dataset, base):
     training = trained(dataset, base, TOKEN)
     rows, state = training.tokens.rows.detach().clone(), torch.get_rng_state()
     sampler = sampler_of(training, base, TOKEN)
@@ -88,7 +91,7 @@ def test_the_columns_of_the_grid_are_what_they_say(few_steps, dataset, base):
     assert all(equal(*pair) for pair in zip(untrained, grid["base model"], strict=True))
 
 
-def test_a_baseline_has_two_columns_and_its_prompts_at_hand_without_a_text_encoder(few_steps, dataset, base):
+def test_a_baseline_has_two_columns_and_its_prompts_at_hand_without_a_text_encoder(dataset, base):
     config = replace(BASELINE, sample_prompts="a cat\na dog")
     training = trained(dataset, base, config)
     assert training.prompt_embeds.text_encoder is None
@@ -97,8 +100,8 @@ def test_a_baseline_has_two_columns_and_its_prompts_at_hand_without_a_text_encod
     assert all(len(pictures) == 2 for pictures in grid.values())
 
 
-def test_drawing_ends_soon_after_the_training_is_asked_to(few_steps, dataset, base):
-    training = trained(dataset, base, BASELINE)
+def test_drawing_ends_soon_after_the_training_is_asked_to(dataset, base):
+    training = prepare(dataset, BASELINE, base, log=lambda line: None)
     asked: list[int] = []
     sampler = sampler_of(training, base, BASELINE, lambda: asked.append(1) or len(asked) == 3)
     with pytest.raises(InterruptedDrawing):
