@@ -10,6 +10,7 @@ from placeholder.config import train_config
 from placeholder.files import OutputFolder
 from placeholder.hub import HubRepository
 from placeholder.launch import finetune_on_all_gpus
+from placeholder.metrics import record
 
 # What is not an option of TrainConfig: files, and where things go.
 FILES = ("dataset", "config", "resume_from", "checkpoint_folder", "checkpoint_every", "hf_repo_id", "hf_token")
@@ -112,6 +113,20 @@ def train(
         le=4294967295,
         description="Seed of everything random. Left blank, one is drawn, logged and stored in the archive.",
     ),
+    report: bool = Input(
+        default=True,
+        description="Put a report into the archive: curves, pictures before and after, the data set, the configuration, for a browser.",
+    ),
+    sample_every: int = Input(
+        default=0,
+        ge=0,
+        le=20000,
+        description="Draw sample pictures for the report in every n-th step, at most 200 times in a training. 0: none.",
+    ),
+    sample_prompts: str = Input(
+        default="",
+        description="Prompts of the report's pictures, one a line, at most 8. Blank: the first captions.",
+    ),
     resume_from: Optional[Path] = Input(
         default=None,
         description="Go on from a checkpoint, from the newest in a folder of them, or start from an earlier weights.zip.",
@@ -152,4 +167,5 @@ def train(
         finetune_on_all_gpus(dataset, options, weights, resume_from=start, checkpoints=checkpoints)
         if repository:
             repository.upload(weights, print)
+        record("training_step_count", options.steps)
         return TrainingOutput(weights=Path(weights))

@@ -151,7 +151,7 @@ def on_cards(base: BaseModel, side: int, steps: int, cards: tuple[int, ...]) -> 
         for token in (True, False):
             for quantize in (False, True):
                 options = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",)} if token else {}
-                config = TrainConfig(steps=steps, resolution=(side,), seed=0, quantize=quantize, **options)
+                config = TrainConfig(steps=steps, resolution=(side,), seed=0, quantize=quantize, report=False, **options)
                 entry = {"card_gb": gigabytes, "token": token, "quantize": quantize}
                 found.append(entry | _on_card(base, config, gigabytes))
                 print(found[-1], flush=True)

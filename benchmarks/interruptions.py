@@ -38,8 +38,9 @@ CONFIG = TrainConfig(
     train_placeholder_token=True,
     placeholder_token=("<zwx>",),
     seed=1,
+    report=False,
 )
-INPUTS = {"rank": 4, "resolution": "64", "learning_rate": 1e-3, "placeholder_token": "<zwx>", "seed": 1}
+INPUTS = {"report": False, "rank": 4, "resolution": "64", "learning_rate": 1e-3, "placeholder_token": "<zwx>", "seed": 1}
 
 
 class Bench:

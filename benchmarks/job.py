@@ -88,7 +88,9 @@ def script_job(base: BaseModel, folder: Path) -> dict[str, float]:
 def our_job(base: BaseModel, dataset: Path, output: Path) -> dict[str, float]:
     """Our training; seconds until the first step and of everything."""
     start = time.perf_counter()
-    config = TrainConfig(steps=STEPS, rank=RANK, learning_rate=RATE, resolution=(SIDE,), caption_dropout=0.0, seed=0)
+    config = TrainConfig(
+        steps=STEPS, rank=RANK, learning_rate=RATE, resolution=(SIDE,), caption_dropout=0.0, seed=0, report=False
+    )
     meta = finetune(dataset, config, output, base, log=lambda line: None)
     seconds = time.perf_counter() - start
     return {"steps_s": meta["training_seconds"], "seconds": seconds}

@@ -22,7 +22,7 @@ from placeholder.models import BaseModel
 
 ROUNDS = 10
 TOKEN = "<zwx>"
-SHORT = TrainConfig(steps=2, rank=16, resolution=(64,), learning_rate=1e-2, seed=0)
+SHORT = TrainConfig(steps=2, rank=16, resolution=(64,), learning_rate=1e-2, seed=0, report=False)
 
 
 def silent(line: str) -> None:

@@ -17,6 +17,7 @@ MAX_VECTORS = 64  # rows one token may have
 MIN_SIDE, MAX_SIDE = 64, 2048  # pixels
 DEFAULT_PLACEHOLDER = "<zwx>"
 MAX_CONFIG_BYTES = 64 * 1024
+MAX_SAMPLE_PROMPTS, MAX_SAMPLE_ROUNDS = 8, 200  # all samples travel in the archive
 
 # The sections of the YAML file; every option of TrainConfig stands in exactly one.
 YAML_SECTIONS: dict[str, tuple[str, ...]] = {
@@ -40,6 +41,9 @@ YAML_SECTIONS: dict[str, tuple[str, ...]] = {
         "class_word",
         "optimizer",
         "seed",
+        "report",
+        "sample_every",
+        "sample_prompts",
     ),
     "debug": ("log_prompt_ids",),
     "model": ("quantize", "quantize_te"),
@@ -51,7 +55,7 @@ class TrainConfig:
     """The resolved options of one run.
 
     `caption_dropout` is the share of the samples that train the empty prompt. `resolution` holds the sides of the square areas trained at, in pixels; `placeholder_token` holds the tokens named, which
-    are used only where `train_placeholder_token` is on; `seed` None means that one is to be drawn.
+    are used only where `train_placeholder_token` is on; `seed` None means that one is to be drawn; `sample_every` 0 means never, `sample_prompts` holds one prompt a line.
     """
 
     steps: int = 1000
@@ -75,6 +79,9 @@ class TrainConfig:
     quantize_te: bool = False
     log_prompt_ids: bool = False
     seed: int | None = None
+    report: bool = True
+    sample_every: int = 0
+    sample_prompts: str = ""
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -114,6 +121,7 @@ def train_config(inputs: dict[str, Any], config_file: Path | str | None = None) 
             "quantize_te cannot be combined with a placeholder token: the embedding of a quantised text encoder cannot learn; "
             "set quantize_te to false or train without the token"
         )
+    _check_samples(config)
     return config
 
 
@@ -170,6 +178,24 @@ def _placeholder_options(train: Any, named: Any) -> dict[str, Any]:
     return {"train_placeholder_token": train, "placeholder_token": tokens}
 
 
+def _check_samples(config: TrainConfig) -> None:
+    if not config.report and (config.sample_every or config.sample_prompts):
+        raise ValueError("sample_every and sample_prompts draw pictures for the report, which is off: set report to true")
+    if config.sample_every and config.steps // config.sample_every > MAX_SAMPLE_ROUNDS:
+        raise ValueError(
+            f"sample_every is {config.sample_every}: with {config.steps} steps give at least "
+            f"{-(-config.steps // MAX_SAMPLE_ROUNDS)}, or 0 for no samples"
+        )
+
+
+def _sample_prompts(name: str, value: Any) -> str:
+    """Text of at most MAX_SAMPLE_PROMPTS lines that are not blank."""
+    lines = [line for line in text(name, value).splitlines() if line.strip()]
+    if len(lines) > MAX_SAMPLE_PROMPTS:
+        raise ValueError(f"{name} has {len(lines)} prompts: give at most {MAX_SAMPLE_PROMPTS}, one a line")
+    return value
+
+
 def _resolutions(name: str, value: Any) -> tuple[int, ...]:
     """`"512,768,1024"`, a number, or a list of numbers, as sorted sides in pixels."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
@@ -203,4 +229,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "quantize_te": flag,
     "log_prompt_ids": flag,
     "seed": lambda name, value: None if value is None else whole(name, value, 0, MAX_SEED),
+    "report": flag,
+    "sample_every": lambda name, value: whole(name, value, 0, MAX_STEPS),
+    "sample_prompts": _sample_prompts,
 }

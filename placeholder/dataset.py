@@ -138,6 +138,14 @@ def crop(image: Image.Image, bucket: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
 
 
+def thumbnail(photo: Photo, side: int) -> Image.Image:
+    """The photo's smallest crop, scaled down to fit into a square of `side` pixels."""
+    pixels = min(photo.crops, key=Tensor.numel)
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy(force=True))
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
+
+
 def _round_sides(width: float, height: float, down: bool = False) -> tuple[int, int]:
     sides = (int(side / SIDE_MULTIPLE + (0 if down else 0.5)) * SIDE_MULTIPLE for side in (width, height))
     width, height = (max(side, MIN_SIDE) for side in sides)

@@ -1,36 +1,31 @@
 """A whole training: data set and configuration in, a proven weights archive out."""
 
-import os
 import secrets
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import peft
 import torch
-import transformers
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from placeholder.checkpoint import Checkpoint, CheckpointFolder
 from placeholder.checks import MAX_SEED
 from placeholder.config import TrainConfig
-from placeholder.diagnostics import diagnose
+from placeholder.diagnostics import Diagnostics, diagnose
 from placeholder.lora import load_lora, lora_metadata, lora_state_dict, unload_lora
 from placeholder.memory import peak_bytes, reset_peak
+from placeholder.meta import modelspec, training_meta
 from placeholder.models import BaseModel, PromptEmbeddings
 from placeholder.prepare import Log, Training, prepare
 from placeholder.processes import Processes
 from placeholder.record import Record
+from placeholder.report import Report
 from placeholder.resume import config_of, read_start, resume_path
+from placeholder.timing import Timing
 from placeholder.trainer import ALONE, Example, predict_velocity
 from placeholder.training_state import capture
-from placeholder.weights import Weights, content_digest, read_weights, write_weights
-
-TIME_VARIABLE = "SOURCE_DATE_EPOCH"
-MEASURED = ("training_seconds", "expected_peak_gb", "peak_gb")  # figures that differ from run to run
+from placeholder.weights import Weights, add_files, content_digest, read_weights, write_weights
 
 
 class StoppedError(RuntimeError):
@@ -76,13 +71,19 @@ def finetune(
     if config.placeholder_token and not config.tokens:
         log(f"Placeholder token '{','.join(config.placeholder_token)}' is not used: train_placeholder_token is false")
     reset_peak()
-    training = prepare(dataset, config, base, log, processes, start)
+    timing = Timing()
+    training = prepare(dataset, config, base, log, processes, start, timing)
     earlier = start.facts["record"] if isinstance(start, Checkpoint) else None
     record = Record(config.steps, training.tokens, log, training.position.step, earlier)
     stop = stop or Stop()
     stop.heeded = checkpoints is not None
+    report = None
+    if config.report and processes.index == 0:
+        report = Report(config, training, base, log, timing, lambda: stop.wanted)
     for step in training.steps(config, processes):
         record.note(step)
+        if report is not None:
+            report.sample(step.number)  # meanwhile the other processes wait for this one's gradients
         if checkpoints is None or processes.index > 0:
             continue
         stopping = stop.wanted
@@ -94,17 +95,24 @@ def finetune(
     if processes.index > 0:
         return None
     figures = record.figures() | shared | {"base_model_revision": base.commit}
-    if config.tokens:
-        figures |= _diagnostics(training, log)
+    timing.seconds["steps"] = figures["training_seconds"] - timing.seconds.get("samples", 0.0)
+    diagnostics = _diagnostics(training, log) if config.tokens else None
+    if diagnostics is not None:
+        figures |= diagnostics.meta()
     figures |= _memory(training, log)
     if isinstance(start, Weights):
         figures["started_from"] = content_digest(source)
-    meta = _meta(config, training, figures)
+    meta = training_meta(config, training, figures)
+    if report is not None:
+        report.draw_grid()
     transformer = training.trainee.transformer
     weights = Weights(lora_state_dict(transformer), training.tokens.embeddings(), meta)
     unproved = output.with_name(f"{output.name}.unproved")
     try:
-        write_weights(unproved, weights, lora_metadata(transformer))
+        with timing.part("save"):
+            write_weights(unproved, weights, lora_metadata(transformer), modelspec(meta))
+        if report is not None:
+            add_files(unproved, report.files(record.curve, meta, diagnostics.lines() if diagnostics else []))
         prove_archive(unproved, weights, transformer, training.prompt_embeds, training.examples[0])
         unproved.replace(output)
     finally:
@@ -144,48 +152,14 @@ def _memory(training: Training, log: Log) -> dict[str, Any]:
     return {"expected_peak_gb": expected / 1e9, "peak_gb": None if found is None else found / 1e9}
 
 
-def _diagnostics(training: Training, log: Log) -> dict[str, Any]:
+def _diagnostics(training: Training, log: Log) -> Diagnostics:
     vocabulary = training.prompt_embeds.text_encoder.embed_tokens.weight
     found = diagnose(
         training.trainee, training.tokens, training.initial_rows, training.examples, vocabulary, training.tokenizer
     )
     for line in found.lines():
         log(line)
-    return found.meta()
-
-
-def _meta(config: TrainConfig, training: Training, figures: dict[str, Any]) -> dict[str, Any]:
-    """meta.json: the resolved configuration, what was found and learned, and the versions that made it.
-
-    With SOURCE_DATE_EPOCH it holds that time and nothing that was measured, so that the same run gives the same bytes.
-    """
-    ids = next(iter(training.tokens.ids.values()), None)
-    created, fixed = _time()
-    if fixed:
-        figures = {name: value for name, value in figures.items() if name not in MEASURED}
-    return {
-        "training_mode": config.training_mode,
-        "created": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        **asdict(config),
-        "resolution": ",".join(map(str, config.resolution)),
-        "placeholder_token": ",".join(config.tokens) or None,
-        "placeholder_token_id": ids[0] if ids else None,
-        "placeholder_token_ids": training.tokens.ids,
-        "lora_alpha": config.rank,
-        "transformer_storage": training.plan.storage,
-        "images": training.report.images,
-        "captions_found": training.report.captions_found,
-        "buckets": training.report.buckets,
-        "dataset_digest": training.dataset_digest,
-        **figures,
-        "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers, peft)},
-    }
-
-
-def _time() -> tuple[datetime, bool]:
-    """The time to record, and whether it is the fixed one of SOURCE_DATE_EPOCH (reproducible-builds.org)."""
-    fixed = os.environ.get(TIME_VARIABLE)
-    return (datetime.fromtimestamp(int(fixed), UTC), True) if fixed else (datetime.now(UTC), False)
+    return found
 
 
 @torch.no_grad()

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from diffusers import QwenImageTransformer2DModel
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.checkpoint import Checkpoint
 from placeholder.config import TrainConfig
-from placeholder.dataset import DatasetReport, Photo, dataset_digest, read_dataset
+from placeholder.dataset import DatasetReport, Photo, dataset_digest, read_dataset, thumbnail
 from placeholder.flow import shift_mu
 from placeholder.lora import add_lora
 from placeholder.memory import BlockCheckpointing, free_bytes, free_memory
@@ -35,16 +36,23 @@ from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initi
 from placeholder.plan import Plan, plan_training
 from placeholder.processes import Processes
 from placeholder.resume import apply_start, check_dataset
+from placeholder.samples import grid_prompts
+from placeholder.timing import Timing
 from placeholder.trainer import ALONE, Example, Position, Step, Trainee, training_steps
 from placeholder.weights import Weights
 
 Log = Callable[[str], None]
 VAE_FACTOR, PATCH = 8, 2  # pixels a latent, latents a token, along one side
+THUMBNAILS, THUMBNAIL_SIDE = 64, 128  # how many of the data set's pictures the report shows, and their pixels
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training that is ready to start. `initial_rows` is a copy of the token rows (R, D) before the first step."""
+    """A training that is ready to start. `initial_rows` is a copy of the token rows (R, D) before the first step.
+
+    For the report: the names of the pictures with their `captions` as trained, `thumbnails` of the first of them, and the ids
+    of the `prompts` that it shows pictures of.
+    """
 
     trainee: Trainee
     examples: list[Example]
@@ -57,6 +65,9 @@ class Training:
     report: DatasetReport
     dataset_digest: str
     plan: Plan
+    captions: list[tuple[str, str]]
+    thumbnails: list[Image.Image]
+    prompts: dict[str, tuple[int, ...]]
 
     def steps(self, config: TrainConfig, processes: Processes = ALONE) -> Iterator[Step]:
         """The training's steps; `config` is what it was prepared with."""
@@ -70,16 +81,20 @@ def prepare(
     log: Log,
     processes: Processes = ALONE,
     start: Checkpoint | Weights | None = None,
+    timing: Timing | None = None,
 ) -> Training:
     """Read the data set, encode what cannot change, and put the models in their places; `config.seed` is not None.
 
     With a `start` the training goes on from there. Raises ValueError for a bad data set or token, and for a training that does
     not fit into memory, before any weight is loaded.
     """
-    tokenizer = load_tokenizer(base)
+    timing = timing or Timing()
+    with timing.part("load"):
+        tokenizer = load_tokenizer(base)
     for warning in check_tokens(config.tokens, tokenizer):
         log(f"Warning: {warning}")
-    photos, report = read_dataset(dataset, config.resolution)
+    with timing.part("data set"):
+        photos, report = read_dataset(dataset, config.resolution)
     for line in report.lines():
         log(line)
     captions = _captions(photos, config, log)
@@ -103,11 +118,17 @@ def prepare(
     for line in plan.lines():
         log(line)
 
-    base.fetch(log)
-    latents = _latents(photos, base, log)
-    text_encoder = load_text_encoder(base, config.quantize_te)
+    drawn = {prompt: prompt_ids(tokenizer, tokens, prompt) for prompt in grid_prompts(config, captions)}
+    with timing.part("load"):
+        base.fetch(log)
+    with timing.part("cache"):
+        latents = _latents(photos, base, log)
+    with timing.part("load"):
+        text_encoder = load_text_encoder(base, config.quantize_te)
     prompt_embeds = PromptEmbeddings(text_encoder, tokens)
-    log(f"Text embeddings: {prompt_embeds.cache([empty_ids, *ids, *chain.from_iterable(preserved)])} prompts cached")
+    with timing.part("cache"):
+        cached = prompt_embeds.cache([empty_ids, *ids, *chain.from_iterable(preserved), *drawn.values()])
+    log(f"Text embeddings: {cached} prompts cached")
     row_optimizer = None
     if config.tokens:
         limit = row_rms_limit(text_encoder.embed_tokens.weight, len(tokenizer))
@@ -118,12 +139,26 @@ def prepare(
     free_memory()  # the VAE too
 
     examples = _examples(latents, ids, preserved, photos, base)
-    trainee = _trainee(config, plan, base, prompt_embeds, row_optimizer, log)
+    with timing.part("load"):
+        trainee = _trainee(config, plan, base, prompt_embeds, row_optimizer, log)
     initial_rows, position = tokens.rows.detach().clone(), Position(generator)
     if start is not None:
         log(apply_start(start, trainee, tokens, position))
     return Training(
-        trainee, examples, empty_ids, position, tokenizer, tokens, initial_rows, prompt_embeds, report, digest, plan
+        trainee,
+        examples,
+        empty_ids,
+        position,
+        tokenizer,
+        tokens,
+        initial_rows,
+        prompt_embeds,
+        report,
+        digest,
+        plan,
+        captions=[(photo.name, caption) for photo, caption in zip(photos, captions, strict=True)],
+        thumbnails=[thumbnail(photo, THUMBNAIL_SIDE) for photo in photos[:THUMBNAILS] if config.report],
+        prompts=drawn,
     )
 
 

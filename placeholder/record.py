@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,17 @@ from placeholder.trainer import Step
 LINES = 100
 
 
+class Point(NamedTuple):
+    """What a progress line says: means since the line before, and the mean norm of the rows; None where there is none."""
+
+    step: int
+    loss: float
+    preservation: float | None
+    row_norm: float | None
+
+
 class Record:
-    """Losses and time of the steps so far, with about a hundred progress lines over `total` steps.
+    """Losses and time of the steps so far, with about a hundred progress lines over `total` steps, kept as `curve`.
 
     `earlier` is what `facts` returned when the training was interrupted after step `first`.
     """
@@ -24,11 +33,12 @@ class Record:
     def __init__(self, total: int, tokens: PlaceholderTokens, log: Log, first: int = 0, earlier: dict[str, Any] | None = None):
         self.total, self.tokens, self.log, self.first = total, tokens, log, first
         self.interval = max(1, total // LINES)
-        earlier = earlier or {"losses": [], "preservations": [], "loss": math.nan, "seconds": 0.0}
+        earlier = earlier or {"losses": [], "preservations": [], "loss": math.nan, "seconds": 0.0, "curve": []}
         self.losses, self.preservations = (
             [torch.tensor(value, device=tokens.rows.device) for value in earlier[name]] for name in ("losses", "preservations")
         )
         self.loss, self.seconds_before = earlier["loss"], earlier["seconds"]
+        self.curve = [Point(*values) for values in earlier["curve"]]
         self.start = time.monotonic()
         self.recomputed: int | None = None
 
@@ -54,8 +64,10 @@ class Record:
         figures = f"loss={self.loss:.4f}"
         if preservation is not None:
             figures += f", preservation={preservation:.4f}"
-        if self.tokens.ids:
-            figures += f", row norm={self.tokens.rows.detach().norm(dim=1).mean().item():.3g}"
+        row_norm = self.tokens.rows.detach().norm(dim=1).mean().item() if self.tokens.ids else None
+        if row_norm is not None:
+            figures += f", row norm={row_norm:.3g}"
+        self.curve.append(Point(number, self.loss, preservation, row_norm))
         elapsed = time.monotonic() - self.start
         self.log(tqdm.format_meter(number, self.total, elapsed, ascii=" #", postfix=figures, initial=self.first))
 
@@ -67,7 +79,13 @@ class Record:
     def facts(self) -> dict[str, Any]:
         """All that a resumed training needs to give the same figures."""
         losses, preservations = ([value.item() for value in values] for values in (self.losses, self.preservations))
-        return {"losses": losses, "preservations": preservations, "loss": self.loss, "seconds": self.seconds}
+        return {
+            "losses": losses,
+            "preservations": preservations,
+            "loss": self.loss,
+            "seconds": self.seconds,
+            "curve": [list(point) for point in self.curve],
+        }
 
     def figures(self) -> dict[str, Any]:
         """The last mean loss, the rows' norms and the time."""

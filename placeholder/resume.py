@@ -17,8 +17,14 @@ from placeholder.trainer import Position, Trainee
 from placeholder.training_state import restore
 from placeholder.weights import Weights, read_weights
 
-RECORDED = {"losses", "preservations", "loss", "seconds"}  # what Record.facts returns
-MAY_DIFFER = ("steps", "log_prompt_ids")  # what a resumed training may be given anew
+RECORDED = {"losses", "preservations", "loss", "seconds", "curve"}  # what Record.facts returns
+MAY_DIFFER = (
+    "steps",
+    "log_prompt_ids",
+    "report",
+    "sample_every",
+    "sample_prompts",
+)  # what a resumed training may be given anew
 
 
 def resume_path(source: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import tempfile
 import zipfile
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ META_NAME = "meta.json"
 LORA_NAME = "lora/lora_weights.safetensors"
 EMBEDDINGS_FOLDER = "embeddings"
 EMBEDDING_KEY = "qwen25_7b"  # the key under which ComfyUI looks for an embedding of this text encoder
+HEADER_MULTIPLE = 8  # the tensors behind the header are aligned to so many bytes (the format's description)
+BLOCK_BYTES = 1024**2
 MAX_META_BYTES = 1024 * 1024
 MAX_BASE_MODEL_CHARACTERS = 1000
 MAX_ID = 2**31  # of a token
@@ -49,11 +52,11 @@ def embedding_name(token: str) -> str:
     return f"{EMBEDDINGS_FOLDER}/{quote(bare, safe='').replace('.', '%2E')}.safetensors"
 
 
-def write_weights(path: Path, weights: Weights, lora_metadata: dict[str, Any]) -> None:
+def write_weights(path: Path, weights: Weights, lora_metadata: dict[str, Any], header: dict[str, str] | None = None) -> None:
     """Write the archive, whole or not at all; `lora_metadata` is the PEFT configuration of the LoRA (alpha = rank).
 
-    Entries are stored, not compressed (bf16 noise does not shrink), sorted, and without a time of their own: equal weights and
-    meta.json make equal bytes.
+    `header` goes into the LoRA's safetensors header, beside what diffusers writes there. Entries are stored, not compressed
+    (bf16 noise does not shrink), sorted, and without a time of their own: equal weights and meta.json make equal bytes.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         root = Path(folder)
@@ -63,37 +66,49 @@ def write_weights(path: Path, weights: Weights, lora_metadata: dict[str, Any]) -
             transformer_lora_adapter_metadata=lora_metadata,
             weight_name=PurePosixPath(LORA_NAME).name,
         )
+        _set_metadata(root / LORA_NAME, header or {})
         for token, rows in weights.embeddings.items():
             target = root / embedding_name(token)
             target.parent.mkdir(exist_ok=True)
             save_file({EMBEDDING_KEY: rows.contiguous()}, target, metadata={"format": "pt", "token": token})
+            _set_metadata(target, {})
         (root / META_NAME).write_text(json.dumps(weights.meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         files = sorted(file for file in root.rglob("*") if file.is_file())
-        for file in files:
-            if file.suffix == ".safetensors":
-                _sort_metadata(file)
         whole = root / path.name
         with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
             for file in files:
-                entry = zipfile.ZipInfo(file.relative_to(root).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
-                entry.external_attr = 0o644 << 16
-                with archive.open(entry, "w", force_zip64=True) as target, file.open("rb") as source:
-                    while block := source.read(1 << 20):
-                        target.write(block)
+                with (
+                    archive.open(_entry(file.relative_to(root).as_posix()), "w", force_zip64=True) as target,
+                    file.open("rb") as source,
+                ):
+                    shutil.copyfileobj(source, target, BLOCK_BYTES)
         whole.replace(path)
 
 
-def _sort_metadata(path: Path) -> None:
-    """Give the metadata in a safetensors header, which are written in a random order, the order of their names."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(text) != length:
-            raise RuntimeError(f"the header of {path.name} has {length} bytes and would have {len(text)} sorted")
-        file.seek(8)
-        file.write(text)
+def add_files(path: Path, files: dict[str, bytes]) -> None:
+    """Add files to an archive that was written, behind what it holds, as they are and without a time of their own."""
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
+        for name, content in files.items():
+            archive.writestr(_entry(name), content)
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    entry.external_attr = 0o644 << 16
+    return entry
+
+
+def _set_metadata(path: Path, more: dict[str, str]) -> None:
+    """Add to the metadata in a safetensors header, and give them, which are written in a random order, that of their names."""
+    changed = path.with_name(f"{path.name}.changed")
+    with path.open("rb") as source, changed.open("wb") as target:
+        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+        header["__metadata__"] = dict(sorted((header["__metadata__"] | more).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = text.ljust(-len(text) % HEADER_MULTIPLE + len(text))
+        target.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(source, target, BLOCK_BYTES)
+    changed.replace(path)
 
 
 def read_weights(path: Path | str) -> Weights:

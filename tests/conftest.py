@@ -91,7 +91,7 @@ def dataset(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("dataset") / "dataset.zip", captions)
 
 
-SHORT = {"steps": 15, "rank": 4, "resolution": (64,), "learning_rate": 1e-2, "seed": 1}
+SHORT = {"steps": 15, "rank": 4, "resolution": (64,), "learning_rate": 1e-2, "seed": 1, "report": False}
 
 
 @pytest.fixture(scope="session")

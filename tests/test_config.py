@@ -89,6 +89,9 @@ train:
   class_word: person
   optimizer: prodigy
   seed: 0
+  report: true
+  sample_every: 2
+  sample_prompts: "a cat\\na dog"
 debug:
   log_prompt_ids: true
 model:
@@ -127,6 +130,8 @@ def test_every_option_can_stand_in_the_yaml_file_and_overrules_the_inputs(yaml_f
         quantize_te=False,
         log_prompt_ids=True,
         seed=0,
+        sample_every=2,
+        sample_prompts="a cat\na dog",
     )
 
 
@@ -231,6 +236,9 @@ def test_a_yaml_file_that_is_not_there_gets_its_sentence(tmp_path):
         ("log_prompt_ids", None, "give true or false"),
         ("seed", -1, "from 0 to 4294967295"),
         ("seed", 2**32, "from 0 to 4294967295"),
+        ("report", "yes", "give true or false"),
+        ("sample_every", -1, "from 0 to 20000"),
+        ("sample_prompts", None, "give text"),
     ],
 )
 def test_every_value_out_of_range_or_of_another_kind_gets_its_sentence(option, value, sentence):
@@ -242,3 +250,21 @@ def test_a_quantised_text_encoder_and_a_token_are_refused_together():
     with pytest.raises(ValueError, match="quantize_te cannot be combined with a placeholder token"):
         train_config({"quantize_te": True, "placeholder_token": "<zwx>"})
     assert train_config({"quantize_te": True, "train_placeholder_token": False, "placeholder_token": "<zwx>"}).quantize_te
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"sample_every": 4}, "sample_every is 4: with 1000 steps give at least 5, or 0 for no samples"),
+        ({"sample_every": 100, "report": False}, "draw pictures for the report, which is off: set report to true"),
+        ({"sample_prompts": "a cat", "report": False}, "draw pictures for the report, which is off: set report to true"),
+        ({"sample_prompts": "a\n" * 9}, "sample_prompts has 9 prompts: give at most 8, one a line"),
+    ],
+)
+def test_samples_that_could_not_be_kept_get_their_sentence(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train_config(options)
+
+
+def test_lines_that_are_blank_are_no_prompts():
+    assert train_config({"sample_prompts": "a\n\n" * 8}).sample_prompts.count("a") == 8

@@ -145,6 +145,9 @@ OTHER_VALUES = {
     "quantize_te": True,
     "log_prompt_ids": True,
     "seed": 0,
+    "report": False,
+    "sample_every": 100,
+    "sample_prompts": "a cat",
 }
 
 

@@ -15,7 +15,15 @@ from tests.samples import read_zip, write_dataset, write_zip
 from tests.stock import stock_picture
 
 PICTURE = {"steps": 6, "guidance": 4, "width": 64, "height": 64, "seed": 7, "output_format": "png"}
-TRAINING = {"steps": 15, "rank": 4, "resolution": "64", "learning_rate": 1e-2, "seed": 3, "log_prompt_ids": True}
+TRAINING = {
+    "steps": 15,
+    "rank": 4,
+    "resolution": "64",
+    "learning_rate": 1e-2,
+    "seed": 3,
+    "log_prompt_ids": True,
+    "report": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,7 @@ def prediction_server(start):
 @pytest.fixture(scope="module")
 def training(training_server, dataset) -> dict:
     """The server's answer to a training with a token."""
-    return training_server.ask({"dataset": data_url(dataset), **TRAINING, "placeholder_token": "<zwx>"})
+    return training_server.ask({"dataset": data_url(dataset), **TRAINING, "placeholder_token": "<zwx>", "report": True})
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +86,10 @@ def test_a_training_returns_the_archive_and_logs_what_happened(training, archive
         assert training["logs"].splitlines().count(line) == 1
     assert "100%|##########| 15/15 [" in training["logs"]
     entries = read_zip(archive)
-    assert list(entries) == ["embeddings/zwx.safetensors", "lora/lora_weights.safetensors", "meta.json"]
+    assert list(entries)[:3] == ["embeddings/zwx.safetensors", "lora/lora_weights.safetensors", "meta.json"]
+    assert all(name.startswith("report/") for name in list(entries)[3:])
+    assert {"report/index.html", "report/grid.jpg", "report/curve.png", "report/config.yaml"} <= set(entries)
+    assert training["metrics"]["training_step_count"] == 15
     meta = json.loads(entries["meta.json"])
     assert (meta["training_mode"], meta["seed"], meta["base_model"]) == ("zero_prior", 3, base.source)
 

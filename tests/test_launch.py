@@ -20,10 +20,17 @@ from placeholder.models import MODEL_VARIABLE
 from placeholder.processes import Processes
 from placeholder.weights import read_weights
 from tests.parallel_steps import CONFIG, trained
-from tests.samples import write_dataset
+from tests.samples import read_zip, write_dataset
 
 SHORT = TrainConfig(
-    steps=15, rank=4, resolution=(64,), learning_rate=1e-2, seed=1, train_placeholder_token=True, placeholder_token=("<zwx>",)
+    steps=15,
+    rank=4,
+    resolution=(64,),
+    learning_rate=1e-2,
+    seed=1,
+    train_placeholder_token=True,
+    placeholder_token=("<zwx>",),
+    report=False,
 )
 
 
@@ -123,13 +130,23 @@ def test_a_training_through_the_server_uses_the_processes(base, dataset, tmp_pat
     env = {MODEL_VARIABLE: base.source, launch.PROCESSES_VARIABLE: "2"}
     with CogServer("train", env, tmp_path / "server.log") as server:
         answer = server.ask(
-            {"dataset": data_url(dataset), "steps": 15, "rank": 4, "resolution": "64", "learning_rate": 1e-2, "seed": 1}
+            {
+                "dataset": data_url(dataset),
+                "steps": 15,
+                "rank": 4,
+                "resolution": "64",
+                "learning_rate": 1e-2,
+                "seed": 1,
+                "report": False,
+            }
         )
     assert answer["status"] == "succeeded", answer
     assert "100%|##########| 15/15 [" in answer["logs"]
     archive = Path(tmp_path / "weights.zip")
     archive.write_bytes(from_data_url(answer["output"]["weights"]))
     assert read_weights(archive).meta["processes"] == 2
+    assert {"report/index.html", "report/samples/step-000010-1.jpg"} <= set(read_zip(archive))
+    assert answer["logs"].count("Samples of step 10: 3 pictures") == 1
 
 
 def trainers(server: CogServer) -> list[float]:
@@ -153,7 +170,7 @@ def wait_for(condition) -> float:
 
 def test_a_cancel_through_the_server_ends_the_processes_and_the_next_training_works(base, dataset, tmp_path):
     env = {MODEL_VARIABLE: base.source, launch.PROCESSES_VARIABLE: "2"}
-    inputs = {"dataset": data_url(dataset), "rank": 4, "resolution": "64", "seed": 1}
+    inputs = {"dataset": data_url(dataset), "rank": 4, "resolution": "64", "seed": 1, "report": False}
     with CogServer("train", env, tmp_path / "server.log") as server:
         server.start("long", inputs | {"steps": 20000})
         wait_for(lambda: len(trainers(server)) == 3 and sorted(trainers(server))[1] > 8)  # imported, and well under way

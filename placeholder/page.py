@@ -1,0 +1,139 @@
+"""The report as one HTML page that needs nothing but the files beside it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+MAX_CAPTIONS, MAX_SKIPPED = 1000, 200  # lines of the page
+MAX_CAPTION = 500  # characters
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; } th, td { text-align: left; vertical-align: top; padding: 3px 12px 3px 0; }
+th { font-weight: 600; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+img { max-width: 100%; } .samples img { width: 192px; } .note { background: #fff3d6; padding: .6em 1em; }
+pre { background: #f5f5f5; padding: 1em; overflow-x: auto; } .small { color: #666; font-size: .9em; }
+"""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the page shows. Pictures are names of files beside it; all text may come from strangers.
+
+    `captions` are pairs of a picture's name and its caption, `thumbnails` the files of the first of them; `samples` holds for
+    each step one file a prompt; `missing` says which pictures are missing and why.
+    """
+
+    title: str
+    notes: list[str]
+    facts: dict[str, Any]
+    diagnostics: list[str]
+    prompts: list[str]
+    drawing: str
+    grid: str | None
+    samples: dict[int, list[str]]
+    sample_prompts: list[str]
+    curve: str
+    data_set: dict[str, Any]
+    captions: list[tuple[str, str]]
+    thumbnails: list[str]
+    skipped: dict[str, str]
+    config: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+def page(contents: Contents) -> str:
+    """The whole page."""
+    parts = [
+        f"<h1>{_text(contents.title)}</h1>",
+        *(f'<p class="note">{_text(note)}</p>' for note in (*contents.notes, *contents.missing)),
+        _pairs(contents.facts),
+        *_pictures(contents),
+        "<h2>Curves</h2>",
+        _image(contents.curve, "loss and row norm over the steps"),
+        '<p class="small">Every progress line of the training: <a href="curve.csv">curve.csv</a></p>',
+        *_section("The token", _lines(contents.diagnostics) if contents.diagnostics else ""),
+        *_data_set(contents),
+        *_section("Time, in seconds", _pairs({name: f"{value:.1f}" for name, value in contents.seconds.items()})),
+        *_section("Memory", _pairs(contents.memory)),
+        *_section("Configuration", f"<pre>{_text(contents.config)}</pre>"),
+        '<p class="small">To train so again, give <a href="config.yaml">config.yaml</a> as the input config.</p>',
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{_text(contents.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _pictures(contents: Contents) -> Iterable[str]:
+    if contents.grid:
+        yield "<h2>Before and after</h2>"
+        yield _image(contents.grid, "the same prompts and seed, before and after the training")
+        yield f'<p class="small">{_text(contents.drawing)} The rows, from above:</p>'
+        yield _ordered(contents.prompts)
+    if contents.samples:
+        yield "<h2>Samples while training</h2>"
+        yield f'<p class="small">{_text(contents.drawing)} The columns, from the left:</p>'
+        yield _ordered(contents.sample_prompts)
+        rows = (
+            f'<tr><td class="number">{step}</td>'
+            + "".join(f"<td>{_image(name, f'step {step}')}</td>" for name in names)
+            + "</tr>"
+            for step, names in contents.samples.items()
+        )
+        yield '<table class="samples">' + "\n".join(rows) + "</table>"
+
+
+def _data_set(contents: Contents) -> Iterable[str]:
+    yield "<h2>Data set</h2>"
+    yield _pairs(contents.data_set)
+    rows = []
+    for number, (name, caption) in enumerate(contents.captions[:MAX_CAPTIONS]):
+        image = _image(contents.thumbnails[number], "") if number < len(contents.thumbnails) else ""
+        rows.append(f"<tr><td>{image}</td><td>{_text(name)}</td><td>{_text(_cut(caption))}</td></tr>")
+    yield "<h3>Captions as trained</h3><table>" + "\n".join(rows) + "</table>"
+    yield _more(len(contents.captions) - MAX_CAPTIONS)
+    if contents.skipped:
+        yield "<h3>Skipped files</h3>" + _pairs(dict(list(contents.skipped.items())[:MAX_SKIPPED]))
+        yield _more(len(contents.skipped) - MAX_SKIPPED)
+
+
+def _section(title: str, body: str) -> list[str]:
+    """A section, unless it would be empty."""
+    return [f"<h2>{title}</h2>", body] if body else []
+
+
+def _pairs(pairs: dict[str, Any]) -> str:
+    rows = (f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in pairs.items())
+    return "<table>" + "\n".join(rows) + "</table>" if pairs else ""
+
+
+def _lines(lines: Sequence[str]) -> str:
+    return "<p>" + "<br>\n".join(map(_text, lines)) + "</p>"
+
+
+def _ordered(items: Sequence[str]) -> str:
+    return "<ol>" + "\n".join(f"<li>{_text(_cut(item)) or '(the empty prompt)'}</li>" for item in items) + "</ol>"
+
+
+def _more(count: int) -> str:
+    return f"<p>and {count} more</p>" if count > 0 else ""
+
+
+def _image(name: str, description: str) -> str:
+    return f'<img src="{escape(name)}" alt="{escape(description)}">'
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_CAPTION else text[:MAX_CAPTION] + "..."
+
+
+def _text(value: Any) -> str:
+    """Text as HTML shows it; <bdi> keeps right-to-left text from turning what follows around."""
+    text = str(value)
+    return escape(text) if text.isascii() else f"<bdi>{escape(text)}</bdi>"

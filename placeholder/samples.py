@@ -1,0 +1,122 @@
+"""Pictures of a training, drawn with the models that it has in memory: between its steps, and side by side at its end."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from PIL import Image
+from torch import Tensor
+
+from placeholder.config import TrainConfig
+from placeholder.dataset import SIDE_MULTIPLE
+from placeholder.diagnostics import rows_as
+from placeholder.lora import without_lora
+from placeholder.memory import free_memory
+from placeholder.models import BaseModel, PromptEmbeddings, load_scheduler, load_vae, pipeline_inputs
+from placeholder.placeholder_token import PlaceholderTokens, without_token
+
+STEPS, GUIDANCE, SEED = 20, 4.0, 0  # the guidance of Qwen-Image's own examples, fewer steps; the same noise for every picture
+MAX_SIDE = 512  # pixels: at full size a picture then costs about what ten training steps do
+CAPTIONS = 3  # how many of the data set's stand in for prompts that are not given
+BASE, ROW_RESET, TRAINED = "base model", "LoRA, token reset", "LoRA and token"
+TRAINED_BASELINE = "LoRA"
+
+
+class InterruptedDrawing(Exception):  # noqa: N818 - nothing is wrong
+    """The training was asked to end while a picture was drawn."""
+
+
+def sample_prompts(config: TrainConfig, captions: Sequence[str]) -> list[str]:
+    """The prompts that are drawn: those given, otherwise the first distinct captions; none without a report."""
+    if not config.report:
+        return []
+    given = [line.strip() for line in config.sample_prompts.splitlines() if line.strip()]
+    return list(dict.fromkeys(given)) or list(dict.fromkeys(captions))[:CAPTIONS]
+
+
+def grid_prompts(config: TrainConfig, captions: Sequence[str]) -> list[str]:
+    """The prompts of the grid: those of the samples and, where these are captions, the first one without its token."""
+    prompts = sample_prompts(config, captions)
+    if prompts and config.tokens and not config.sample_prompts.strip():
+        prompts.append(without_token(prompts[0], config.tokens, config.class_word))
+    return list(dict.fromkeys(prompts))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws prompts as the weights are at the moment.
+
+    `prompts` holds the ids of each prompt; in a training without tokens their embeddings are cached. `stopping` says whether
+    the training was asked to end; then drawing ends too, with InterruptedDrawing. No random number of the training is used up.
+    """
+
+    base: BaseModel
+    transformer: QwenImageTransformer2DModel
+    prompt_embeds: PromptEmbeddings
+    tokens: PlaceholderTokens
+    prompts: dict[str, tuple[int, ...]]
+    empty_ids: tuple[int, ...]
+    side: int
+    stopping: Callable[[], bool]
+
+    @classmethod
+    def side_of(cls, config: TrainConfig) -> int:
+        """Width and height of the pictures: the smallest resolution that is trained, and no more than MAX_SIDE."""
+        return min(MAX_SIDE, *config.resolution) // SIDE_MULTIPLE * SIDE_MULTIPLE
+
+    def draw(self, prompts: Sequence[str]) -> list[Image.Image]:
+        """A picture of each prompt."""
+        with self._pipeline() as pipeline:
+            return [self._draw(pipeline, prompt) for prompt in prompts]
+
+    def grid(self, initial_rows: Tensor) -> dict[str, list[Image.Image]]:
+        """A picture of each prompt by the base model, with the LoRA and the rows as they were (R, D), and as trained; by these names.
+
+        Where a prompt names no token, the rows make no difference and its picture is not drawn twice.
+        """
+        with self._pipeline() as pipeline:
+            trained = [self._draw(pipeline, prompt) for prompt in self.prompts]
+            with rows_as(self.tokens, initial_rows):
+                reset = [
+                    self._draw(pipeline, prompt) if self.tokens.contains(list(ids)) else picture
+                    for (prompt, ids), picture in zip(self.prompts.items(), trained, strict=True)
+                ]
+                with without_lora(self.transformer):
+                    base = [self._draw(pipeline, prompt) for prompt in self.prompts]
+        return {BASE: base, ROW_RESET: reset, TRAINED: trained} if self.tokens.ids else {BASE: base, TRAINED_BASELINE: trained}
+
+    @contextmanager
+    def _pipeline(self) -> Iterator[QwenImagePipeline]:
+        """The pipeline around the transformer; its VAE is in memory only meanwhile."""
+        vae = load_vae(self.base, self.base.dtype)
+        try:
+            pipeline = QwenImagePipeline(load_scheduler(self.base), vae, None, None, self.transformer)
+            pipeline.set_progress_bar_config(disable=True)
+            yield pipeline
+        finally:
+            pipeline = vae = None
+            if self.transformer.device.type == "cuda":  # the VAE's modules refer to themselves: only the collector frees them
+                free_memory()
+
+    @torch.no_grad()
+    def _draw(self, pipeline: QwenImagePipeline, prompt: str) -> Image.Image:
+        def check(_pipeline, _index: int, _timestep, kept: dict) -> dict:
+            if self.stopping():
+                raise InterruptedDrawing
+            return kept
+
+        dtype, device = self.transformer.dtype, self.transformer.device
+        embeds, negative = (self.prompt_embeds([ids]).to(dtype) for ids in (self.prompts[prompt], self.empty_ids))  # (1, T, D)
+        # As in training: the LoRA's weights are in fp32.
+        with torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else nullcontext():
+            return pipeline(
+                **pipeline_inputs(embeds, negative),
+                true_cfg_scale=GUIDANCE,
+                width=self.side,
+                height=self.side,
+                num_inference_steps=STEPS,
+                generator=torch.Generator().manual_seed(SEED),
+                callback_on_step_end=check,
+            ).images[0]
