@@ -8,6 +8,7 @@ from cog import BasePredictor, Input, Path
 
 from placeholder.files import OutputFolder, local_file
 from placeholder.generate import ImageGenerator, save_image
+from placeholder.metrics import record
 from placeholder.models import BaseModel
 from placeholder.request import picture_request
 
@@ -103,4 +104,6 @@ class Predictor(BasePredictor):
                 pathlib.Path(weights) if weights else self.default_weights,
                 pathlib.Path(extra) if extra else None,
             )
-            return Path(save_image(image, request, folder))
+            picture = save_image(image, request, folder)
+            record("image_output_count", 1)
+            return Path(picture)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from placeholder.config import YAML_SECTIONS, train_config
 from placeholder.console import Console
-from placeholder.options import declared, parser
+from placeholder.options import SECRET, declared, parser
 from placeholder.request import picture_request
 
 SUFFIXES = {".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg", ".png": "png"}
@@ -32,10 +32,13 @@ def with_hyphens(arguments: Sequence[str]) -> list[str]:
 
 
 def inputs_of(command: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Every input by name, with its default where it was not given; paths are absolute, and empty ones are None."""
+    """Every input by name, with its default where it was not given; paths are absolute, and empty ones are None.
+
+    A secret such as hf_token is what the environment variable of its name, HF_TOKEN, holds.
+    """
     inputs = {}
     for name, option in declared(command).items():
-        value = given.get(name, option.default)
+        value = os.environ.get(name.upper()) if option.kind == SECRET else given.get(name, option.default)
         if option.kind == "Path":
             value = _path(value) if value else None
         inputs[name] = value
@@ -83,8 +86,12 @@ def train(given: dict[str, Any], console: Console) -> Path:
     output = output_path(given.get("output", "weights.zip"), given.get("overwrite", False))
 
     from placeholder.checkpoint import CheckpointFolder, stored_checkpoints
+    from placeholder.hub import HubRepository
     from placeholder.launch import finetune_on_all_gpus
 
+    repository = HubRepository.of(inputs["hf_repo_id"], inputs["hf_token"]) if inputs["hf_repo_id"] else None
+    if repository:
+        repository.check()
     checkpoints = CheckpointFolder.of(inputs["checkpoint_folder"], inputs["checkpoint_every"], config.steps)
     _find_model_from_anywhere()
     try:
@@ -93,6 +100,8 @@ def train(given: dict[str, Any], console: Console) -> Path:
         if checkpoints is not None and checkpoints.path.is_dir() and (stored := stored_checkpoints(checkpoints.path)):
             console.end(f"--resume-from {shlex.quote(str(stored[-1]))} goes on from the last checkpoint")
         raise
+    if repository:
+        repository.upload(output, console)
     return output
 
 
@@ -109,7 +118,7 @@ def predict(given: dict[str, Any], console: Console) -> Path:
     """A whole prediction; returns where the picture is."""
     found = output_format(given)
     inputs = inputs_of("predict", given | ({"output_format": found} if found else {}))
-    weights = inputs.pop("replicate_weights")
+    paths = [inputs.pop(name) for name in ("replicate_weights", "extra_lora_weights")]
     request = picture_request(inputs)
     output = output_path(given.get("output", f"output.{request.output_format}"), given.get("overwrite", False))
 
@@ -120,10 +129,10 @@ def predict(given: dict[str, Any], console: Console) -> Path:
 
     _find_model_from_anywhere()
     with ExitStack() as kept:
-        archive = kept.enter_context(local_file(str(weights))) if weights else None
-        if archive:
+        archives = [kept.enter_context(local_file(str(path))) if path else None for path in paths]
+        for archive in filter(None, archives):
             read_weights(archive)  # what is wrong with it is said before the base model is loaded
-        image = ImageGenerator(BaseModel.from_environment(), console).generate(request, archive)
+        image = ImageGenerator(BaseModel.from_environment(), console).generate(request, *archives)
         folder = kept.enter_context(tempfile.TemporaryDirectory(prefix=".placeholder-", dir=output.parent))
         save_image(image, request, Path(folder)).replace(output)
     return output

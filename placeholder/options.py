@@ -14,15 +14,16 @@ POSITIONAL = {"train": "dataset", "predict": "prompt"}
 GROUPS: dict[str, dict[str, str]] = {
     "train": {
         "the LoRA": "",
-        "the new token": "train_placeholder_token placeholder_token placeholder_init_std placeholder_learning_rate "
+        "the new token": "train_placeholder_token placeholder_token placeholder_vectors placeholder_init_std placeholder_learning_rate "
         "placeholder_warmup_fraction prior_preservation prior_preservation_interval class_word",
         "captions": "default_caption caption_dropout log_prompt_ids",
         "memory": "quantize quantize_te",
         "interruptions and settings": "resume_from checkpoint_folder checkpoint_every config",
+        "what it shows": "report sample_every sample_prompts hf_repo_id",
     },
     "predict": {
         "drawing": "",
-        "weights": "replicate_weights lora_scale",
+        "weights": "replicate_weights lora_scale extra_lora_weights extra_lora_scale",
         "size": "width height aspect_ratio image_size",
         "file": "output_format output_quality",
     },
@@ -35,6 +36,7 @@ MODEL_HELP = (
     "QWEN_IMAGE_MODEL names another base model: a folder, or a repository of the hub, with @ and a revision if need be."
 )
 METAVARS = {"int": "N", "float": "X", "str": "TEXT", "Path": "FILE"}
+SECRET = "Secret"
 KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
 
 
@@ -80,6 +82,8 @@ def _add_inputs(command: Parser, name: str) -> None:
     titles = {option: title for title, options in GROUPS[name].items() for option in options.split()}
     groups = {title: command.add_argument_group(title) for title in GROUPS[name]}
     for option in inputs.values():
+        if option.kind == SECRET:
+            continue  # other users see a command line: it comes from the environment
         group = groups[titles.get(option.name, first)]
         group.add_argument("--" + option.name.replace("_", "-"), dest=option.name, help=_help(option), **_kind(option))
 

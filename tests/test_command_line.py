@@ -25,7 +25,7 @@ from placeholder.config import train_config
 from placeholder.console import CLEAR_LINE, Console
 from placeholder.inputs import declared_inputs
 from placeholder.models import MODEL_VARIABLE
-from placeholder.options import GROUPS, POSITIONAL, SOURCES, declared, parser
+from placeholder.options import GROUPS, POSITIONAL, SECRET, SOURCES, declared, parser
 from placeholder.weights import LORA_NAME
 from tests.samples import Run, read_zip
 
@@ -105,8 +105,9 @@ def test_the_declarations_are_read_as_cog_reads_them(command):
 def test_the_options_are_the_declared_inputs_one_to_one(command):
     found = actions(command)
     own = {"output", "overwrite"}
-    assert set(found) == set(declared(command)) | own
-    for name, option in declared(command).items():
+    options = {name: option for name, option in declared(command).items() if option.kind != SECRET}
+    assert set(found) == set(options) | own
+    for name, option in options.items():
         strings = found[name].option_strings
         expected = [] if name == POSITIONAL[command] else ["--" + name.replace("_", "-")]
         if option.kind == "bool":
@@ -114,6 +115,14 @@ def test_the_options_are_the_declared_inputs_one_to_one(command):
         assert strings == expected
         assert found[name].choices == option.choices
         assert option.description.replace("%", "%%") in found[name].help
+
+
+def test_a_secret_comes_from_the_environment_and_is_no_option(monkeypatch):
+    assert inputs_of("train", {})["hf_token"] is None
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert inputs_of("train", {})["hf_token"] == "hf_secret"
+    with pytest.raises(SystemExit):
+        parser().parse_args(["train", "d.zip", "--hf-token", "hf_secret"])
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
