@@ -19,6 +19,7 @@ import train as train_module
 from demo.server import ROOT
 from placeholder import command_line, launch
 from placeholder import generate as generate_module
+from placeholder import prepare as prepare_module
 from placeholder.checkpoint import stored_checkpoints
 from placeholder.command_line import inputs_of, main, with_hyphens
 from placeholder.config import train_config
@@ -381,7 +382,8 @@ def test_a_request_to_end_unwinds_as_an_interruption_does(sigterm, tmp_path, mon
     assert unwound == [tmp_path / "w.zip"]
 
 
-def test_a_data_set_that_is_not_there_is_said_and_nothing_is_left(base, sigterm, tmp_path, monkeypatch, capsys):
+def test_a_data_set_that_is_not_there_is_said_and_nothing_is_left(base, tokenizer, sigterm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(MODEL_VARIABLE, base.source)
     assert main(["train", "d.zip"]) == 2
