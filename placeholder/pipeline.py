@@ -140,6 +140,11 @@ def _check(pipe: QwenImagePipeline, earlier: PromptEncoder | None) -> None:
     missing = [name for name in ("tokenizer", "text_encoder", "transformer") if getattr(pipe, name) is None]
     if missing:
         raise ValueError(f"the pipeline has no {missing[0]}: load it with all its components")
+    if any(parameter.is_meta for parameter in pipe.transformer.parameters()):
+        raise ValueError(
+            "the pipeline's weights are offloaded one by one: pipe.enable_model_cpu_offload() or pipe.enable_group_offload() "
+            "instead of enable_sequential_cpu_offload()"
+        )
     others = [name for name in _adapters(pipe) if earlier is None or name != ADAPTER]
     if others:
         raise ValueError(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import predict as predict_module
@@ -19,6 +20,7 @@ import train as train_module
 from demo.server import ROOT
 from placeholder import command_line, launch
 from placeholder import generate as generate_module
+from placeholder import prepare as prepare_module
 from placeholder.checkpoint import stored_checkpoints
 from placeholder.command_line import inputs_of, main, with_hyphens
 from placeholder.config import train_config
@@ -76,12 +78,17 @@ def run(arguments: list[str], folder: Path, **env: str) -> subprocess.CompletedP
     return subprocess.run([*COMMAND, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
+def exit_code(arguments: list[str]) -> int:
+    """The exit code of a command in this process."""
+    try:
+        return main(arguments)
+    except SystemExit as ended:
+        return ended.code
+
+
 def refused(arguments: list[str], capsys) -> tuple[int, str]:
     """The exit code and the one line of a command that fails."""
-    try:
-        code = main(arguments)
-    except SystemExit as ended:
-        code = ended.code
+    code = exit_code(arguments)
     (line,) = capsys.readouterr().err.splitlines()
     return code, line
 
@@ -359,38 +366,28 @@ def interrupting(part: str, number: int) -> type[Console]:
     return Interrupting
 
 
-def test_an_interrupted_training_leaves_a_last_checkpoint_and_says_how_to_go_on(
-    base, dataset, sigterm, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(MODEL_VARIABLE, os.path.relpath(base.source))
-    monkeypatch.setattr(command_line, "Console", interrupting("/20000 [", signal.SIGINT))
-    arguments = ["train", str(dataset), "-o", "w.zip", *SHORT, "--steps", "20000", "--checkpoint-folder", "c"]
-    assert main(arguments) == 130
-    (stored,) = stored_checkpoints(tmp_path / "c")
-    shown = capsys.readouterr().err.splitlines()
-    assert shown[-2:] == [f"--resume-from {stored} goes on from the last checkpoint", "interrupted"]
-    assert [path.name for path in tmp_path.iterdir()] == ["c"]
-
-
-def test_a_request_to_end_unwinds_as_an_interruption_does(sigterm, tmp_path, monkeypatch):
-    unwound = []
-
-    def stopped(dataset, config, output, log, *_):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_training_unwinds_and_says_how_to_go_on(number, code, sigterm, tmp_path, monkeypatch, capsys):
+    def interrupted(dataset, config, output, log, resume_from, checkpoints):
+        """What the launch module does, whose own tests have real processes."""
         try:
-            log("  1%|#| 1/15 [")
+            log("  1%|#| 7/1000 [")
         finally:
-            unwound.append(output)
+            checkpoints.path.mkdir()
+            checkpoints.write(7, {"rows": torch.zeros(1)}, {})
 
-    monkeypatch.setattr(launch, "finetune_on_all_gpus", stopped)
-    monkeypatch.setattr(command_line, "Console", interrupting("1/15 [", signal.SIGTERM))
-    with pytest.raises(SystemExit) as ended:
-        main(["train", "d.zip", "-o", str(tmp_path / "w.zip")])
-    assert ended.value.code == 143
-    assert unwound == [tmp_path / "w.zip"]
+    monkeypatch.setattr(launch, "finetune_on_all_gpus", interrupted)
+    monkeypatch.setattr(command_line, "Console", interrupting("7/1000 [", number))
+    arguments = ["train", "d.zip", "-o", str(tmp_path / "w.zip"), "--checkpoint-folder", str(tmp_path / "my folder")]
+    assert exit_code(arguments) == code
+    (stored,) = stored_checkpoints(tmp_path / "my folder")
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[1] == f"--resume-from '{stored}' goes on from the last checkpoint"
+    assert shown[2:] == (["interrupted"] if number == signal.SIGINT else [])
 
 
-def test_a_data_set_that_is_not_there_is_said_and_nothing_is_left(base, sigterm, tmp_path, monkeypatch, capsys):
+def test_a_data_set_that_is_not_there_is_said_and_nothing_is_left(base, tokenizer, sigterm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(MODEL_VARIABLE, base.source)
     assert main(["train", "d.zip"]) == 2

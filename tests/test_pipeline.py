@@ -236,6 +236,38 @@ def test_another_lora_beside_ours_stays_and_one_before_ours_is_refused(pipe, zer
     placeholder.load(pipe, zero_prior.archive)
 
 
+# With the CPU as the accelerator too: the hooks are the same.
+OFFLOADING = {
+    "models": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "groups": lambda pipe: pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level"),
+}
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["offloaded, then loaded", "loaded, then offloaded"])
+@pytest.mark.parametrize("kind", OFFLOADING)
+def test_an_offloaded_pipeline_draws_the_same_and_comes_back(kind, first, pipe, pristine, zero_prior):
+    plain = picture(pipe)
+    placeholder.load(pipe, zero_prior.archive)
+    expected = picture(pipe)
+    if first:
+        OFFLOADING[kind](pipe)
+    else:
+        placeholder.unload(pipe)
+        OFFLOADING[kind](pipe)
+        picture(pipe)
+        placeholder.load(pipe, zero_prior.archive)
+    assert np.array_equal(picture(pipe), expected)
+    placeholder.unload(pipe)
+    assert np.array_equal(picture(pipe), plain)
+    assert same_weights(pipe, pristine)
+
+
+def test_weights_that_are_offloaded_one_by_one_are_refused(pipe, zero_prior):
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match=r"instead of enable_sequential_cpu_offload\(\)"):
+        placeholder.load(pipe, zero_prior.archive)
+
+
 def test_other_pipelines_and_incomplete_ones_get_their_sentence(pipe, zero_prior):
     with pytest.raises(ValueError, match="the pipeline is a QwenImageImg2ImgPipeline: give a QwenImagePipeline"):
         placeholder.load(QwenImageImg2ImgPipeline(**pipe.components), zero_prior.archive)
