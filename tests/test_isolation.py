@@ -21,6 +21,7 @@ from placeholder import generate as generate_module
 from placeholder import placement as placement_module
 from placeholder.generate import save_image
 from placeholder.request import Request
+from placeholder.weights import LORA_NAME
 from predict import OUTPUT
 from tests.samples import read_zip, write_zip
 from tests.test_generate import NAMED, PLAIN, Drawer
@@ -100,7 +101,7 @@ class Moments:
 
 
 def interrupt_anywhere(draw: Drawer, files: tuple[str, ...], before, request, closely: str, as_fresh) -> None:
-    """Interrupt the request in some functions of the files, and four times near the end of the one called `closely`."""
+    """Interrupt the request in some functions of the files, and four times near the end of those called `closely`."""
     choose = random.Random(0)
 
     def begin() -> None:
@@ -139,6 +140,13 @@ def test_an_interruption_anywhere_while_a_streamed_transformer_gets_weights(base
         return same and all(layer._diffusers_hook.get_hook("group_offloading") for layer in layers)
 
     interrupt_anywhere(streaming, files, cases[0], cases[2], "remove_hook", as_fresh)
+
+
+def test_an_interruption_anywhere_while_two_archives_are_put_on(drawer, cases, zero_prior, as_fresh, tmp_path):
+    style = tmp_path / "style.safetensors"
+    style.write_bytes(zero_prior.entry(LORA_NAME))
+    both = (SHORT_NAMED, zero_prior.archive, style)
+    interrupt_anywhere(drawer, CHANGING, cases[2], both, "load_lora", as_fresh)
 
 
 def fail_at(number: int, error: Exception, original):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -83,6 +83,28 @@ def test_a_lora_has_exactly_the_strength_that_its_format_says(kind, base, layers
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for other in (velocity(halved), velocity(load_transformer(base))):
         assert (found - other).abs().max() > 0.05
+
+
+STOCK = (
+    "flymyai",
+    "ai-toolkit",
+    "ai-toolkit, alpha",
+    "musubi-tuner",
+    "musubi-tuner, converted",
+    "bare, alpha",
+    "ComfyUI",
+)
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_where_stock_diffusers_reads_a_format_it_gives_it_the_same_strength(kind, base, layers, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(FORMATS[kind][0](layers))
+    stock = QwenImagePipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=load_transformer(base))
+    stock.load_lora_weights(tmp_path, weight_name=path.name)
+    transformer = load_transformer(base)
+    load_lora(transformer, read_weights(path).lora)
+    torch.testing.assert_close(velocity(transformer), velocity(stock.transformer), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
