@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from placeholder.captions import dataset_digest, preserved_prompts, trained_captions
 from placeholder.checkpoint import Checkpoint
 from placeholder.config import TrainConfig
 from placeholder.dataset import DatasetReport, Photo, dataset_digest, read_dataset, thumbnail
@@ -32,7 +33,7 @@ from placeholder.models import (
     text_width,
 )
 from placeholder.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms_limit
-from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings, place_token, without_token
+from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings
 from placeholder.plan import Plan, plan_training
 from placeholder.processes import Processes
 from placeholder.resume import apply_start, check_dataset
@@ -97,7 +98,7 @@ def prepare(
         photos, report = read_dataset(dataset, config.resolution)
     for line in report.lines():
         log(line)
-    captions = _captions(photos, config, log)
+    captions = trained_captions(photos, config, log)
     digest = dataset_digest(photos, captions)
     check_dataset(start, digest)
 
@@ -162,16 +163,6 @@ def prepare(
     )
 
 
-def _captions(photos: list[Photo], config: TrainConfig, log: Log) -> list[str]:
-    """One caption a picture: its own or the default one, with the token in its place."""
-    captions = [photo.caption or config.default_caption for photo in photos]
-    if not config.tokens:
-        return captions
-    placed = [place_token(caption, config.tokens, photo.name) for caption, photo in zip(captions, photos, strict=True)]
-    log(f"Captions: {sum(in_front for _, in_front in placed)} of {len(placed)} lacked the token and got it in front")
-    return [caption for caption, _ in placed]
-
-
 def _tokens(
     config: TrainConfig, base: BaseModel, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator, log: Log
 ) -> PlaceholderTokens:
@@ -200,18 +191,6 @@ def _latents(photos: list[Photo], base: BaseModel, log: Log) -> list[list[tuple[
     latents = [[(encode_picture(vae, pixels), _grid(pixels)) for pixels in photo.crops] for photo in photos]
     log(f"Latents: {sum(map(len, latents))} crops cached")
     return latents
-
-
-def preserved_prompts(captions: list[str], config: TrainConfig, log: Log) -> list[tuple[str, ...]]:
-    """For each caption the prompts that are to keep what the base model draws for them; none without preservation.
-
-    They are the caption without the token and the empty prompt: with guidance, every picture is drawn with that one too.
-    """
-    if not config.preserves:
-        return [()] * len(captions)
-    preserved = [(without_token(caption, config.tokens, config.class_word), EMPTY_PROMPT) for caption in captions]
-    log(f"Prior preservation: prompts such as '{preserved[0][0]}' keep what the base model draws for them")
-    return preserved
 
 
 def _examples(latents: list, ids: list, preserved: list, photos: list[Photo], base: BaseModel) -> list[Example]:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import QwenImagePipeline
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load, save
 
 from placeholder import finetune as finetune_module
@@ -15,6 +18,7 @@ from placeholder import prepare as prepare_module
 from placeholder.config import YAML_SECTIONS, TrainConfig, train_config
 from placeholder.finetune import prove_archive
 from placeholder.lora import B, add_lora
+from placeholder.meta import MEASURED, TIME_VARIABLE
 from placeholder.models import PromptEmbeddings, load_text_encoder, load_transformer, prompt_ids
 from placeholder.optimizers import row_rms_limit
 from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
@@ -91,6 +95,29 @@ def test_meta_json_says_what_a_reader_needs(zero_prior, base):
     norm = zero_prior.tensors(ROW_NAME)["qwen25_7b"].norm().item()
     assert meta["placeholder_row_norms"]["<zwx>"] == [pytest.approx(norm)]
     assert set(meta["versions"]) == {"torch", "diffusers", "transformers", "peft"}
+
+
+def test_the_header_of_the_lora_tells_other_tools_what_it_is_and_diffusers_loads_it(zero_prior, baseline, base, tmp_path):
+    for run, tokens in ((zero_prior, "<zwx>"), (baseline, None)):
+        file = tmp_path / "lora.safetensors"
+        file.write_bytes(run.entry(LORA_NAME))
+        with safe_open(file, framework="pt") as opened:
+            found = {name: value for name, value in opened.metadata().items() if name.startswith("modelspec.")}
+        name = Path(base.source).name
+        expected = {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": "Qwen-Image/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": f"LoRA of {name} for {tokens}" if tokens else f"LoRA of {name}",
+            "modelspec.resolution": "64x64",
+        }
+        assert found == (expected | {"modelspec.trigger_phrase": tokens} if tokens else expected)
+        stock = QwenImagePipeline(None, None, None, None, load_transformer(base))
+        stock.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="subject")
+        applied = get_peft_model_state_dict(stock.transformer, adapter_name="subject")
+        stored = run.tensors(LORA_NAME)
+        assert len(applied) == len(stored)
+        assert all(torch.equal(value, stored[f"transformer.{key}"]) for key, value in applied.items())
 
 
 def test_created_is_the_time_in_utc_with_a_z(zero_prior):
@@ -195,7 +222,7 @@ def test_the_same_seed_gives_the_same_archive_but_for_the_time_it_took(zero_prio
     found, wanted = read_zip(again.archive), read_zip(zero_prior.archive)
     assert list(found) == list(wanted)
     differing = {name for name in again.meta if again.meta[name] != zero_prior.meta[name]}
-    assert differing <= {"created", *finetune_module.MEASURED}
+    assert differing <= {"created", *MEASURED}
     del found["meta.json"], wanted["meta.json"]
     assert found == wanted
 
@@ -212,10 +239,11 @@ def test_what_meta_json_records_is_the_configuration_of_the_run(zero_prior, base
 
 
 def test_with_a_fixed_time_the_same_seed_gives_the_same_bytes(dataset, base, tmp_path, monkeypatch):
-    monkeypatch.setenv(finetune_module.TIME_VARIABLE, "1700000000")
+    monkeypatch.setenv(TIME_VARIABLE, "1700000000")
     first, second = (train(dataset, replace(ZERO_PRIOR, steps=2), tmp_path / name, base) for name in ("1.zip", "2.zip"))
     assert first.archive.read_bytes() == second.archive.read_bytes()
     assert first.meta["created"] == "2023-11-14T22:13:20Z"
+    assert b'"modelspec.date":"2023-11-14T22:13:20Z"' in first.entry(LORA_NAME)
 
 
 def test_a_drawn_seed_is_logged_and_recorded_truly_and_another_seed_trains_otherwise(zero_prior, dataset, base, tmp_path):

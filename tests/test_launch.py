@@ -137,7 +137,7 @@ def test_a_training_through_the_server_uses_the_processes(base, dataset, tmp_pat
                 "resolution": "64",
                 "learning_rate": 1e-2,
                 "seed": 1,
-                "report": False,
+                "sample_every": 10,
             }
         )
     assert answer["status"] == "succeeded", answer

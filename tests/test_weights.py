@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from placeholder import weights as weights_module
 from placeholder.lora import A, B
 from placeholder.placeholder_token import check_tokens
-from placeholder.weights import LORA_NAME, Weights, embedding_name, read_weights, write_weights
+from placeholder.weights import LORA_NAME, Weights, add_files, embedding_name, read_weights, write_weights
 from tests.samples import read_zip, write_tar, write_zip
 
 FIRST = "transformer_blocks.0.attn.to_q"
@@ -78,6 +78,30 @@ def test_entries_are_stored_without_compression_and_without_a_time(archive):
 
 def test_nothing_is_left_beside_the_archive(archive, tmp_path):
     assert list(tmp_path.iterdir()) == [archive]
+
+
+def test_files_are_added_behind_the_rest_and_readers_pass_them_over(archive):
+    before = read_zip(archive)
+    add_files(archive, {"report/a.txt": b"a", "report/b/c.jpg": b"\xff"})
+    assert list(read_zip(archive).items()) == [*before.items(), ("report/a.txt", b"a"), ("report/b/c.jpg", b"\xff")]
+    assert_same(read_weights(archive), WEIGHTS)
+    with zipfile.ZipFile(archive) as opened:
+        assert {entry.compress_type for entry in opened.infolist()} == {zipfile.ZIP_STORED}
+        assert {entry.date_time for entry in opened.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+@pytest.mark.parametrize("title", ["", "x", "é" * 5, "a" * 1000])
+def test_the_header_of_the_lora_has_more_beside_what_diffusers_writes(title, tmp_path):
+    path = tmp_path / "weights.zip"
+    write_weights(path, WEIGHTS, CONFIGURATION, {"modelspec.title": title, "about": "b"})
+    assert_same(read_weights(path), WEIGHTS)
+    content = read_zip(path)[LORA_NAME]
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+    assert length % 8 == 0
+    assert list(metadata) == ["about", "format", "lora_adapter_metadata", "modelspec.title"]
+    assert (metadata["modelspec.title"], metadata["format"]) == (title, "pt")
+    assert json.loads(metadata["lora_adapter_metadata"]) == {f"transformer.{name}": v for name, v in CONFIGURATION.items()}
 
 
 def test_without_tokens_there_is_no_embeddings_folder(tmp_path):
