@@ -1,5 +1,6 @@
 """ComfyUI's node without ComfyUI: how a prompt is spliced for a stand-in of its tokenizer, and what is read from which file."""
 
+import ast
 import io
 import json
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from demo.server import ROOT
 from placeholder.lora import A, B
 from placeholder.models import prompt_ids, prompt_template
 from placeholder.placeholder_token import PlaceholderTokens
@@ -247,3 +249,39 @@ def test_the_node_is_run_again_where_its_file_changed(comfyui, folders):
     write_zip(folders.root / "input" / "changing.zip", {NAME: GOOD, "x": b""})
     assert node.IS_CHANGED(embedding="none", archive="changing.zip") != before
     assert node.IS_CHANGED(embedding="none") == "None"
+
+
+def test_the_node_imports_nothing_of_this_package():
+    found = set()
+    for path in (ROOT / "comfyui").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {name.name.split(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.split(".")[0])
+    assert found - sys.stdlib_module_names == {"torch", "safetensors", "folder_paths"}
+
+
+def test_the_workflow_uses_the_node_with_its_inputs(comfyui):
+    workflow = json.loads((ROOT / "comfyui" / "workflow.json").read_text())
+    used = [node["inputs"] for node in workflow.values() if node["class_type"] in comfyui.NODE_CLASS_MAPPINGS]
+    known = comfyui.node.QwenImagePlaceholderToken.INPUT_TYPES()
+    assert len(used) == 2
+    assert all(inputs.keys() == known["required"].keys() | known["optional"].keys() for inputs in used)
+
+
+def test_the_readme_states_what_the_check_has_found():
+    check = json.loads((ROOT / "comfyui" / "check.json").read_text())
+    readme = " ".join((ROOT / "comfyui" / "README.md").read_text().split())
+    prompts, predictions = check["largest_difference_of_conditioning"], check["largest_difference_of_prediction"]
+    assert f"ComfyUI {check['comfyui']} on the CPU" in readme
+    assert f"for {len(prompts)} prompts" in readme
+    assert f"by at most {max(prompts.values()):.1e}".replace("e-0", "e-") in readme
+    assert f"it differs by {check['smallest_with_the_row_turned_around']:.1f} or more" in readme
+    assert (
+        f"each of {check['lora']['layers']} layers by B A (largest difference {check['lora']['largest_difference_of_a_weight']})"
+        in readme
+    )
+    assert f"{check['lora_of_full_size']['loaded']} keys, into {check['lora_of_full_size']['layers']} layers" in readme
+    assert f"differs by {predictions['lora']:.1e} from".replace("e-0", "e-") in readme
+    assert f"changes it by {predictions['lora from base']:.3f}" in readme
