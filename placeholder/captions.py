@@ -1,6 +1,5 @@
 """The prompts of a training: captions with the token in its place, and what is to be kept beside them."""
 
-import hashlib
 from collections.abc import Callable
 
 from placeholder.config import TrainConfig
@@ -17,17 +16,6 @@ def trained_captions(photos: list[Photo], config: TrainConfig, log: Callable[[st
     placed = [place_token(caption, config.tokens, photo.name) for caption, photo in zip(captions, photos, strict=True)]
     log(f"Captions: {sum(in_front for _, in_front in placed)} of {len(placed)} lacked the token and got it in front")
     return [caption for caption, _ in placed]
-
-
-def dataset_digest(photos: list[Photo], captions: list[str]) -> str:
-    """The SHA-256 of all crops and captions, by which a data set is known again however it was packed."""
-    digest = hashlib.sha256()
-    for photo, caption in zip(photos, captions, strict=True):
-        digest.update(f"{len(caption)} {caption}".encode())
-        for pixels in photo.crops:
-            digest.update(f"{tuple(pixels.shape)}".encode())
-            digest.update(pixels.numpy(force=True).tobytes())
-    return digest.hexdigest()
 
 
 def preserved_prompts(captions: list[str], config: TrainConfig, log: Callable[[str], None]) -> list[tuple[str, ...]]:

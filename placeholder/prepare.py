@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from placeholder.captions import dataset_digest, preserved_prompts, trained_captions
+from placeholder.captions import preserved_prompts, trained_captions
 from placeholder.checkpoint import Checkpoint
 from placeholder.config import TrainConfig
 from placeholder.dataset import DatasetReport, Photo, dataset_digest, read_dataset, thumbnail

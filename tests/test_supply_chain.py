@@ -8,7 +8,8 @@ import pytest
 
 from demo.server import ROOT
 
-SOURCES = [ROOT / "predict.py", ROOT / "train.py", *sorted((ROOT / "placeholder").glob("*.py"))]
+FOLDERS = ("placeholder", "comfyui")
+SOURCES = [ROOT / "predict.py", ROOT / "train.py", *(path for name in FOLDERS for path in sorted((ROOT / name).glob("*.py")))]
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 WITHOUT_WEIGHTS = {"Qwen2Tokenizer", "FlowMatchEulerDiscreteScheduler"}  # read from JSON and text
