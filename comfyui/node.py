@@ -40,9 +40,9 @@ class QwenImagePlaceholderToken:
         }
 
     @classmethod
-    def IS_CHANGED(cls, embedding: str, archive: str = "", **_: Any) -> str:  # noqa: N802 (ComfyUI's name)
-        """What changes when the file does, so that ComfyUI encodes again."""
-        path = chosen_file(embedding, archive)
+    def IS_CHANGED(cls, embedding: str | None, archive: str | None = "", **_: Any) -> str:  # noqa: N802 (ComfyUI's name)
+        """What changes when the file does, so that ComfyUI encodes again; it gives None for an input that is a link."""
+        path = chosen_file(embedding or NONE, archive or "")
         state = path.stat() if path and path.is_file() else None
         return f"{path} {state.st_mtime_ns} {state.st_size}" if state else str(path)
 

@@ -248,7 +248,7 @@ def test_the_node_is_run_again_where_its_file_changed(comfyui, folders):
     assert node.IS_CHANGED(embedding="none", archive="changing.zip", text="b") == before
     write_zip(folders.root / "input" / "changing.zip", {NAME: GOOD, "x": b""})
     assert node.IS_CHANGED(embedding="none", archive="changing.zip") != before
-    assert node.IS_CHANGED(embedding="none") == "None"
+    assert node.IS_CHANGED(embedding="none") == node.IS_CHANGED(embedding=None, archive=None) == "None"
 
 
 def test_the_node_imports_nothing_of_this_package():
