@@ -62,6 +62,9 @@ class ImageGenerator:
             tokenizer=None,
             transformer=load_transformer(base, streamed=placement.stream_transformer),
         )
+        # Stretching the schedule so that its last step is at shift_terminal divides 0 by 0 where the last step is the first.
+        scheduler = self.pipeline.scheduler
+        self.schedulers = (scheduler, type(scheduler).from_config(scheduler.config, shift_terminal=None))
         self.pipeline.set_progress_bar_config(disable=True)  # its line is rewritten in place, which logs do not show
         self.archives: OrderedDict[str, Weights] = OrderedDict()  # by digest, the least recently used first
         self.embeddings = lru_cache(maxsize=PROMPTS_KEPT)(self._encode)
@@ -170,6 +173,7 @@ class ImageGenerator:
             self.log(tqdm.format_meter(index + 1, request.steps, time.monotonic() - start, ascii=" #"))
             return kept
 
+        self.pipeline.scheduler = self.schedulers[request.steps == 1]
         self._stop_caching()
         try:
             if request.go_fast:

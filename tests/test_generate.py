@@ -429,3 +429,9 @@ def test_the_lora_of_the_archive_is_the_one_that_is_applied(draw, zero_prior):
     assert applied.keys() == {key.removeprefix("transformer.").removesuffix(".weight") for key in stored}
     for key, value in stored.items():
         assert torch.equal(applied[key.removeprefix("transformer.").removesuffix(".weight")], value.float())
+
+
+def test_a_single_step_draws_the_models_first_guess(draw, plain_picture):
+    once = draw(replace(PLAIN, steps=1, guidance=1.0))
+    assert once.std() > 1  # diffusers alone draws black
+    assert np.array_equal(draw(PLAIN), plain_picture)
