@@ -18,7 +18,7 @@ from placeholder.models import BaseModel, PromptEmbeddings, load_scheduler, load
 from placeholder.placeholder_token import PlaceholderTokens, without_token
 
 STEPS, GUIDANCE, SEED = 20, 4.0, 0  # the guidance of Qwen-Image's own examples, fewer steps; the same noise for every picture
-MAX_SIDE = 512  # pixels: at full size a picture then costs about what ten training steps do
+MAX_SIDE = 512  # pixels: at full size a picture then costs about seven training steps (counted in FLOPs)
 CAPTIONS = 3  # how many of the data set's stand in for prompts that are not given
 BASE, ROW_RESET, TRAINED = "base model", "LoRA, token reset", "LoRA and token"
 TRAINED_BASELINE = "LoRA"
