@@ -20,6 +20,7 @@ from placeholder.placeholder_token import PlaceholderTokens, without_token
 STEPS, GUIDANCE, SEED = 20, 4.0, 0  # the guidance of Qwen-Image's own examples, fewer steps; the same noise for every picture
 MAX_SIDE = 512  # pixels: at full size a picture then costs about seven training steps (counted in FLOPs)
 CAPTIONS = 3  # how many of the data set's stand in for prompts that are not given
+STEPS_A_CAPTION = 300  # of training: in fewer steps the pictures of more captions would cost a large part of the training
 BASE, ROW_RESET, TRAINED = "base model", "LoRA, token reset", "LoRA and token"
 TRAINED_BASELINE = "LoRA"
 
@@ -29,17 +30,21 @@ class InterruptedDrawing(Exception):  # noqa: N818 - nothing is wrong
 
 
 def sample_prompts(config: TrainConfig, captions: Sequence[str]) -> list[str]:
-    """The prompts that are drawn: those given, otherwise the first distinct captions; none without a report."""
+    """The prompts that are drawn: those given, otherwise the first distinct captions, fewer in a short training; none without a report."""
     if not config.report:
         return []
     given = [line.strip() for line in config.sample_prompts.splitlines() if line.strip()]
-    return list(dict.fromkeys(given)) or list(dict.fromkeys(captions))[:CAPTIONS]
+    count = min(CAPTIONS, max(1, config.steps // STEPS_A_CAPTION))
+    return list(dict.fromkeys(given)) or list(dict.fromkeys(captions))[:count]
 
 
 def grid_prompts(config: TrainConfig, captions: Sequence[str]) -> list[str]:
-    """The prompts of the grid: those of the samples and, where these are captions, the first one without its token."""
+    """The prompts of the grid: those of the samples and, where these are captions, the first one without its token.
+
+    That one is left out of a training of few steps.
+    """
     prompts = sample_prompts(config, captions)
-    if prompts and config.tokens and not config.sample_prompts.strip():
+    if prompts and config.tokens and not config.sample_prompts.strip() and config.steps >= STEPS_A_CAPTION:
         prompts.append(without_token(prompts[0], config.tokens, config.class_word))
     return list(dict.fromkeys(prompts))
 

@@ -34,6 +34,7 @@ from tests.samples import Run, read_zip
 COMMAND = [sys.executable, "-m", "placeholder"]
 FUNCTIONS = {"train": train_module.train, "predict": predict_module.Predictor.predict}
 SHORT = [
+    "--no-report",
     "--steps",
     "15",
     "--rank",
@@ -66,10 +67,12 @@ def actions(command: str) -> dict:
 
 @pytest.fixture
 def sigterm():
-    """The handler that `main` sets is taken back."""
-    before = signal.getsignal(signal.SIGTERM)
+    """The handler that `main` sets is taken back; Ctrl-C is heard, also where these tests run in the background of a shell."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run(arguments: list[str], folder: Path, **env: str) -> subprocess.CompletedProcess:

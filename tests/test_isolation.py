@@ -256,7 +256,7 @@ def test_cancelled_at_random_moments_the_server_goes_on_as_if_undisturbed(base, 
             server.cancel(f"cancelled-{number}")
             start = time.monotonic()
             while requests.get(f"{server.url}/health-check", timeout=5).json()["status"] != "READY":
-                assert time.monotonic() - start < 2
+                assert time.monotonic() - start < 6  # other tests run beside this one
                 time.sleep(0.02)
             assert ours() == []
             answer = server.ask(inputs[(number + 1) % 3])

@@ -138,7 +138,7 @@ def test_cancelled_trainings_leave_nothing_and_the_next_one_is_as_if_they_had_no
         start = time.monotonic()
         training_server.cancel(f"cancelled-{number}")
         training_server.wait_until_ready()
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 6  # other tests run beside this one; make interruptions holds it to two seconds
         assert ours(temporary, "training") == set()
     assert result() == undisturbed
 

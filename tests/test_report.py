@@ -34,6 +34,7 @@ def quick(tokenizer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
         patch.setattr(samples_module, "STEPS", 2)
+        patch.setattr(samples_module, "STEPS_A_CAPTION", 1)  # as in a long training
         yield
 
 

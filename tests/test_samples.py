@@ -17,6 +17,12 @@ TOKEN = TrainConfig(**SHORT | {"report": True}, train_placeholder_token=True, pl
 BASELINE = TrainConfig(**SHORT | {"report": True})
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_long_training(monkeypatch):
+    """The short trainings here draw what a long one draws."""
+    monkeypatch.setattr(samples_module, "STEPS_A_CAPTION", 1)
+
+
 @pytest.mark.parametrize(
     ("given", "class_word", "samples", "grid"),
     [
@@ -31,6 +37,16 @@ def test_the_prompts_are_those_given_or_the_first_captions(given, class_word, sa
     assert sample_prompts(config, captions) == samples
     assert grid_prompts(config, captions) == grid
     assert grid_prompts(replace(config, report=False), captions) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "samples", "without"), [(100, 1, False), (299, 1, False), (300, 1, True), (600, 2, True), (1000, 3, True)]
+)
+def test_a_short_training_draws_fewer_captions(steps, samples, without, monkeypatch):
+    monkeypatch.undo()
+    captions, config = ["<zwx> a", "<zwx> b", "<zwx> c", "<zwx> d"], replace(TOKEN, steps=steps)
+    assert sample_prompts(config, captions) == captions[:samples]
+    assert grid_prompts(config, captions) == captions[:samples] + ["a"] * without
 
 
 @pytest.mark.parametrize(("resolution", "side"), [((64,), 64), ((100, 512), 96), ((768, 1024), 512)])
