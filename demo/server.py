@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +69,27 @@ class CogServer:
     def ask(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """One training or prediction; the server's answer as it is, whether it succeeded or failed."""
         route = "trainings" if self.mode == "train" else "predictions"
-        for _ in range(50):
-            response = requests.post(f"{self.url}/{route}", json={"input": inputs}, timeout=1800)
-            if response.status_code != 409:  # busy, for about 100 ms after a result too
-                response.raise_for_status()
-                return response.json()
-            time.sleep(0.1)
-        raise RuntimeError("the server stayed busy")
+        answer = self._unless_busy(lambda: requests.post(f"{self.url}/{route}", json={"input": inputs}, timeout=1800))
+        return answer.json()
 
     def start(self, name: str, inputs: dict[str, Any]) -> None:
         """Begin a training or prediction called `name` and do not wait for it."""
         route = "trainings" if self.mode == "train" else "predictions"
         headers = {"Prefer": "respond-async"}
-        requests.put(f"{self.url}/{route}/{name}", json={"input": inputs}, headers=headers, timeout=30).raise_for_status()
+        self._unless_busy(
+            lambda: requests.put(f"{self.url}/{route}/{name}", json={"input": inputs}, headers=headers, timeout=30)
+        )
+
+    @staticmethod
+    def _unless_busy(send: Callable[[], requests.Response]) -> requests.Response:
+        """The answer, after five seconds at most; the server is busy (409) for about 100 ms after a result too."""
+        for _ in range(50):
+            response = send()
+            if response.status_code != 409:
+                response.raise_for_status()
+                return response
+            time.sleep(0.1)
+        raise RuntimeError("the server stayed busy")
 
     def cancel(self, name: str) -> None:
         """Cancel what `start` began."""

@@ -90,7 +90,8 @@ class CheckpointFolder:
             raise OSError(str(error)) from error
         finally:
             partial.unlink(missing_ok=True)
-        _flush(self.path)
+        with suppress(OSError):  # some network file systems do not flush folders
+            _flush(self.path)
         for old in stored_checkpoints(self.path)[:-KEPT]:
             with suppress(FileNotFoundError):
                 old.unlink()

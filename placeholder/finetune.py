@@ -83,19 +83,20 @@ def finetune(
     for step in training.steps(config, processes):
         record.note(step)
         if report is not None:
-            report.sample(step.number)  # meanwhile the other processes wait for this one's gradients
+            record.start += report.sample(step.number)  # meanwhile the other processes wait for this one's gradients
         if checkpoints is None or processes.index > 0:
             continue
         stopping = stop.wanted
         if stopping or step.number % checkpoints.every == 0:
-            _save(checkpoints, training, shared | {"config": asdict(config), "record": record.facts()}, log)
+            saved = _save(checkpoints, training, shared | {"config": asdict(config), "record": record.facts()}, log)
         if stopping:
-            raise StoppedError(f"the training was stopped after step {step.number}: resume_from takes its checkpoint")
+            last = "its checkpoint" if saved else "the newest checkpoint that could be written"
+            raise StoppedError(f"the training was stopped after step {step.number}: resume_from takes {last}")
     stop.heeded = False
     if processes.index > 0:
         return None
     figures = record.figures() | shared | {"base_model_revision": base.commit}
-    timing.seconds["steps"] = figures["training_seconds"] - timing.seconds.get("samples", 0.0)
+    timing.seconds["steps"] = figures["training_seconds"]
     diagnostics = _diagnostics(training, log) if config.tokens else None
     if diagnostics is not None:
         figures |= diagnostics.meta()
@@ -132,16 +133,18 @@ def with_seed(config: TrainConfig, log: Log) -> TrainConfig:
     return config
 
 
-def _save(checkpoints: CheckpointFolder, training: Training, facts: dict[str, Any], log: Log) -> None:
-    """Leave a checkpoint; a disk that is full costs the checkpoint, not the training."""
+def _save(checkpoints: CheckpointFolder, training: Training, facts: dict[str, Any], log: Log) -> bool:
+    """Leave a checkpoint, and say whether it is there; a disk that is full costs the checkpoint, not the training."""
     step = training.position.step
     tensors, state = capture(training.trainee, training.position)
+    facts |= {"dataset_digest": training.dataset_digest, "transformer_storage": training.plan.storage}
     try:
-        checkpoints.write(step, tensors, facts | {"step": step, "dataset_digest": training.dataset_digest, "state": state})
+        checkpoints.write(step, tensors, facts | {"step": step, "state": state})
     except OSError as error:
         log(f"Warning: the checkpoint of step {step} could not be written ({error}): the training goes on without it")
-    else:
-        log(f"Checkpoint: step {step}")
+        return False
+    log(f"Checkpoint: step {step}")
+    return True
 
 
 def _memory(training: Training, log: Log) -> dict[str, Any]:

@@ -18,7 +18,12 @@ from placeholder.weights import EMBEDDINGS_FOLDER, LORA_NAME, META_NAME
 Log = Callable[[str], None]
 BASE_LICENCE = "apache-2.0"  # of Qwen/Qwen-Image, from which the LoRA is derived
 # Pictures that the model has drawn. The photographs it was trained on stay with the user.
+GRID = "report/grid.jpg"
 SHOWN = re.compile(r"report/(grid\.jpg|curve\.png|samples/[^/]+\.jpg)")
+
+
+# What the client raises: of the hub, of the connection, of the card's front matter, of large files and of the disk.
+UPLOAD_ERRORS = (HfHubHTTPError, HTTPError, ValueError, RuntimeError, OSError)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class HubRepository:
         """Upload what the archive holds; the training is not lost where that fails, the log says so."""
         try:
             commit = self._api().create_commit(self.repo_id, _operations(archive, self.repo_id), commit_message="Upload LoRA")
-        except (HfHubHTTPError, HTTPError) as error:
+        except UPLOAD_ERRORS as error:
             log(f"Warning: the upload to {self.repo_id} failed ({_reason(error)}): the archive itself is returned as always")
         else:
             log(f"Uploaded to {commit.commit_url}")
@@ -87,14 +92,16 @@ def model_card(meta: dict[str, Any], repo_id: str, pictures: list[str]) -> str:
     tokens = list(meta["placeholder_token_ids"])
     prompt = f"a photo of {tokens[0]}" if tokens else meta["default_caption"]
     options = ("steps", "rank", "learning_rate", "batch_size", "resolution", "optimizer", "seed", "images")
+    base_model = meta["base_model"]
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) and not Path(base_model).exists()
     data = ModelCardData(
-        base_model=meta["base_model"],
+        base_model=base_model if on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         license=BASE_LICENCE,
         instance_prompt=prompt,
         tags=["text-to-image", "diffusers", "lora", "qwen-image", "template:sd-lora"],
-        widget=[{"text": prompt, "output": {"url": name}} for name in pictures],
+        widget=[{"text": prompt, "output": {"url": name}} for name in pictures if name == GRID],
     )
     about = "Trigger: " + (", ".join(f"`{token}`" for token in tokens) or "the words of the captions")
     if tokens:

@@ -25,6 +25,7 @@ from accelerate import PartialState
 
 from placeholder.checkpoint import CheckpointFolder
 from placeholder.config import TrainConfig
+from placeholder.determinism import deterministic
 from placeholder.failures import ShortageError, plain_failures
 from placeholder.finetune import Stop, StoppedError, finetune
 from placeholder.models import BaseModel
@@ -86,7 +87,7 @@ def finetune_on_all_gpus(
     count = wanted_processes()
     base = BaseModel.from_environment()
     if count == 1 and checkpoints is None:
-        with plain_failures(LESS_MEMORY):
+        with plain_failures(LESS_MEMORY), deterministic(base.device):
             finetune(dataset, config, output, base, log, resume_from=resume_from)
         return
     job = Job(str(dataset), str(output), asdict(config), resume_from and str(resume_from), ends_with_stdin=True)
@@ -129,7 +130,7 @@ def _run(count: int, job: Path, log: Log) -> int:
             lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    served = _knock() == 0
+    served = "cog" in sys.modules and _knock() == 0
     try:
         while True:
             if served and _knock() == errno.ECONNREFUSED:
@@ -226,12 +227,13 @@ def main(file: Path) -> None:
                 print(line, flush=True)
 
     try:
-        with plain_failures(LESS_MEMORY):
+        base = BaseModel.from_environment()
+        with plain_failures(LESS_MEMORY), deterministic(base.device):
             finetune(
                 Path(job.dataset),
                 config,
                 Path(job.output),
-                BaseModel.from_environment(),
+                base,
                 log,
                 processes,
                 Path(job.resume_from) if job.resume_from else None,
@@ -239,7 +241,8 @@ def main(file: Path) -> None:
                 ending.stop,
             )
     except (ValueError, RuntimeError) as error:
-        _tell(file, error, processes.index)
+        if job.ends_with_stdin:  # somebody waits for what went wrong
+            _tell(file, error, processes.index)
         if isinstance(error, ValueError | StoppedError | ShortageError):
             os._exit(1)  # the log is flushed line by line; taking the interpreter down would take its time
         raise

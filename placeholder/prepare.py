@@ -36,7 +36,7 @@ from placeholder.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings
 from placeholder.plan import Plan, plan_training
 from placeholder.processes import Processes
-from placeholder.resume import apply_start, check_dataset
+from placeholder.resume import apply_start, check_dataset, check_storage
 from placeholder.samples import grid_prompts
 from placeholder.timing import Timing
 from placeholder.trainer import ALONE, Example, Position, Step, Trainee, training_steps
@@ -116,6 +116,7 @@ def prepare(
     largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
     free = processes.least(free_bytes(base.device))
     plan = plan_training(base, config, largest, max(map(len, chain(ids, *preserved))), free, processes.count)
+    check_storage(start, plan.storage)
     for line in plan.lines():
         log(line)
 

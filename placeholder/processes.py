@@ -1,6 +1,7 @@
 """The processes that train together, each on its own GPU: the same random numbers in each, gradients added up."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +10,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 T = TypeVar("T")
+# How long the processes wait for one that downloads the base model, draws samples or writes a checkpoint.
+PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Processes:
     @classmethod
     def from_environment(cls) -> "Processes":
         """Join the group that torchrun or accelerate launch has set up; alone where there is none."""
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         return cls(state.num_processes, state.process_index)
 
     def share(self, batch: list[T]) -> list[T]:

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from placeholder.config import YAML_SECTIONS, TrainConfig
-from placeholder.failures import ShortageError, plain_failures
+from placeholder.failures import plain_failures
 from placeholder.figures import Panel, draw_grid, draw_panels
 from placeholder.meta import fixed_time
 from placeholder.models import DEFAULT_MODEL, BaseModel, transformer_shell
@@ -29,7 +29,7 @@ class Report:
     """Collects what a training shows of itself while it runs; `files` has it all.
 
     Samples are kept in memory: those of the steps before an interruption are not in the report of the training that goes on.
-    Pictures for which the memory does not suffice are a warning and a note on the page.
+    Pictures that cannot be drawn, for the want of memory or otherwise, are a warning and a note on the page.
     """
 
     def __init__(
@@ -51,13 +51,15 @@ class Report:
         self.grid: dict[str, list[Image.Image]] | None = None
         self.missing: list[str] = []
 
-    def sample(self, step: int) -> None:
-        """Draw samples where this step is one of those that have them."""
+    def sample(self, step: int) -> float:
+        """Draw samples where this step is one of those that have them; returns the seconds that it took."""
+        before = self.timing.seconds.get("samples", 0.0)
         if self.config.sample_every and step % self.config.sample_every == 0:
             drawn = self._drawn("samples", f"the samples of step {step}", lambda: self.sampler.draw(self.sample_prompts))
             if drawn is not None:
                 self.samples[step] = drawn
-                self.log(f"Samples of step {step}: {len(drawn)} pictures")
+                self.log(f"Samples of step {step}: {len(drawn)} drawn")
+        return self.timing.seconds.get("samples", 0.0) - before
 
     def draw_grid(self) -> None:
         """Draw the prompts with and without what was trained."""
@@ -71,7 +73,7 @@ class Report:
                 return draw()
         except InterruptedDrawing:
             return None
-        except ShortageError as error:
+        except (RuntimeError, ValueError, OSError) as error:  # the pictures are not worth the training
             self.missing.append(f"Not drawn: {what} ({error})")
             self.log(f"Warning: not drawn for the report: {what} ({error})")
             return None

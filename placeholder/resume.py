@@ -80,6 +80,15 @@ def check_dataset(start: Checkpoint | Weights | None, digest: str) -> None:
         raise ValueError(f"{start.name} was made on another data set: give the one it was made on, or leave resume_from out")
 
 
+def check_storage(start: Checkpoint | Weights | None, storage: str) -> None:
+    """Raise ValueError where a checkpoint was made with the transformer stored otherwise, which `quantize` leaves to the memory."""
+    if isinstance(start, Checkpoint) and (stored := start.facts.get("transformer_storage")) != storage:
+        raise ValueError(
+            f"{start.name} was made with the transformer stored as {shown(stored)}, the memory that is free here makes it {storage}: "
+            "go on where as much memory is free as there, or leave resume_from out"
+        )
+
+
 def apply_start(start: Checkpoint | Weights, trainee: Trainee, tokens: PlaceholderTokens, position: Position) -> str:
     """Put the start in the place of the fresh LoRA and rows; returns the line that says what was done."""
     if isinstance(start, Checkpoint):

@@ -34,6 +34,8 @@ def sample_prompts(config: TrainConfig, captions: Sequence[str]) -> list[str]:
     if not config.report:
         return []
     given = [line.strip() for line in config.sample_prompts.splitlines() if line.strip()]
+    if len(config.tokens) == 1:
+        given = [line.replace("<>", config.tokens[0]).replace("[trigger]", config.tokens[0]) for line in given]
     count = min(CAPTIONS, max(1, config.steps // STEPS_A_CAPTION))
     return list(dict.fromkeys(given)) or list(dict.fromkeys(captions))[:count]
 
@@ -96,12 +98,13 @@ class Sampler:
     def _pipeline(self) -> Iterator[QwenImagePipeline]:
         """The pipeline around the transformer; its VAE is in memory only meanwhile."""
         vae = load_vae(self.base, self.base.dtype)
+        pipeline = QwenImagePipeline(load_scheduler(self.base), vae, None, None, self.transformer)
+        del vae
+        pipeline.set_progress_bar_config(disable=True)
         try:
-            pipeline = QwenImagePipeline(load_scheduler(self.base), vae, None, None, self.transformer)
-            pipeline.set_progress_bar_config(disable=True)
             yield pipeline
         finally:
-            pipeline = vae = None
+            pipeline.register_modules(vae=None, transformer=None)  # the caller may still hold the pipeline
             if self.transformer.device.type == "cuda":  # the VAE's modules refer to themselves: only the collector frees them
                 free_memory()
 

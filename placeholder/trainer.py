@@ -110,7 +110,7 @@ def training_steps(
     batch_size = config.batch_size * processes.count
     for number in range(position.step + 1, config.steps + 1):
         lora_learns = number > rows_alone
-        # While the LoRA is still zero there is nothing that it could have changed.
+        # The preserved prompts hold no token: while the rows learn alone there is nothing for them to do.
         preserves = lora_learns and number % config.prior_preservation_interval == 0
         batch = [
             draw_sample(examples[position.next_index(len(examples))], empty_ids, config.caption_dropout, position.generator)

@@ -55,7 +55,7 @@ def _externalise(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     Dictionaries become lists of pairs, because their keys may be numbers.
     """
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = value.detach().cpu().clone().contiguous()  # of its own: bitsandbytes shares tables between parameters
         return {"tensor": name}
     if isinstance(value, dict):
         return {"items": [[key, _externalise(item, f"{name}.{key}", tensors)] for key, item in value.items()]}

@@ -130,7 +130,7 @@ def test_cancelled_trainings_leave_nothing_and_the_next_one_is_as_if_they_had_no
         del entries["meta.json"]  # it tells the time
         return entries
 
-    inputs = {"dataset": data_url(dataset), **TRAINING, "steps": 2, "placeholder_token": "<zwx>"}
+    inputs = {"dataset": data_url(dataset), **TRAINING, "steps": 2, "placeholder_token": "<zwx>", "report": False}
     undisturbed, moments = result(), random.Random(0)
     for number in range(4):
         training_server.start(f"cancelled-{number}", inputs | {"steps": 20000})

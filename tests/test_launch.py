@@ -146,7 +146,7 @@ def test_a_training_through_the_server_uses_the_processes(base, dataset, tmp_pat
     archive.write_bytes(from_data_url(answer["output"]["weights"]))
     assert read_weights(archive).meta["processes"] == 2
     assert {"report/index.html", "report/samples/step-000010-1.jpg"} <= set(read_zip(archive))
-    assert answer["logs"].count("Samples of step 10: 3 pictures") == 1
+    assert answer["logs"].count("Samples of step 10: 1 drawn") == 1
 
 
 def trainers(server: CogServer) -> list[float]:

@@ -225,11 +225,11 @@ class Small(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adam8bit", "prodigy"])
-def test_every_optimizer_goes_on_as_if_nothing_had_happened(name):
+def test_every_optimizer_goes_on_as_if_nothing_had_happened(name, tmp_path):
     def fresh() -> tuple[Trainee, Position]:
         generator = torch.Generator().manual_seed(0)
-        # One larger than 4096 numbers, from where on bitsandbytes stores states in 8 bits.
-        lora = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((80, 80), (4, 6))]
+        # Two larger than 4096 numbers, from where on bitsandbytes stores states in 8 bits.
+        lora = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((80, 80), (4, 6), (70, 70))]
         rows = RowOptimizer(torch.nn.Parameter(torch.randn(2, 8, generator=generator)), 1e-2, 100.0)
         trainee = Trainee(Small(), None, lora, lora_optimizer(name, lora, 1e-2), BlockCheckpointing(Small(), 0), rows)
         return trainee, Position(generator)
@@ -247,8 +247,9 @@ def test_every_optimizer_goes_on_as_if_nothing_had_happened(name):
     first = fresh()
     train(*first, 7)
     tensors, state = capture(*first)
+    stored = read_checkpoint(CheckpointFolder(tmp_path, 1).write(7, tensors, {"state": state}))
     second = fresh()
-    restore(*second, tensors, json.loads(json.dumps(state)))
+    restore(*second, stored.tensors, stored.facts["state"])
     assert second[1].step == 7
     again = train(*second, 5)
     assert all(torch.equal(found, wanted) for found, wanted in zip(again, whole, strict=True))
