@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType, MethodType
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from placeholder.labels import quoted
+from placeholder.training_layers import prepare_layers
 
 # Attention of both streams. With the feed-forward layers the archive more than doubles, and Cog hands archives over as base64.
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -41,22 +42,8 @@ def add_lora(transformer: QwenImageTransformer2DModel, rank: int, seed: int) -> 
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
             parameters.append(parameter)
-    for module in transformer.modules():
-        if isinstance(module, BaseTunerLayer):
-            # Autocast brings weight and input together; PEFT would keep an fp32 copy of each input for the backward pass.
-            module.cast_input_dtype_enabled = False
-        elif type(module) is nn.LayerNorm:
-            module.forward = MethodType(_outside_autocast, module)
+    prepare_layers(transformer, ADAPTER)
     return parameters
-
-
-def _outside_autocast(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The norm in its input's dtype, as in prediction: CUDA's autocast returns fp32, which then is kept beside every bf16 copy.
-
-    The CUDA kernel accumulates in fp32 all the same.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        return nn.LayerNorm.forward(norm, x)
 
 
 def lora_state_dict(transformer: QwenImageTransformer2DModel) -> dict[str, Tensor]:
