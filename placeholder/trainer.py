@@ -146,10 +146,12 @@ def gradients(
     """
     loss, preservation = torch.zeros((), device=trainee.transformer.device), None
     trainee.lora_optimizer.zero_grad(set_to_none=True)
+    window = None
     if trainee.row_optimizer is not None:
         trainee.row_optimizer.rows.grad = None
+        window = trainee.prompt_embeds.window([sample.input_ids for sample in batch])
     for group in grouped(batch):
-        part = sample_losses(trainee.transformer, trainee.prompt_embeds, group).sum() / batch_size
+        part = sample_losses(trainee.transformer, window or trainee.prompt_embeds, group).sum() / batch_size
         part.backward()
         loss += part.detach()
         if not prior_preservation:
@@ -158,6 +160,8 @@ def gradients(
             part = preservation_losses(trainee.transformer, trainee.prompt_embeds, group, prompts).sum() / batch_size
             (prior_preservation * part).backward()
             preservation = part.detach() if preservation is None else preservation + part.detach()
+    if window is not None:
+        window.backward()
     return loss, preservation
 
 

@@ -17,6 +17,7 @@ from placeholder.models import (
     load_vae,
     prompt_ids,
     prompt_template,
+    template_states,
 )
 from placeholder.placeholder_token import PlaceholderTokens
 from tests.samples import picture
@@ -201,3 +202,50 @@ def test_the_full_size_model_without_a_gpu_gets_its_sentence(monkeypatch):
         ValueError, match="no CUDA GPU was found and Qwen/Qwen-Image needs one: run on a GPU, or name a small model"
     ):
         BaseModel.from_environment()
+
+
+def test_a_template_run_once_leaves_embeddings_and_gradients_as_they_are(text_encoder, tokenizer):
+    tokens = PlaceholderTokens(151665, {"<zwx>": torch.full((1, 32), 0.01)}, 32)
+    ids = torch.tensor([prompt_ids(tokenizer, tokens, f"a {kind} of <zwx> at sunset") for kind in ("photo", "drawing")])
+    states = template_states(text_encoder, ids[:1, : prompt_template()[2]])
+    whole, parted = encode_prompts(text_encoder, tokens, ids), encode_prompts(text_encoder, tokens, ids, states)
+    torch.testing.assert_close(parted, whole, rtol=1e-4, atol=1e-5)
+    expected, found = (torch.autograd.grad(embeds.square().sum(), tokens.rows)[0] for embeds in (whole, parted))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_that_begins_with_a_line_break_has_a_template_of_its_own(text_encoder, tokenizer):
+    tokens = PlaceholderTokens(151665, {"<zwx>": torch.full((1, 32), 0.01)}, 32)
+    prompts = [prompt_ids(tokenizer, tokens, prompt) for prompt in ("\n<zwx>", "a photo of <zwx>")]
+    assert prompts[0][:34] != prompts[1][:34]
+    found = PromptEmbeddings(text_encoder, tokens).window(prompts)
+    for ids in prompts:
+        expected = encode_prompts(text_encoder, tokens, torch.tensor([ids]))
+        torch.testing.assert_close(found([ids]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_window_encodes_prompts_of_all_lengths_in_one_call_and_goes_back_through_it_once(
+    text_encoder, tokenizer, monkeypatch
+):
+    tokens = PlaceholderTokens(151665, {"<zwx>": torch.full((1, 32), 0.01)}, 32)
+    texts = ("a photo of <zwx>", "<zwx>, again, in the middle of a much longer text", "no name", "a photo of <zwx>")
+    prompts = [prompt_ids(tokenizer, tokens, prompt) for prompt in texts]
+    apart = PromptEmbeddings(text_encoder, tokens)
+    apart.cache(prompts)
+    expected = [apart([ids]) for ids in prompts]
+    gradient = torch.autograd.grad(sum(embeds.square().sum() for embeds in expected), tokens.rows)[0]
+
+    calls, forward = [], text_encoder.layers[0].forward
+    prompt_embeds = PromptEmbeddings(text_encoder, tokens)
+    prompt_embeds.cache(prompts)
+    monkeypatch.setattr(text_encoder.layers[0], "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    window = prompt_embeds.window(prompts)
+    assert len(calls) == 1
+    for ids, embeds in zip(prompts, expected, strict=True):
+        torch.testing.assert_close(window([ids]), embeds, rtol=1e-4, atol=1e-5)
+        if embeds.requires_grad:
+            window([ids]).square().sum().backward()
+    assert tokens.rows.grad is None
+    window.backward()
+    torch.testing.assert_close(tokens.rows.grad, gradient, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 1

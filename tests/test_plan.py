@@ -67,7 +67,10 @@ def test_what_a_step_keeps_is_foretold_without_any_weight(base, dataset, monkeyp
 def test_the_expected_height_is_that_of_a_real_step(dataset, small_base, monkeypatch, storage, recompute):
     options = TOKEN | {"prior_preservation": 0.0, "batch_size": 4, "rank": 8}
     training = prepared(dataset, small_base, storage, monkeypatch, **options)
-    training.examples[:] = [sample.example for sample in largest_batch(training, 4)]
+    largest = largest_batch(training, 1)[0].example
+    # Four prompts that differ in one word: equal ones would be encoded once.
+    prompts = [largest.input_ids[:34] + (word,) + largest.input_ids[35:] for word in range(4)]
+    training.examples[:] = [replace(largest, input_ids=ids) for ids in prompts]
     need = training.plan.chosen
     recomputed = need.footprint.blocks if recompute else 0
     training.trainee.checkpointing.recomputed = recomputed
@@ -94,12 +97,12 @@ QUANTIZED = {"quantize": True}
 @pytest.mark.parametrize(
     ("config", "gigabytes", "expected"),
     [
-        (WITH, 80, ("full", 30)),
+        (WITH, 80, ("full", 20)),
         (WITHOUT, 80, ("full", 0)),
-        (replace(WITH, **QUANTIZED), 48, ("int8", 56)),
-        (replace(WITH, **QUANTIZED), 40, ("nf4", 44)),
-        (replace(WITHOUT, **QUANTIZED), 48, ("int8", 39)),
-        (replace(WITHOUT, **QUANTIZED), 24, ("nf4", 43)),
+        (replace(WITH, **QUANTIZED), 48, ("int8", 55)),
+        (replace(WITH, **QUANTIZED), 40, ("nf4", 38)),
+        (replace(WITHOUT, **QUANTIZED), 48, ("int8", 36)),
+        (replace(WITHOUT, **QUANTIZED), 24, ("nf4", 37)),
     ],
 )
 def test_the_full_size_model_fits_the_cards_that_people_have(config, gigabytes, expected):
@@ -110,7 +113,7 @@ def test_the_full_size_model_fits_the_cards_that_people_have(config, gigabytes, 
 @pytest.mark.parametrize(
     ("config", "gigabytes", "remedy"),
     [
-        (WITH, 48, "needs 59.2 GB, 43.2 GB may be used: set quantize to true$"),
+        (WITH, 48, "needs 59.0 GB, 43.2 GB may be used: set quantize to true$"),
         (replace(WITH, batch_size=4, **QUANTIZED), 36, "set resolution to 512$"),
         (
             replace(WITH, **QUANTIZED),

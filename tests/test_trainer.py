@@ -172,7 +172,7 @@ def test_the_row_and_the_lora_learn_exactly_as_with_a_gradient_mask_on_the_whole
         assert step.loss.item() == pytest.approx(loss, rel=1e-5)
         torch.testing.assert_close(parts.tokens.rows.detach()[0], row, rtol=1e-6, atol=1e-7)
     for found, wanted in zip(parts.lora, reference.lora, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=5e-6)
     assert (parts.tokens.rows.detach() - start).norm() > 100 * start.norm()
 
 
