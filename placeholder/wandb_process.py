@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 import wandb
 
-INIT_SECONDS = 30.0
 Say = Callable[..., None]
 SETTINGS: dict[str, Any] = {
     "console": "off",
@@ -30,8 +29,6 @@ SETTINGS: dict[str, Any] = {
     "disable_code": True,
     "save_code": False,
     "disable_job_creation": True,
-    "init_timeout": INIT_SECONDS,
-    "login_timeout": INIT_SECONDS,
     "x_disable_meta": True,
     "x_disable_stats": True,
     "x_disable_machine_info": True,
@@ -70,6 +67,7 @@ def _answers() -> Say:
 
 def _keep(request: dict[str, Any], say: Say) -> None:
     mode, key = ("offline", None) if request["offline"] else ("online", request["key"])
+    limits = {"init_timeout": request["init_seconds"], "login_timeout": request["init_seconds"]}
     try:
         run = wandb.init(
             project=request["project"],
@@ -77,13 +75,13 @@ def _keep(request: dict[str, Any], say: Say) -> None:
             name=request["run"],
             config=request["config"],
             dir=request["folder"],
-            settings=wandb.Settings(mode=mode, **SETTINGS, **({"api_key": key} if key else {})),
+            settings=wandb.Settings(mode=mode, api_key=key, **limits, **SETTINGS),
         )
     except (wandb.Error, ValueError, RuntimeError, OSError) as error:
         say(error=_reason(error, key))
         return
     say(ready=f"offline run in {Path(run.dir).parent}, which wandb sync uploads" if request["offline"] else run.url)
-    ending = {"end": 1, "seconds": request["grace"]}  # of a training that is gone without a word
+    ending = {"end": 1, "seconds": request["grace_seconds"]}  # of a training that is gone without a word
     for line in sys.stdin.buffer:
         message = json.loads(line)
         if "end" in message:

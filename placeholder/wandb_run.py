@@ -37,7 +37,9 @@ DEFAULT_PROJECT = "qwen-image-lora"
 KEY_VARIABLE, MODE_VARIABLE, FOLDER_VARIABLE, URL_VARIABLE = "WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_BASE_URL"
 DEFAULT_URL = "https://api.wandb.ai"
 OWN_FOLDERS = ("TMPDIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
-START_SECONDS, FINISH_SECONDS, GRACE_SECONDS, POLL_SECONDS = 60.0, 60.0, 4.0, 0.2
+# To reach the server; to import the client and start its service; to upload the rest of a training that is done, or is not.
+INIT_SECONDS, START_SECONDS, FINISH_SECONDS, GRACE_SECONDS = 30.0, 30.0, 60.0, 4.0
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ class WandbRun:
         for work in (self._write, self._read):
             threading.Thread(target=work, daemon=True).start()
         target = asdict(self.target) | {"offline": self.target.offline is not None, "folder": str(kept)}
-        self._send(target | {"config": config, "grace": GRACE_SECONDS})
-        deadline, answer = time.monotonic() + START_SECONDS, None
+        self._send(target | {"config": config, "init_seconds": INIT_SECONDS, "grace_seconds": GRACE_SECONDS})
+        deadline, answer = time.monotonic() + START_SECONDS + INIT_SECONDS, None
         while self.alive and answer is None and time.monotonic() < deadline:
             answer = self._take(POLL_SECONDS)
         if not answer or "ready" not in answer:
@@ -204,12 +206,15 @@ class WandbRun:
     def _end(self) -> None:
         """End the process and wandb's own below it where they have not ended by themselves; remove their files."""
         if self.process is not None:
-            processes = [psutil.Process(self.process.pid)]
+            children = []
             with suppress(psutil.NoSuchProcess):
-                processes += processes[0].children(recursive=True)
-            for process in processes:
+                children = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.kill()
+            for child in children:
                 with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(processes[1:], GRACE_SECONDS)
+                    child.kill()
+            psutil.wait_procs(children, GRACE_SECONDS)
             self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self.folder.exists() and time.monotonic() < deadline:
+            shutil.rmtree(self.folder, ignore_errors=True)  # wandb's own may outlive a client that was killed, for a moment
