@@ -11,7 +11,7 @@ from placeholder.files import OutputFolder
 from placeholder.hub import HubRepository
 from placeholder.launch import finetune_on_all_gpus
 from placeholder.metrics import record
-from placeholder.wandb_run import WandbTarget
+from placeholder.wandb_target import WandbTarget
 
 # What is not an option of TrainConfig: files, and where things go.
 WANDB = ("wandb_api_key", "wandb_project", "wandb_run", "wandb_entity")

@@ -88,7 +88,7 @@ def train(given: dict[str, Any], console: Console) -> Path:
     from placeholder.checkpoint import CheckpointFolder, stored_checkpoints
     from placeholder.hub import HubRepository
     from placeholder.launch import finetune_on_all_gpus
-    from placeholder.wandb_run import WandbTarget
+    from placeholder.wandb_target import WandbTarget
 
     repository = HubRepository.of(inputs["hf_repo_id"], inputs["hf_token"]) if inputs["hf_repo_id"] else None
     if repository:

@@ -31,7 +31,8 @@ from placeholder.finetune import Stop, StoppedError, finetune
 from placeholder.models import BaseModel
 from placeholder.prepare import Log
 from placeholder.processes import Processes
-from placeholder.wandb_run import KEY_VARIABLE, WandbTarget, wandb_run
+from placeholder.wandb_run import wandb_run
+from placeholder.wandb_target import KEY_VARIABLE, WandbTarget
 
 PROCESSES_VARIABLE = "TRAINING_PROCESSES"
 ERROR_NAME = "error.json"

@@ -1,4 +1,4 @@
-"""A run on Weights & Biases: where it goes, and the process that keeps it.
+"""A run on Weights & Biases, as a training has it: the process that keeps the run, and what it is told.
 
 That process alone holds wandb's client, so that neither the client, nor its server, nor a cancellation between its lines can
 disturb a training. It ends when this process closes its standard input or is gone.
@@ -18,69 +18,26 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
 
-from placeholder.checks import shown
 from placeholder.labels import label
+from placeholder.wandb_target import FOLDER_VARIABLE, WandbTarget
 
 Log = Callable[[str], None]
 Pictures = Mapping[str, Sequence[tuple[str, bytes]]]
 """Captions and JPEG files by the name of the series."""
 
 ROOT = Path(__file__).parents[1]
-DEFAULT_PROJECT = "qwen-image-lora"
-KEY_VARIABLE, MODE_VARIABLE, FOLDER_VARIABLE, URL_VARIABLE = "WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_BASE_URL"
-DEFAULT_URL = "https://api.wandb.ai"
+URL_VARIABLE, DEFAULT_URL = "WANDB_BASE_URL", "https://api.wandb.ai"
 OWN_FOLDERS = ("TMPDIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
 # To reach the server; to import the client and start its service; to upload the rest of a training that is done, or is not.
 INIT_SECONDS, START_SECONDS, FINISH_SECONDS, GRACE_SECONDS = 30.0, 30.0, 60.0, 4.0
 POLL_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class WandbTarget:
-    """Project, run and entity, and the key for them, which is never shown; `offline` is the folder of a run that stays here."""
-
-    key: str | None = field(repr=False)
-    project: str = DEFAULT_PROJECT
-    run: str | None = None
-    entity: str | None = None
-    offline: Path | None = None
-
-    @classmethod
-    def of(cls, key: str | None, project: str | None, run: str | None, entity: str | None) -> "WandbTarget | None":
-        """What the inputs ask for; None where all are blank. Raises ValueError for a bad name or a missing key."""
-        named = {"wandb_project": project, "wandb_run": run, "wandb_entity": entity}
-        named = {name: value for name, value in named.items() if value}
-        if not key and not named:
-            return None
-        for name, value in named.items():
-            if len(value) > 128 or not value.isprintable() or (name != "wandb_run" and re.search(r"[/\\#?%:]", value)):
-                raise ValueError(f"{name} is {shown(value)}: give at most 128 characters, none of / \\ # ? % :")
-        mode = os.environ.get(MODE_VARIABLE) or "online"
-        if mode not in ("online", "offline"):
-            raise ValueError(f"{MODE_VARIABLE} is {shown(mode)}: set online or offline, or leave it unset")
-        if mode == "online" and not key:
-            raise ValueError(
-                f"{next(iter(named))} needs a wandb_api_key, unless {MODE_VARIABLE}=offline keeps the run on this machine"
-            )
-        folder = Path(os.environ.get(FOLDER_VARIABLE) or ".").absolute() if mode == "offline" else None
-        return cls(key if folder is None else None, project or DEFAULT_PROJECT, run or None, entity or None, folder)
-
-    def names(self) -> dict[str, str | None]:
-        """What may be written down of it."""
-        return {"project": self.project, "run": self.run, "entity": self.entity}
-
-    def environment(self) -> dict[str, str]:
-        """What a process that is to find the same target by its names has to be told beside them."""
-        if self.offline is not None:
-            return {FOLDER_VARIABLE: str(self.offline)}
-        return {KEY_VARIABLE: self.key or ""}
 
 
 def wandb_run(target: WandbTarget | None, log: Log) -> "AbstractContextManager[WandbRun | None]":
@@ -99,7 +56,7 @@ class WandbRun:
         # Known before it exists, so that an interruption cannot fall between the two.
         self.folder = Path(tempfile.gettempdir()) / f"placeholder-wandb-{secrets.token_hex(8)}"
         self.process: subprocess.Popen | None = None
-        self.alive = False
+        self.alive = self.started = False
         # Not SimpleQueues: under Cog's server a cancellation that arrives inside their C code ends the thread without unwinding it.
         self.outgoing: queue.Queue[bytes | None] = queue.Queue()
         self.incoming: queue.Queue[bytes | None] = queue.Queue()
@@ -134,13 +91,14 @@ class WandbRun:
         self._send(target | {"config": config, "init_seconds": INIT_SECONDS, "grace_seconds": GRACE_SECONDS})
         deadline, answer = time.monotonic() + START_SECONDS + INIT_SECONDS, None
         while self.alive and answer is None and time.monotonic() < deadline:
-            answer = self._take(POLL_SECONDS)
+            answer = self._take(POLL_SECONDS, ending=True)
         if not answer or "ready" not in answer:
             url = re.sub("//[^/]*@", "//", os.environ.get(URL_VARIABLE) or DEFAULT_URL)
             reason = (answer or {}).get("error", "no answer")
             raise ValueError(
                 f"the run cannot be started on W&B at {label(url)} ({reason}): check wandb_api_key, wandb_entity, wandb_project and the connection"
             )
+        self.started = True
         self.log(f"W&B: {answer['ready']}")
 
     def step(self, number: int, values: Mapping[str, float], pictures: Pictures | None = None) -> None:
@@ -161,7 +119,7 @@ class WandbRun:
             self._send({"end": 1 if kind else 0, "seconds": seconds})
             self.outgoing.put(None)
             deadline = time.monotonic() + seconds + GRACE_SECONDS
-            while self.alive and time.monotonic() < deadline:
+            while self.started and self.alive and time.monotonic() < deadline:
                 self._take(POLL_SECONDS, ending=True)
         finally:
             self._end()

@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import struct
+import sys
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +17,8 @@ import pytest
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 import train as cog_train
-from placeholder import launch, wandb_run
+from demo.server import ROOT
+from placeholder import launch, wandb_run, wandb_target
 from placeholder import prepare as prepare_module
 from placeholder import samples as samples_module
 from placeholder.checkpoint import CheckpointFolder
@@ -25,9 +28,10 @@ from placeholder.launch import finetune_on_all_gpus
 from placeholder.meta import TIME_VARIABLE
 from placeholder.models import MODEL_VARIABLE
 from placeholder.options import parser
-from placeholder.wandb_run import WandbRun, WandbTarget
+from placeholder.wandb_run import WandbRun
+from placeholder.wandb_target import WandbTarget
 from tests.conftest import SHORT
-from tests.samples import read_zip, write_dataset
+from tests.samples import encoded, picture, read_zip, write_dataset
 from tests.wandb_server import ENTITY, WandbServer, wandb_server
 
 KEY = "0123456789" * 4
@@ -54,7 +58,7 @@ def around(tokenizer, base, monkeypatch):
     monkeypatch.setattr(samples_module, "STEPS", 2)
     monkeypatch.setenv(MODEL_VARIABLE, base.source)
     monkeypatch.setenv(launch.PROCESSES_VARIABLE, "1")
-    for name in (wandb_run.KEY_VARIABLE, wandb_run.MODE_VARIABLE, wandb_run.FOLDER_VARIABLE, wandb_run.URL_VARIABLE):
+    for name in (wandb_target.KEY_VARIABLE, wandb_target.MODE_VARIABLE, wandb_target.FOLDER_VARIABLE, wandb_run.URL_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     before = children()
     with tempfile.TemporaryDirectory(prefix="w") as folder:
@@ -77,8 +81,8 @@ def server(monkeypatch):
 @pytest.fixture
 def offline(monkeypatch, tmp_path) -> Path:
     """The folder of runs that stay on this machine."""
-    monkeypatch.setenv(wandb_run.MODE_VARIABLE, "offline")
-    monkeypatch.setenv(wandb_run.FOLDER_VARIABLE, str(tmp_path / "kept"))
+    monkeypatch.setenv(wandb_target.MODE_VARIABLE, "offline")
+    monkeypatch.setenv(wandb_target.FOLDER_VARIABLE, str(tmp_path / "kept"))
     return tmp_path / "kept"
 
 
@@ -168,23 +172,48 @@ def test_an_offline_run_holds_the_training_and_neither_the_photographs_nor_the_k
     assert set(media.values()) == {content for name, content in entries.items() if "samples" in name or "grid" in name}
     content = b"".join(path.read_bytes() for path in files)
     assert KEY.encode() not in content
+    (run_file,) = (path for path in files if path.suffix == ".wandb")
+    assert not any(place.encode() in run_file.read_bytes() for place in (str(ROOT), str(tmp_path), sys.executable))
     assert str(photographs).encode() not in content
     assert not any(entry in content for name, entry in read_zip(photographs).items() if name.endswith("png"))
 
 
-def test_a_run_reaches_the_server_with_its_pictures(server: WandbServer, photographs, tmp_path):
+def test_a_run_reaches_the_server_with_its_pictures(server: WandbServer):
     log: list[str] = []
-    target = WandbTarget.of(KEY, "subjects", None, None)
-    finetune_on_all_gpus(photographs, replace(CONFIG, steps=2, sample_every=1), tmp_path / "w.zip", log.append, target=target)
-    (name,) = {run["name"] for run in server.runs if run["project"] == "subjects" and run["displayName"] is None}
-    assert f"W&B: {server.url}/{ENTITY}/subjects/runs/{name}" in log
-    assert {run["host"] for run in server.runs} <= {None, ""}
-    assert [line["_step"] for line in server.lines["wandb-history.jsonl"]] == [1, 2]
-    entries = read_zip(tmp_path / "w.zip")
-    pictures = [content for path, content in server.files.items() if path.endswith(".jpg")]
-    assert sorted(pictures) == sorted(content for path, content in entries.items() if "samples" in path or "grid" in path)
+    pictures = {"samples": [("a cat", encoded(picture(), "JPEG")), ("a dog", encoded(picture(seed=1), "JPEG"))]}
+    with wandb_run.wandb_run(WandbTarget.of(KEY, "subjects", None, "me"), log.append) as run:
+        run.start({"rank": 4})
+        run.step(1, {"loss": 0.5})
+        run.step(2, {"loss": 0.25}, pictures)
+        run.summary({"images": 3})
+    (name,) = {found["name"] for found in server.runs}
+    assert log == [f"W&B: {server.url}/{ENTITY}/subjects/runs/{name}"]
+    first = server.runs[0]
+    assert (first["project"], first["entity"], first["displayName"], first["host"] or "") == ("subjects", "me", None, "")
+    assert json.loads(first["config"])["rank"] == {"value": 4}
+    lines = server.lines["wandb-history.jsonl"]
+    assert [(line["_step"], line.get("loss")) for line in lines] == [(1, 0.5), (2, 0.25)]
+    assert lines[1]["samples"]["captions"] == ["a cat", "a dog"]
+    assert [server.files[path] for path in lines[1]["samples"]["filenames"]] == [jpeg for _, jpeg in pictures["samples"]]
+    assert server.lines["wandb-summary.json"][-1]["images"] == 3
+    assert {Path(path).suffix for path in server.files} <= {".jpg", ".json", ".yaml"}
+    assert not any(KEY.encode() in content or str(ROOT).encode() in content for content in server.files.values())
     assert server.exit_codes == [0]
-    assert not any("Warning: W&B" in line for line in log)
+
+
+def test_a_start_that_is_cancelled_waits_for_nothing(monkeypatch, server: WandbServer):
+    server.gone = True
+    start = time.monotonic()
+
+    def cancelled(*_, **__):
+        if time.monotonic() - start > 2.5:  # within the client's attempts to reach the server
+            raise KeyboardInterrupt
+
+    run = WandbRun(WandbTarget.of(KEY, None, None, None), print)
+    monkeypatch.setattr(run, "_take", cancelled)
+    with pytest.raises(KeyboardInterrupt), run:
+        run.start({})
+    assert time.monotonic() - start < 2.5 + wandb_run.GRACE_SECONDS
 
 
 def test_a_cancelled_training_ends_its_run_as_failed(offline, photographs, tmp_path):
@@ -284,7 +313,7 @@ def test_bad_inputs_get_their_sentence(inputs, sentence):
 
 
 def test_a_mode_of_another_kind_gets_its_sentence(monkeypatch):
-    monkeypatch.setenv(wandb_run.MODE_VARIABLE, "shared")
+    monkeypatch.setenv(wandb_target.MODE_VARIABLE, "shared")
     with pytest.raises(ValueError, match="WANDB_MODE is 'shared': set online or offline, or leave it unset"):
         WandbTarget.of(KEY, None, None, None)
 
@@ -307,7 +336,7 @@ def test_without_a_key_and_names_there_is_no_run_and_a_key_is_never_shown(offlin
 def test_the_names_without_a_key_are_refused_by_cogs_training_and_on_the_command_line(monkeypatch):
     with pytest.raises(ValueError, match="wandb_project needs a wandb_api_key"):
         cog_train.train(**{name: found.default for name, found in launch_inputs().items()} | {"wandb_project": "p"})
-    monkeypatch.setenv(wandb_run.KEY_VARIABLE, KEY)
+    monkeypatch.setenv(wandb_target.KEY_VARIABLE, KEY)
     assert inputs_of("train", {})["wandb_api_key"] == KEY
     with suppress(SystemExit):
         parser().parse_args(["train", "d.zip", "--wandb-api-key", KEY])
