@@ -21,7 +21,6 @@ from demo.server import ROOT
 from placeholder import launch, wandb_run, wandb_target
 from placeholder import prepare as prepare_module
 from placeholder import samples as samples_module
-from placeholder.checkpoint import CheckpointFolder
 from placeholder.command_line import inputs_of
 from placeholder.config import TrainConfig
 from placeholder.launch import finetune_on_all_gpus
@@ -225,28 +224,6 @@ def test_a_cancelled_training_ends_its_run_as_failed(offline, photographs, tmp_p
         finetune_on_all_gpus(photographs, CONFIG, tmp_path / "w.zip", cancelled, target=WandbTarget.of(None, "p", None, None))
     assert [record.exit.exit_code for record in records(offline) if record.HasField("exit")] == [1]
     assert list(history(offline)) == [1]
-
-
-def test_a_training_in_a_process_of_its_own_finds_key_and_run_and_leaves_nothing_when_cancelled(
-    server: WandbServer, photographs, tmp_path
-):
-    log: list[str] = []
-
-    def cancelled(line: str) -> None:
-        log.append(line)
-        if " 1/20000 [" in line:
-            raise KeyboardInterrupt
-
-    config, checkpoints = replace(CONFIG, steps=20000, report=False, sample_every=0, sample_prompts=""), tmp_path / "c"
-    target = WandbTarget.of(KEY, "subjects", "named", None)
-    with pytest.raises(KeyboardInterrupt):
-        folder = CheckpointFolder(checkpoints, 20000)
-        finetune_on_all_gpus(photographs, config, tmp_path / "w.zip", cancelled, None, folder, target)
-    assert {run["displayName"] for run in server.runs} <= {"named", None}
-    assert [line["_step"] for line in server.lines["wandb-history.jsonl"]] == [1]
-    assert server.exit_codes == [1]
-    assert not any(KEY in line for line in log)
-    assert not any(KEY.encode() in path.read_bytes() for path in checkpoints.iterdir())
 
 
 def test_a_key_that_is_refused_is_told_before_any_weight_is_loaded(server: WandbServer, photographs, tmp_path):
