@@ -11,9 +11,11 @@ from placeholder.files import OutputFolder
 from placeholder.hub import HubRepository
 from placeholder.launch import finetune_on_all_gpus
 from placeholder.metrics import record
+from placeholder.wandb_target import WandbTarget
 
 # What is not an option of TrainConfig: files, and where things go.
-FILES = ("dataset", "config", "resume_from", "checkpoint_folder", "checkpoint_every", "hf_repo_id", "hf_token")
+WANDB = ("wandb_api_key", "wandb_project", "wandb_run", "wandb_entity")
+FILES = ("dataset", "config", "resume_from", "checkpoint_folder", "checkpoint_every", "hf_repo_id", "hf_token", *WANDB)
 OUTPUT = OutputFolder("placeholder-training-")
 
 
@@ -146,6 +148,19 @@ def train(
         description="Repository on the Hugging Face hub, owner/name, to which the LoRA, the embedding and a model card are uploaded. A new one is private.",
     ),
     hf_token: Optional[Secret] = Input(default=None, description="Token of the Hugging Face hub that may write to hf_repo_id."),
+    wandb_api_key: Optional[Secret] = Input(
+        default=None,
+        description="API key of Weights & Biases, to show there the losses, the norm of the token's row and the samples while it trains.",
+    ),
+    wandb_project: Optional[str] = Input(
+        default=None, description="Project on Weights & Biases. Blank: qwen-image-lora, where a key is given."
+    ),
+    wandb_run: Optional[str] = Input(
+        default=None, description="Name of the run on Weights & Biases. Blank: one is drawn there."
+    ),
+    wandb_entity: Optional[str] = Input(
+        default=None, description="User or team on Weights & Biases. Blank: the default one of the key."
+    ),
     config: Optional[Path] = Input(
         default=None,
         description="YAML file with the sections train, debug and model; what it names overrules the other inputs.",
@@ -153,10 +168,13 @@ def train(
 ) -> TrainingOutput:
     """Train a LoRA, and optionally a fresh token, on the pictures; returns the weights archive."""
     inputs = dict(locals())
-    dataset, config_file, resume_from, checkpoint_folder, checkpoint_every, hf_repo_id, hf_token = map(inputs.pop, FILES)
+    dataset, config_file, resume_from, checkpoint_folder, checkpoint_every, hf_repo_id, hf_token, wandb_key, *wandb = map(
+        inputs.pop, FILES
+    )
     options = train_config(inputs, config_file)
     checkpoints = CheckpointFolder.of(checkpoint_folder, checkpoint_every, options.steps)
     repository = HubRepository.of(hf_repo_id, hf_token.get_secret_value() if hf_token else None)
+    target = WandbTarget.of(wandb_key.get_secret_value() if wandb_key else None, *wandb)
     if not dataset:
         raise ValueError("dataset is missing: give a zip or tar of jpg, png or webp pictures")
     if repository:
@@ -164,7 +182,7 @@ def train(
     with OUTPUT.fresh() as folder:
         weights = folder / "weights.zip"
         start = pathlib.Path(resume_from) if resume_from else None
-        finetune_on_all_gpus(dataset, options, weights, resume_from=start, checkpoints=checkpoints)
+        finetune_on_all_gpus(dataset, options, weights, resume_from=start, checkpoints=checkpoints, target=target)
         if repository:
             repository.upload(weights, print)
         record("training_step_count", options.steps)

@@ -88,14 +88,17 @@ def train(given: dict[str, Any], console: Console) -> Path:
     from placeholder.checkpoint import CheckpointFolder, stored_checkpoints
     from placeholder.hub import HubRepository
     from placeholder.launch import finetune_on_all_gpus
+    from placeholder.wandb_target import WandbTarget
 
     repository = HubRepository.of(inputs["hf_repo_id"], inputs["hf_token"]) if inputs["hf_repo_id"] else None
     if repository:
         repository.check()
+    names = [inputs[name] for name in ("wandb_project", "wandb_run", "wandb_entity")]
+    target = WandbTarget.of(inputs["wandb_api_key"], *names) if any(names) else None  # a key alone may be there for others
     checkpoints = CheckpointFolder.of(inputs["checkpoint_folder"], inputs["checkpoint_every"], config.steps)
     _find_model_from_anywhere()
     try:
-        finetune_on_all_gpus(inputs["dataset"], config, output, console, inputs["resume_from"], checkpoints)
+        finetune_on_all_gpus(inputs["dataset"], config, output, console, inputs["resume_from"], checkpoints, target)
     except (KeyboardInterrupt, SystemExit):
         if checkpoints is not None and checkpoints.path.is_dir() and (stored := stored_checkpoints(checkpoints.path)):
             console.end(f"--resume-from {shlex.quote(str(stored[-1]))} goes on from the last checkpoint")

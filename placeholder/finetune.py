@@ -9,6 +9,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
+from placeholder import tracking
 from placeholder.checkpoint import Checkpoint, CheckpointFolder
 from placeholder.checks import MAX_SEED
 from placeholder.config import TrainConfig
@@ -25,6 +26,7 @@ from placeholder.resume import config_of, read_start, resume_path
 from placeholder.timing import Timing
 from placeholder.trainer import ALONE, Example, predict_velocity
 from placeholder.training_state import capture
+from placeholder.wandb_run import WandbRun
 from placeholder.weights import Weights, add_files, content_digest, read_weights, write_weights
 
 
@@ -50,12 +52,13 @@ def finetune(
     resume_from: Path | None = None,
     checkpoints: CheckpointFolder | None = None,
     stop: Stop | None = None,
+    run: WandbRun | None = None,
 ) -> dict[str, Any] | None:
     """Train on the data-set archive and write the weights archive to `output`; returns what meta.json holds.
 
     `resume_from` is a checkpoint, a folder of them, or an earlier weights archive. Where `stop` is wanted, a last checkpoint
-    is left and StoppedError raised. Of several processes the first alone writes and returns,
-    the others return None.
+    is left and StoppedError raised. `run` is started, and shows the training. Of several processes the first alone writes and returns,
+    the others return None, and have no `run`.
     Raises ValueError for a bad data set, token or start before any weight is loaded, and RuntimeError when the loss stops being
     finite or the archive does not prove itself.
     """
@@ -70,6 +73,8 @@ def finetune(
         log(f"Checkpoints: every {checkpoints.every} steps")
     if config.placeholder_token and not config.tokens:
         log(f"Placeholder token '{','.join(config.placeholder_token)}' is not used: train_placeholder_token is false")
+    if run is not None:
+        tracking.start(run, config, shared)
     reset_peak()
     timing = Timing()
     training = prepare(dataset, config, base, log, processes, start, timing)
@@ -84,6 +89,8 @@ def finetune(
         record.note(step)
         if report is not None:
             record.start += report.sample(step.number)  # meanwhile the other processes wait for this one's gradients
+        if run is not None:
+            tracking.show_step(run, step.number, config, record, training, report)
         if checkpoints is None or processes.index > 0:
             continue
         stopping = stop.wanted
@@ -106,6 +113,8 @@ def finetune(
     meta = training_meta(config, training, figures)
     if report is not None:
         report.draw_grid()
+    if run is not None:
+        tracking.show_end(run, config, training, report, meta)
     transformer = training.trainee.transformer
     weights = Weights(lora_state_dict(transformer), training.tokens.embeddings(), meta)
     unproved = output.with_name(f"{output.name}.unproved")

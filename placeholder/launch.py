@@ -2,7 +2,7 @@
 
 `torchrun` or `accelerate launch` run the same on several machines: `accelerate launch -m placeholder.launch job.json`, where
 job.json holds the fields of Job: the paths `dataset` and `output`, under `config` every option of TrainConfig, and optionally
-`resume_from`, `checkpoint_folder` and `checkpoint_every`.
+`resume_from`, `checkpoint_folder`, `checkpoint_every` and `wandb` with `project`, `run` and `entity`, whose key WANDB_API_KEY holds.
 """
 
 import errno
@@ -31,6 +31,8 @@ from placeholder.finetune import Stop, StoppedError, finetune
 from placeholder.models import BaseModel
 from placeholder.prepare import Log
 from placeholder.processes import Processes
+from placeholder.wandb_run import wandb_run
+from placeholder.wandb_target import KEY_VARIABLE, WandbTarget
 
 PROCESSES_VARIABLE = "TRAINING_PROCESSES"
 ERROR_NAME = "error.json"
@@ -63,6 +65,7 @@ class Job:
     resume_from: str | None = None
     checkpoint_folder: str | None = None
     checkpoint_every: int | None = None
+    wandb: dict[str, str | None] | None = None
     ends_with_stdin: bool = False
 
     @property
@@ -78,39 +81,43 @@ def finetune_on_all_gpus(
     log: Log = print,
     resume_from: Path | None = None,
     checkpoints: CheckpointFolder | None = None,
+    target: WandbTarget | None = None,
 ) -> None:
     """Write the weights archive of a training to `output`; every process trains batches of `config.batch_size`.
 
     With checkpoints the training always has a process of its own, which outlives this one for the time of a last checkpoint.
+    With a `target` one of the processes shows the training on Weights & Biases.
     Raises what `finetune` raises, in this process and in others.
     """
     count = wanted_processes()
     base = BaseModel.from_environment()
     if count == 1 and checkpoints is None:
-        with plain_failures(LESS_MEMORY), deterministic(base.device):
-            finetune(dataset, config, output, base, log, resume_from=resume_from)
+        with plain_failures(LESS_MEMORY), deterministic(base.device), wandb_run(target, log) as run:
+            finetune(dataset, config, output, base, log, resume_from=resume_from, run=run)
         return
     job = Job(str(dataset), str(output), asdict(config), resume_from and str(resume_from), ends_with_stdin=True)
     if checkpoints is not None:
         job = replace(job, checkpoint_folder=str(checkpoints.path), checkpoint_every=checkpoints.every)
+    if target is not None:
+        job = replace(job, wandb=target.names())
     with tempfile.TemporaryDirectory(prefix="placeholder-job-") as folder:
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(asdict(job)))
-        code = _run(count, file, log)
+        code = _run(count, file, log, target.environment() if target else {})
         if error := _error_of(file):
             raise error
         if code:
             raise RuntimeError(f"a training process ended with {code}: its own message is in the log above")
 
 
-def _run(count: int, job: Path, log: Log) -> int:
+def _run(count: int, job: Path, log: Log, environment: dict[str, str]) -> int:
     """Train in `count` processes and hand their lines on; they end with this call, whatever ends it."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
     threads = str(max(1, (os.cpu_count() or 1) // count))
     processes = subprocess.Popen(
         [sys.executable, *launcher, "-m", "placeholder.launch", str(job)],
         cwd=ROOT,
-        env={"OMP_NUM_THREADS": threads, **os.environ},
+        env={"OMP_NUM_THREADS": threads, **os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -129,7 +136,8 @@ def _run(count: int, job: Path, log: Log) -> int:
         finally:
             lines.put(None)
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     served = "cog" in sys.modules and _knock() == 0
     try:
         while True:
@@ -145,6 +153,7 @@ def _run(count: int, job: Path, log: Log) -> int:
                 log(line)
     finally:
         _end(processes)
+        reader.join(GRACE_SECONDS)  # the process that keeps a run on W&B ends after them, and holds their output until then
 
 
 def _knock() -> int:
@@ -219,6 +228,7 @@ def main(file: Path) -> None:
     processes = Processes.from_environment()
     config = job.train_config
     checkpoints = CheckpointFolder.of(job.checkpoint_folder, job.checkpoint_every, config.steps)
+    key = os.environ.pop(KEY_VARIABLE, None)
     ending = Ending(job.ends_with_stdin)
 
     def log(line: str) -> None:
@@ -227,8 +237,9 @@ def main(file: Path) -> None:
                 print(line, flush=True)
 
     try:
+        target = WandbTarget.of(key, **job.wandb) if job.wandb and processes.index == 0 else None
         base = BaseModel.from_environment()
-        with plain_failures(LESS_MEMORY), deterministic(base.device):
+        with plain_failures(LESS_MEMORY), deterministic(base.device), wandb_run(target, log) as run:
             finetune(
                 Path(job.dataset),
                 config,
@@ -239,6 +250,7 @@ def main(file: Path) -> None:
                 Path(job.resume_from) if job.resume_from else None,
                 checkpoints,
                 ending.stop,
+                run,
             )
     except (ValueError, RuntimeError) as error:
         if job.ends_with_stdin:  # somebody waits for what went wrong

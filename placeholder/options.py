@@ -19,7 +19,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "captions": "default_caption caption_dropout log_prompt_ids",
         "memory": "quantize quantize_te",
         "interruptions and settings": "resume_from checkpoint_folder checkpoint_every config",
-        "what it shows": "report sample_every sample_prompts hf_repo_id",
+        "what it shows": "report sample_every sample_prompts hf_repo_id wandb_project wandb_run wandb_entity",
     },
     "predict": {
         "drawing": "",

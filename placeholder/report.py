@@ -91,9 +91,9 @@ class Report:
             for step, images in self.samples.items()
         }
         for images in (thumbnails, *samples.values()):
-            files |= {name: _jpeg(image) for name, image in images.items()}
+            files |= {name: jpeg(image) for name, image in images.items()}
         if self.grid:
-            files["grid.jpg"] = _jpeg(draw_grid(self.grid, list(self.training.prompts)))
+            files["grid.jpg"] = jpeg(draw_grid(self.grid, list(self.training.prompts)))
         contents = self._contents(meta, diagnostics, list(thumbnails), {step: list(names) for step, names in samples.items()})
         files["index.html"] = page(contents).encode()
         return {f"{FOLDER}/{name}": files[name] for name in sorted(files)}
@@ -189,7 +189,8 @@ def panels(curve: list[Point]) -> list[Panel]:
     return [Panel("Loss", losses), *([Panel("Norm of the token's row", {"row norm": norms})] if norms else [])]
 
 
-def _jpeg(image: Image.Image) -> bytes:
+def jpeg(image: Image.Image) -> bytes:
+    """The picture as a file, as all pictures of a training are shown."""
     return _encoded(image, "JPEG", quality=QUALITY)
 
 

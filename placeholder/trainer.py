@@ -89,6 +89,10 @@ class Trainee:
     checkpointing: BlockCheckpointing
     row_optimizer: RowOptimizer | None = None
 
+    def rows_alone(self, config: TrainConfig) -> int:
+        """In how many steps, at the start, the rows learn alone."""
+        return round(config.steps * config.placeholder_warmup_fraction) if self.row_optimizer else 0
+
 
 def training_steps(
     trainee: Trainee,
@@ -106,7 +110,7 @@ def training_steps(
     gradients silence the LoRA. A step that runs out of CUDA memory is made again with more blocks recomputed;
     torch.OutOfMemoryError is raised once all of them are.
     """
-    rows_alone = round(config.steps * config.placeholder_warmup_fraction) if trainee.row_optimizer else 0
+    rows_alone = trainee.rows_alone(config)
     batch_size = config.batch_size * processes.count
     for number in range(position.step + 1, config.steps + 1):
         lora_learns = number > rows_alone

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cog import Secret
 from PIL import Image
 
 import predict as predict_module
@@ -28,6 +29,7 @@ from placeholder.console import CLEAR_LINE, Console
 from placeholder.inputs import declared_inputs
 from placeholder.models import MODEL_VARIABLE
 from placeholder.options import GROUPS, POSITIONAL, SECRET, SOURCES, declared, parser
+from placeholder.wandb_target import WandbTarget
 from placeholder.weights import LORA_NAME
 from tests.samples import Run, read_zip
 
@@ -182,8 +184,8 @@ def test_a_training_is_told_what_cogs_function_tells_it(sigterm, tmp_path, monke
     monkeypatch.setattr(
         train_module,
         "finetune_on_all_gpus",
-        lambda dataset, config, output, resume_from, checkpoints: told.append(
-            (dataset, config, output, None, resume_from, checkpoints)
+        lambda dataset, config, output, resume_from, checkpoints, target: told.append(
+            (dataset, config, output, None, resume_from, checkpoints, target)
         ),
     )
     given = {"dataset": tmp_path / "d.zip", "steps": 40, "placeholder_token": "<zwx>", "quantize": True, "seed": 3}
@@ -192,8 +194,13 @@ def test_a_training_is_told_what_cogs_function_tells_it(sigterm, tmp_path, monke
         "checkpoint_folder": str(tmp_path / "c"),
         "checkpoint_every": 5,
         "class_word": "cat",
+        "wandb_project": "p",
+        "wandb_run": "r",
+        "wandb_entity": "e",
     }
-    train_module.train(**{name: field.default for name, (_, field) in fields("train").items()} | given)
+    monkeypatch.setenv("WANDB_API_KEY", "a key")
+    defaults = {name: field.default for name, (_, field) in fields("train").items()}
+    train_module.train(**defaults | given | {"wandb_api_key": Secret("a key")})
     arguments = [
         "--" + name.replace("_", "-") + f"={value}" for name, value in given.items() if name not in ("dataset", "quantize")
     ]
@@ -201,6 +208,7 @@ def test_a_training_is_told_what_cogs_function_tells_it(sigterm, tmp_path, monke
     cogs, ours = told
     assert ours[:2] == cogs[:2]
     assert ours[4:] == cogs[4:]
+    assert cogs[6] == WandbTarget("a key", "p", "r", "e")
     assert ours[2] == tmp_path / "w.zip"
     assert capsys.readouterr().out == f"{tmp_path / 'w.zip'}\n"
 
@@ -371,7 +379,7 @@ def interrupting(part: str, number: int) -> type[Console]:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_training_unwinds_and_says_how_to_go_on(number, code, sigterm, tmp_path, monkeypatch, capsys):
-    def interrupted(dataset, config, output, log, resume_from, checkpoints):
+    def interrupted(dataset, config, output, log, resume_from, checkpoints, target):
         """What the launch module does, whose own tests have real processes."""
         try:
             log("  1%|#| 7/1000 [")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -18,9 +19,12 @@ from placeholder.config import TrainConfig
 from placeholder.launch import finetune_on_all_gpus, wanted_processes
 from placeholder.models import MODEL_VARIABLE
 from placeholder.processes import Processes
+from placeholder.wandb_run import URL_VARIABLE
+from placeholder.wandb_target import WandbTarget
 from placeholder.weights import read_weights
 from tests.parallel_steps import CONFIG, trained
 from tests.samples import read_zip, write_dataset
+from tests.wandb_server import wandb_server
 
 SHORT = TrainConfig(
     steps=15,
@@ -90,18 +94,31 @@ def test_a_training_that_fails_in_the_processes_fails_here(two_processes, datase
     assert children() == before
 
 
-def test_a_cancelled_training_ends_its_processes(two_processes, dataset, tmp_path):
-    before = children()
+def test_a_cancelled_training_ends_its_processes_and_the_one_run_on_wandb(two_processes, dataset, tmp_path, monkeypatch):
+    before, log, key = children(), [], "0123456789" * 4
 
     def cancelled(line: str) -> None:
-        if "/5000 [" in line:
+        log.append(line)
+        if " 10/1000 [" in line:
             assert len(children()) >= len(before) + 3  # the launcher and two trainings
+            (job,) = Path(folder).glob("placeholder-job-*/job.json")
+            assert "subjects" in job.read_text() and key not in job.read_text()
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        finetune_on_all_gpus(dataset, replace(SHORT, steps=5000), tmp_path / "weights.zip", cancelled)
+    with wandb_server(key) as server, tempfile.TemporaryDirectory(prefix="w") as folder:
+        monkeypatch.setenv(URL_VARIABLE, server.url)
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        with pytest.raises(KeyboardInterrupt):
+            target = WandbTarget.of(key, "subjects", "named", None)
+            finetune_on_all_gpus(dataset, replace(SHORT, steps=1000), tmp_path / "weights.zip", cancelled, target=target)
+        assert not list(Path(folder).glob("placeholder-*"))
     assert children() == before
     assert not (tmp_path / "weights.zip").exists()
+    assert len({run["name"] for run in server.runs}) == 1
+    assert server.lines["wandb-history.jsonl"][0]["_step"] == 1
+    assert server.exit_codes == [1]
+    assert not any(key in line for line in log)
 
 
 def test_the_first_error_is_the_one_that_counts(tmp_path):
