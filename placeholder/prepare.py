@@ -205,10 +205,7 @@ def _seeing_text_encoder(
         whole = load_with_sight(base)
     with timing.part("captions"):
         descriptions = describe_photos(whole, tokenizer, photos, config, processes, log)
-    text_encoder = language_model(whole, base, config.quantize_te)
-    del whole
-    free_memory()
-    return text_encoder, descriptions
+    return language_model(whole, base, config.quantize_te), descriptions
 
 
 def _tokens(

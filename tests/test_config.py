@@ -278,7 +278,9 @@ def test_lines_that_are_blank_are_no_prompts():
 
 @pytest.mark.parametrize("name", ["autocaption_prefix", "autocaption_suffix"])
 def test_what_stands_around_descriptions_needs_descriptions(name):
-    with pytest.raises(ValueError, match=f"{name} is put around descriptions that autocaption makes, which is off: set autocap"):
+    with pytest.raises(
+        ValueError, match=f"{name} is put around descriptions that autocaption makes, which is off: set autocap"
+    ):
         train_config({name: "a photo of"})
     assert getattr(train_config({name: "a photo of", "autocaption": True}), name) == "a photo of"
     assert train_config({name: " "}) == train_config({name: None}) == TrainConfig()
