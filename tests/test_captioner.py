@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
+from demo.server import ROOT
 from placeholder import captioner
 from placeholder.captioner import describe, describe_photos, instruction, model_inputs, plain
 from placeholder.config import TrainConfig
@@ -138,6 +139,12 @@ def test_the_model_is_asked_for_what_varies_and_to_call_the_subject_by_its_token
     assert "Its main subject is called <zwx>" in instruction(TOKEN)
     two = {"train_placeholder_token": True, "placeholder_token": ("<a>", "<b>")}
     assert "is called <b>" in instruction(TrainConfig(**two, autocaption_suffix="with <b>"))
+
+
+def test_the_documentation_quotes_what_the_model_is_asked():
+    text = (ROOT / "docs" / "captions.md").read_text(encoding="utf-8").replace("\n> ", " ")
+    assert captioner.INSTRUCTION in text
+    assert captioner.SUBJECT_INSTRUCTION in text
 
 
 def test_each_picture_gets_its_own_description_by_its_largest_crop(whole, tokenizer, tmp_path):
