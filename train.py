@@ -50,6 +50,17 @@ def train(
         default="A photo of a person named <>",
         description="Caption of pictures that have none. With a placeholder token, <> and [trigger] in any caption become the token.",
     ),
+    autocaption: bool = Input(
+        default=False,
+        description="Have the base model's own text encoder describe the pictures that have no caption, in the place of default_caption. The captions stand in the archive's report, to be corrected.",
+    ),
+    autocaption_prefix: Optional[str] = Input(
+        default=None,
+        description="What stands in front of each description of autocaption, such as: a photo of <>, where the placeholder token takes the place of <>.",
+    ),
+    autocaption_suffix: Optional[str] = Input(
+        default=None, description="What stands behind each description of autocaption, such as: 35mm photograph."
+    ),
     caption_dropout: float = Input(
         default=0.05, ge=0.0, le=0.9, description="Share of the samples that are trained with an empty prompt."
     ),

@@ -29,6 +29,9 @@ YAML_SECTIONS: dict[str, tuple[str, ...]] = {
         "batch_size",
         "resolution",
         "default_caption",
+        "autocaption",
+        "autocaption_prefix",
+        "autocaption_suffix",
         "caption_dropout",
         "train_placeholder_token",
         "placeholder_token",
@@ -64,6 +67,9 @@ class TrainConfig:
     batch_size: int = 1
     resolution: tuple[int, ...] = (512, 768, 1024)
     default_caption: str = "A photo of a person named <>"
+    autocaption: bool = False
+    autocaption_prefix: str | None = None
+    autocaption_suffix: str | None = None
     caption_dropout: float = 0.05
     train_placeholder_token: bool = False
     placeholder_token: tuple[str, ...] = ()
@@ -122,6 +128,7 @@ def train_config(inputs: dict[str, Any], config_file: Path | str | None = None) 
             "set quantize_te to false or train without the token"
         )
     _check_samples(config)
+    _check_autocaption(config)
     return config
 
 
@@ -188,6 +195,17 @@ def _check_samples(config: TrainConfig) -> None:
         )
 
 
+def _check_autocaption(config: TrainConfig) -> None:
+    for name in ("autocaption_prefix", "autocaption_suffix"):
+        if getattr(config, name) is not None and not config.autocaption:
+            raise ValueError(f"{name} is put around descriptions that autocaption makes, which is off: set autocaption to true")
+
+
+def _words(name: str, value: Any) -> str | None:
+    """Text; None where nothing or only white space is given."""
+    return None if value is None or not text(name, value).strip() else value
+
+
 def _sample_prompts(name: str, value: Any) -> str:
     """Text of at most MAX_SAMPLE_PROMPTS lines that are not blank."""
     lines = [line for line in text(name, value).splitlines() if line.strip()]
@@ -216,6 +234,9 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "batch_size": lambda name, value: choice(name, value, BATCH_SIZES),
     "resolution": _resolutions,
     "default_caption": text,
+    "autocaption": flag,
+    "autocaption_prefix": _words,
+    "autocaption_suffix": _words,
     "caption_dropout": lambda name, value: number(name, value, 0.0, 0.9),
     "placeholder_vectors": lambda name, value: whole(name, value, 1, MAX_VECTORS),
     "placeholder_init_std": lambda name, value: number(name, value, 0.0, 1.0),

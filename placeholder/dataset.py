@@ -28,13 +28,15 @@ MAX_CROPS_BYTES = 16 * 1024**3  # of all pictures together, decoded: they stay i
 class Photo:
     """One picture of the data set: its caption, None where none was found, and its crops, each uint8 (3, H, W).
 
-    `weights` are those of each crop's tokens in the loss, fp32 (H/16 * W/16,), where the picture has a mask.
+    `weights` are those of each crop's tokens in the loss, fp32 (H/16 * W/16,), where the picture has a mask. `name` is how
+    messages show the `file` of the archive.
     """
 
     name: str
     caption: str | None
     crops: tuple[Tensor, ...]
     weights: tuple[Tensor, ...] | None = None
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ class DatasetReport:
     buckets: dict[str, int]
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def lines(self) -> list[str]:
-        """The report as a person reads it."""
+    def lines(self, filled: str = "filled in with default_caption") -> list[str]:
+        """The report as a person reads it; `filled` says how the captions come about that are missing."""
         found = [
-            f"Data set: {self.images} images, {self.captions_found} captions found, "
-            f"{self.captions_filled} filled in with default_caption" + (f", {self.masks} masks" if self.masks else ""),
+            f"Data set: {self.images} images, {self.captions_found} captions found, {self.captions_filled} {filled}"
+            + (f", {self.masks} masks" if self.masks else ""),
             "Buckets: " + ", ".join(f"{bucket}: {count}" for bucket, count in self.buckets.items()),
         ]
         return found + [f"Skipped {name}: {reason}" for name, reason in self.skipped.items()]
@@ -93,7 +95,7 @@ def read_dataset(path: Path | str, resolutions: tuple[int, ...]) -> tuple[list[P
                 )
             mask = masks.get(_stem(name))
             weights = mask and token_weights(_mask(archive, mask), image.size, buckets, label(mask))
-            photos[name] = Photo(label(name), captions.get(_stem(name)), crops, weights)
+            photos[name] = Photo(label(name), captions.get(_stem(name)), crops, weights, name)
     skipped = {label(name): why for name, why in sorted(skipped.items())}
     if not photos:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3]) or "it holds no file"

@@ -39,6 +39,7 @@ def training_meta(config: TrainConfig, training: Training, figures: dict[str, An
         "transformer_storage": training.plan.storage,
         "images": training.report.images,
         "captions_found": training.report.captions_found,
+        "captions_described": sum(caption.source == "auto" for caption in training.captions),
         "buckets": training.report.buckets,
         "dataset_digest": training.dataset_digest,
         **figures,

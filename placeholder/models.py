@@ -125,6 +125,13 @@ def load_text_encoder(base: BaseModel, quantize: bool = False, streamed: bool = 
     `streamed`: it stays in the host's memory, and its layers go to the device one by one while they compute.
     """
     whole = base.component(Qwen2_5_VLForConditionalGeneration, "text_encoder", dtype=base.dtype, use_safetensors=True)
+    return language_model(whole, base, quantize, streamed)
+
+
+def language_model(
+    whole: Qwen2_5_VLForConditionalGeneration, base: BaseModel, quantize: bool = False, streamed: bool = False
+) -> nn.Module:
+    """What `load_text_encoder` returns, taken out of the whole Qwen2.5-VL; the rest goes with the last reference to that."""
     text_encoder = whole.model.language_model
     if quantize:
         store(text_encoder.layers, "int8", base.dtype, base.device)

@@ -21,7 +21,7 @@ pre { background: #f5f5f5; padding: 1em; overflow-x: auto; } .small { color: #66
 class Contents:
     """What the page shows. Pictures are names of files beside it; all text may come from strangers.
 
-    `captions` are pairs of a picture's name and its caption, `thumbnails` the files of the first of them; `samples` holds for
+    `captions` are the name of a picture, its caption and where that comes from, with a `captions_note` below; `thumbnails` the files of the first of them; `samples` holds for
     each step one file a prompt; `missing` says which pictures are missing and why.
     """
 
@@ -36,10 +36,11 @@ class Contents:
     sample_prompts: list[str]
     curve: str
     data_set: dict[str, Any]
-    captions: list[tuple[str, str]]
+    captions: list[tuple[str, str, str]]
     thumbnails: list[str]
     skipped: dict[str, str]
     config: str
+    captions_note: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -93,11 +94,14 @@ def _data_set(contents: Contents) -> Iterable[str]:
     yield "<h2>Data set</h2>"
     yield _pairs(contents.data_set)
     rows = []
-    for number, (name, caption) in enumerate(contents.captions[:MAX_CAPTIONS]):
+    for number, (name, caption, source) in enumerate(contents.captions[:MAX_CAPTIONS]):
         image = _image(contents.thumbnails[number], "") if number < len(contents.thumbnails) else ""
-        rows.append(f"<tr><td>{image}</td><td>{_text(name)}</td><td>{_text(_cut(caption))}</td></tr>")
+        cells = (image, _text(name), _text(_cut(caption)), f'<span class="small">{_text(source)}</span>')
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     yield "<h3>Captions as trained</h3><table>" + "\n".join(rows) + "</table>"
     yield _more(len(contents.captions) - MAX_CAPTIONS)
+    if contents.captions_note:
+        yield f'<p class="small">{_text(contents.captions_note)}</p>'
     if contents.skipped:
         yield "<h3>Skipped files</h3>" + _pairs(dict(list(contents.skipped.items())[:MAX_SKIPPED]))
         yield _more(len(contents.skipped) - MAX_SKIPPED)

@@ -22,6 +22,7 @@ from placeholder.models import (
 )
 from placeholder.optimizers import STATES
 from placeholder.placeholder_token import PlaceholderTokens
+from placeholder.sight import seeing_bytes
 from placeholder.storage import STORAGES, Storage, stored_bytes, unpacked_bytes
 from placeholder.trainer import Example, draw_sample, sample_losses
 
@@ -34,7 +35,7 @@ SIDE_OF_TOKEN = 16  # pixels
 class Need:
     """Bytes that a training needs with the transformer's weights in one storage.
 
-    `encoding` is the height before training, while the captions are encoded; `text_encoder` is what of it stays.
+    `encoding` is the height before training, while the captions are encoded or made; `text_encoder` is what of it stays.
     """
 
     storage: Storage
@@ -125,7 +126,9 @@ def training_needs(
     transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
     weights = {storage: stored_bytes(transformer, transformer.transformer_blocks, storage) for storage in STORAGES}
     encoder_bytes = stored_bytes(text_encoder, text_encoder.layers, "int8" if config.quantize_te else "full")
-    whole_encoder = stored_bytes(text_encoder, text_encoder.layers, "full")
+    encoding = stored_bytes(text_encoder, text_encoder.layers, "full")
+    if config.autocaption:
+        encoding = max(encoding, seeing_bytes(base))
     with hollow_step(transformer, text_encoder, config, grid, ids) as loss:
         footprint = measure(transformer, loss, text_encoder.parameters())
     copies = 1 + STATES[config.optimizer] + (processes > 1)  # the gradients once more while the processes add them up
@@ -137,7 +140,7 @@ def training_needs(
         needs.append(
             Need(
                 storage,
-                encoding=whole_encoder,
+                encoding=encoding,
                 transformer=weights[storage],
                 text_encoder=encoder_bytes if config.tokens else 0,
                 lora=(1 + copies) * lora * torch.float32.itemsize,
@@ -191,7 +194,11 @@ def _remedy(
     needs: tuple[Need, ...],
     processes: int,
 ) -> str:
-    """What would fit instead: quantising, a smaller resolution, both, no token; otherwise how large a GPU has to be."""
+    """What would fit instead: no autocaption, quantising, a smaller resolution, both, no token; otherwise how large a GPU has to be."""
+    if config.autocaption:
+        found = training_needs(base, replace(config, autocaption=False), grid, ids, processes)
+        if any(need.fits(usable) for need in found if (need.storage != "full") == config.quantize):
+            return "set autocaption to false, which needs the text encoder's vision tower too, and write captions"
     if not config.quantize and any(need.fits(usable) for need in needs[1:]):
         return "set quantize to true"
     for side in SMALLER_SIDES:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -12,7 +12,17 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from placeholder.captions import preserved_prompts, trained_captions
+from placeholder.captioner import describe_photos
+from placeholder.captions import (
+    Caption,
+    Prompts,
+    check_autocaption,
+    draft,
+    draft_length,
+    prompts_of,
+    trained_captions,
+    undescribed,
+)
 from placeholder.checkpoint import Checkpoint
 from placeholder.config import TrainConfig
 from placeholder.dataset import DatasetReport, Photo, dataset_digest, read_dataset, thumbnail
@@ -24,6 +34,7 @@ from placeholder.models import (
     BaseModel,
     PromptEmbeddings,
     encode_picture,
+    language_model,
     load_scheduler,
     load_text_encoder,
     load_tokenizer,
@@ -36,8 +47,9 @@ from placeholder.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings
 from placeholder.plan import Plan, plan_training
 from placeholder.processes import Processes
-from placeholder.resume import apply_start, check_dataset, check_storage
+from placeholder.resume import apply_start, check_dataset, check_storage, stored_descriptions
 from placeholder.samples import grid_prompts
+from placeholder.sight import check_sight, load_with_sight
 from placeholder.timing import Timing
 from placeholder.trainer import ALONE, Example, Position, Step, Trainee, training_steps
 from placeholder.weights import Weights
@@ -51,8 +63,8 @@ THUMBNAILS, THUMBNAIL_SIDE = 64, 128  # how many of the data set's pictures the 
 class Training:
     """A training that is ready to start. `initial_rows` is a copy of the token rows (R, D) before the first step.
 
-    For the report: the names of the pictures with their `captions` as trained, `thumbnails` of the first of them, and the ids
-    of the `prompts` that it shows pictures of.
+    For the report: the `captions` as trained, `thumbnails` of the first pictures, and the ids of the `prompts` that it shows
+    pictures of. `descriptions` are what autocaption found to say, for checkpoints.
     """
 
     trainee: Trainee
@@ -66,7 +78,8 @@ class Training:
     report: DatasetReport
     dataset_digest: str
     plan: Plan
-    captions: list[tuple[str, str]]
+    captions: list[Caption]
+    descriptions: list[str]
     thumbnails: list[Image.Image]
     prompts: dict[str, tuple[int, ...]]
 
@@ -96,40 +109,49 @@ def prepare(
         log(f"Warning: {warning}")
     with timing.part("data set"):
         photos, report = read_dataset(dataset, config.resolution)
-    for line in report.lines():
+    for line in report.lines("to be described by autocaption") if config.autocaption else report.lines():
         log(line)
-    captions = trained_captions(photos, config, log)
-    digest = dataset_digest(photos, captions)
-    check_dataset(start, digest)
+    waiting = undescribed(photos, config)
+    if waiting:
+        check_autocaption(config)
+        check_sight(base)
+    descriptions = stored_descriptions(start, len(waiting))
+    drafted = bool(waiting) and descriptions is None  # until the models are loaded, the longest that may come stand in
+    say = _silent if drafted else log
+    captions = trained_captions(photos, config, say, descriptions or [draft(config)] * len(waiting))
+    digest = dataset_digest(photos, [caption.text for caption in captions])
+    if not drafted:
+        check_dataset(start, digest)
 
     generator = torch.Generator().manual_seed(config.seed)
     tokens = _tokens(config, base, tokenizer, generator, log)
     empty_ids = prompt_ids(tokenizer, tokens, EMPTY_PROMPT)
-    ids = [prompt_ids(tokenizer, tokens, caption) for caption in captions]
-    preserved = [
-        tuple(prompt_ids(tokenizer, tokens, prompt) for prompt in prompts)
-        for prompts in preserved_prompts(captions, config, log)
-    ]
-    if config.log_prompt_ids:
-        for caption in dict.fromkeys(captions):
-            log(f"Prompt '{caption}' tokenized to: {tokens.tokenize(tokenizer, caption)}")
+    prompts = prompts_of(captions, config, tokenizer, tokens, say)
+    longest = max(prompts.longest, draft_length(config, tokenizer, tokens) if waiting else 0)
     largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
     free = processes.least(free_bytes(base.device))
-    plan = plan_training(base, config, largest, max(map(len, chain(ids, *preserved))), free, processes.count)
+    plan = plan_training(base, replace(config, autocaption=drafted), largest, longest, free, processes.count)
     check_storage(start, plan.storage)
     for line in plan.lines():
         log(line)
 
-    drawn = {prompt: prompt_ids(tokenizer, tokens, prompt) for prompt in grid_prompts(config, captions)}
     with timing.part("load"):
         base.fetch(log)
     with timing.part("cache"):
         latents = _latents(photos, base, log)
-    with timing.part("load"):
-        text_encoder = load_text_encoder(base, config.quantize_te)
+    if drafted:
+        text_encoder, descriptions = _seeing_text_encoder(base, config, tokenizer, waiting, processes, timing, log)
+        captions = trained_captions(photos, config, log, descriptions)
+        digest = dataset_digest(photos, [caption.text for caption in captions])
+        prompts = prompts_of(captions, config, tokenizer, tokens, log)
+    else:
+        with timing.part("load"):
+            text_encoder = load_text_encoder(base, config.quantize_te)
+    drawn = {text: prompt_ids(tokenizer, tokens, text) for text in grid_prompts(config, [caption.text for caption in captions])}
     prompt_embeds = PromptEmbeddings(text_encoder, tokens)
     with timing.part("cache"):
-        cached = prompt_embeds.cache([empty_ids, *ids, *chain.from_iterable(preserved), *drawn.values()])
+        kept = chain.from_iterable(prompts.preserved)
+        cached = prompt_embeds.cache([empty_ids, *prompts.ids, *kept, *drawn.values()])
     log(f"Text embeddings: {cached} prompts cached")
     row_optimizer = None
     if config.tokens:
@@ -140,7 +162,7 @@ def prepare(
     del text_encoder
     free_memory()  # the VAE too
 
-    examples = _examples(latents, ids, preserved, photos, base)
+    examples = _examples(latents, prompts, photos, base)
     with timing.part("load"):
         trainee = _trainee(config, plan, base, prompt_embeds, row_optimizer, log)
     initial_rows, position = tokens.rows.detach().clone(), Position(generator)
@@ -158,10 +180,32 @@ def prepare(
         report,
         digest,
         plan,
-        captions=[(photo.name, caption) for photo, caption in zip(photos, captions, strict=True)],
+        captions=captions,
+        descriptions=descriptions or [],
         thumbnails=[thumbnail(photo, THUMBNAIL_SIDE) for photo in photos[:THUMBNAILS] if config.report],
         prompts=drawn,
     )
+
+
+def _silent(_line: str) -> None:
+    """A log that nobody reads."""
+
+
+def _seeing_text_encoder(
+    base: BaseModel,
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    photos: list[Photo],
+    processes: Processes,
+    timing: Timing,
+    log: Log,
+) -> tuple[nn.Module, list[str]]:
+    """The text encoder as `load_text_encoder` has it, and descriptions of the pictures by the whole of which it is a part."""
+    with timing.part("load"):
+        whole = load_with_sight(base)
+    with timing.part("captions"):
+        descriptions = describe_photos(whole, tokenizer, photos, config, processes, log)
+    return language_model(whole, base, config.quantize_te), descriptions
 
 
 def _tokens(
@@ -194,12 +238,12 @@ def _latents(photos: list[Photo], base: BaseModel, log: Log) -> list[list[tuple[
     return latents
 
 
-def _examples(latents: list, ids: list, preserved: list, photos: list[Photo], base: BaseModel) -> list[Example]:
+def _examples(latents: list, prompts: Prompts, photos: list[Photo], base: BaseModel) -> list[Example]:
     scheduler = load_scheduler(base).config
     shift = (scheduler.base_image_seq_len, scheduler.max_image_seq_len, scheduler.base_shift, scheduler.max_shift)
     return [
         Example(packed, grid, shift_mu(len(packed), *shift), caption_ids, preserved_ids, weights)
-        for crops, caption_ids, preserved_ids, photo in zip(latents, ids, preserved, photos, strict=True)
+        for crops, caption_ids, preserved_ids, photo in zip(latents, prompts.ids, prompts.preserved, photos, strict=True)
         for (packed, grid), weights in zip(crops, photo.weights or [None] * len(crops), strict=True)
     ]
 

@@ -35,6 +35,10 @@ class Processes:
         """The first process's value, in all of them."""
         return value if self.count == 1 else broadcast_object_list([value])[0]
 
+    def gather(self, part: list[T]) -> list[T]:
+        """What every process brings, in all of them, those of the first one in front."""
+        return part if self.count == 1 else gather_object(part)
+
     def least(self, number: int) -> int:
         """The smallest of the processes' numbers, in all of them."""
         return number if self.count == 1 else min(gather_object([number]))

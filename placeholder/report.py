@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from placeholder.captions import Caption, Source, caption_files
 from placeholder.config import YAML_SECTIONS, TrainConfig
 from placeholder.failures import plain_failures
 from placeholder.figures import Panel, draw_grid, draw_panels
@@ -22,6 +24,11 @@ from placeholder.timing import Timing
 
 FOLDER = "report"
 QUALITY = 85  # of JPEG; Cog hands archives over as base64
+SOURCES: dict[Source, str] = {"file": "caption file", "default": "default_caption", "auto": "autocaption"}
+CORRECTING = (
+    "The folder captions holds them as files. To correct them, change the text, put the files beside the pictures of their names "
+    "in the data set, and train again."
+)
 SMALL_PARAMETERS = 10**9  # Qwen-Image's transformer has twenty times as many
 
 
@@ -46,7 +53,7 @@ class Report:
             Sampler.side_of(config),
             stopping,
         )
-        self.sample_prompts = sample_prompts(config, [caption for _, caption in training.captions])
+        self.sample_prompts = sample_prompts(config, [caption.text for caption in training.captions])
         self.samples: dict[int, list[Image.Image]] = {}
         self.grid: dict[str, list[Image.Image]] | None = None
         self.missing: list[str] = []
@@ -94,6 +101,8 @@ class Report:
             files |= {name: jpeg(image) for name, image in images.items()}
         if self.grid:
             files["grid.jpg"] = jpeg(draw_grid(self.grid, list(self.training.prompts)))
+        if self.config.autocaption:
+            files |= {f"captions/{name}": content for name, content in caption_files(self.training.captions).items()}
         contents = self._contents(meta, diagnostics, list(thumbnails), {step: list(names) for step, names in samples.items()})
         files["index.html"] = page(contents).encode()
         return {f"{FOLDER}/{name}": files[name] for name in sorted(files)}
@@ -118,11 +127,12 @@ class Report:
             data_set={
                 "pictures": found.images,
                 "captions found": found.captions_found,
-                "filled in with default_caption": found.captions_filled,
+                **_filled(self.training.captions),
                 "crops by size": ", ".join(f"{bucket}: {count}" for bucket, count in found.buckets.items()),
                 "skipped": len(found.skipped),
             },
-            captions=self.training.captions,
+            captions=[(caption.name, caption.text, SOURCES[caption.source]) for caption in self.training.captions],
+            captions_note=CORRECTING if self.config.autocaption else "",
             thumbnails=thumbnails,
             skipped=found.skipped,
             config=config_yaml(self.config),
@@ -130,6 +140,13 @@ class Report:
             memory={} if fixed else {name: f"{value:.1f} GB" for name, value in measured.items() if value is not None},
             missing=self.missing,
         )
+
+
+def _filled(captions: list[Caption]) -> dict[str, int]:
+    """How many captions were not found, by where they come from instead."""
+    counts = Counter(caption.source for caption in captions)
+    described = {"described by autocaption": counts["auto"]} if counts["auto"] else {}
+    return {"filled in with default_caption": counts["default"], **described}
 
 
 def _facts(meta: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,22 @@ def config_of(start: Checkpoint | Weights, config: TrainConfig, facts: dict[str,
 def check_dataset(start: Checkpoint | Weights | None, digest: str) -> None:
     """Raise ValueError where a checkpoint was made on other pictures, captions or crops than those of this digest."""
     if isinstance(start, Checkpoint) and start.facts.get("dataset_digest") != digest:
-        raise ValueError(f"{start.name} was made on another data set: give the one it was made on, or leave resume_from out")
+        raise ValueError(_other_dataset(start))
+
+
+def stored_descriptions(start: Checkpoint | Weights | None, count: int) -> list[str] | None:
+    """What a checkpoint's training found to say of its `count` pictures without a caption, so that it is not asked again.
+
+    None without a checkpoint. Raises ValueError where it holds none, or of another number of pictures.
+    """
+    if not isinstance(start, Checkpoint) or not count:
+        return None
+    found = start.facts.get("descriptions")
+    if not isinstance(found, list) or not all(isinstance(description, str) for description in found):
+        raise ValueError(f"{start.name} does not hold the captions it was trained with: resume from another checkpoint")
+    if len(found) != count:
+        raise ValueError(_other_dataset(start))
+    return found
 
 
 def check_storage(start: Checkpoint | Weights | None, storage: str) -> None:
@@ -107,6 +122,10 @@ def apply_start(start: Checkpoint | Weights, trainee: Trainee, tokens: Placehold
             first = tokens.ids[token][0] - tokens.first_id
             tokens.rows[first : first + len(rows)] = rows.to(tokens.rows)
     return f"Started from the weights of an earlier training: {len(start.lora)} LoRA tensors, {len(start.embeddings)} embeddings; the optimizers start anew"
+
+
+def _other_dataset(start: Checkpoint) -> str:
+    return f"{start.name} was made on another data set: give the one it was made on, or leave resume_from out"
 
 
 def _check_tokens(start: Weights, config: TrainConfig) -> None:

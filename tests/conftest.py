@@ -24,6 +24,7 @@ from placeholder import prepare as prepare_module
 from placeholder.config import TrainConfig
 from placeholder.models import BaseModel, load_text_encoder, load_tokenizer
 from tests.samples import Run, train, write_dataset
+from tests.seeing import build_seeing_base
 
 torch.set_num_threads(1)
 
@@ -39,6 +40,13 @@ def base() -> BaseModel:
 def small_base() -> BaseModel:
     """The trained base model of the demo, which draws."""
     return BaseModel(str(build_small_base()), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def seeing_base(base, tmp_path_factory) -> BaseModel:
+    """The untrained base model with a text encoder that sees."""
+    folder = build_seeing_base(tmp_path_factory.mktemp("base") / "seeing", Path(base.source))
+    return BaseModel(str(folder), base.device, base.dtype)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +70,8 @@ def quick_tokenizer(tokenizer):
 def quick_plan():
     """The memory that a kind of training needs is counted once: it depends on none of these options."""
     count, counted = plan_module.training_needs, {}
-    alike = {"seed": None, "steps": 1, "learning_rate": 1e-3, "caption_dropout": 0.0, "log_prompt_ids": False}
+    alike = {"seed": None, "steps": 1, "learning_rate": 1e-3, "caption_dropout": 0.0, "log_prompt_ids": False, "report": False}
+    alike |= {"autocaption_prefix": None, "autocaption_suffix": None}
 
     def needs(base, config, *others):
         key = repr((base, replace(config, **alike), others))

@@ -78,6 +78,9 @@ train:
   batch_size: 2
   resolution: [64, 128]
   default_caption: a photo of [trigger]
+  autocaption: true
+  autocaption_prefix: a photo of <>,
+  autocaption_suffix: 35mm
   caption_dropout: 0.5
   train_placeholder_token: true
   placeholder_token: <qrs>
@@ -116,6 +119,9 @@ def test_every_option_can_stand_in_the_yaml_file_and_overrules_the_inputs(yaml_f
         batch_size=2,
         resolution=(64, 128),
         default_caption="a photo of [trigger]",
+        autocaption=True,
+        autocaption_prefix="a photo of <>,",
+        autocaption_suffix="35mm",
         caption_dropout=0.5,
         train_placeholder_token=True,
         placeholder_token=("<qrs>",),
@@ -268,3 +274,15 @@ def test_samples_that_could_not_be_kept_get_their_sentence(options, sentence):
 
 def test_lines_that_are_blank_are_no_prompts():
     assert train_config({"sample_prompts": "a\n\n" * 8}).sample_prompts.count("a") == 8
+
+
+@pytest.mark.parametrize("name", ["autocaption_prefix", "autocaption_suffix"])
+def test_what_stands_around_descriptions_needs_descriptions(name):
+    with pytest.raises(
+        ValueError, match=f"{name} is put around descriptions that autocaption makes, which is off: set autocap"
+    ):
+        train_config({name: "a photo of"})
+    assert getattr(train_config({name: "a photo of", "autocaption": True}), name) == "a photo of"
+    assert train_config({name: " "}) == train_config({name: None}) == TrainConfig()
+    with pytest.raises(ValueError, match=f"{name} is 3: give text of at most"):
+        train_config({name: 3, "autocaption": True})

@@ -130,6 +130,9 @@ OTHER_VALUES = {
     "batch_size": 4,
     "resolution": "64",
     "default_caption": "a photo",
+    "autocaption": True,
+    "autocaption_prefix": "a photo of <>",
+    "autocaption_suffix": "35mm",
     "caption_dropout": 0.0,
     "train_placeholder_token": True,
     "placeholder_token": "<qrs>",
@@ -153,7 +156,8 @@ OTHER_VALUES = {
 
 @pytest.mark.parametrize("name", TRAIN_DEFAULTS)
 def test_every_training_input_changes_the_configuration(name):
-    assert train_config(TRAIN_DEFAULTS | {name: OTHER_VALUES[name]}) != TrainConfig()
+    needed = {"autocaption": True} if name.startswith("autocaption_") else {}
+    assert train_config(TRAIN_DEFAULTS | needed | {name: OTHER_VALUES[name]}) != train_config(TRAIN_DEFAULTS | needed)
 
 
 OTHER_REQUESTS = {

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.full_size import RandomBase
+from benchmarks.full_size import FULL_TEXT_ENCODER, RandomBase
 from placeholder import prepare as prepare_module
 from placeholder.config import TrainConfig
 from placeholder.memory import measure
 from placeholder.models import BaseModel
 from placeholder.plan import plan_training, training_needs
 from placeholder.prepare import Training, prepare
+from placeholder.sight import seeing_bytes
 from placeholder.trainer import draw_sample, sample_losses
 from placeholder.weights import LORA_NAME
 from tests.conftest import SHORT
@@ -126,6 +127,32 @@ def test_the_full_size_model_fits_the_cards_that_people_have(config, gigabytes, 
 def test_what_does_not_fit_is_told_what_would(config, gigabytes, remedy):
     with pytest.raises(ValueError, match="^training at 1024x1024 pixels, batch [14], rank 32, with.* a token .*" + remedy):
         plan_training(FULL_SIZE, config, GRID, PROMPT, round(gigabytes * 1e9))
+
+
+SEEING = RandomBase(
+    "with the published vision tower",
+    torch.device("cpu"),
+    torch.bfloat16,
+    {"text_encoder": {"text_config": FULL_TEXT_ENCODER, "vision_config": {"hidden_size": 1280}, "tie_word_embeddings": False}},
+)
+
+
+def test_the_whole_text_encoder_is_counted_as_it_is_published():
+    weights = 16_584_333_312  # bytes of the published files; without the vision tower and the head 14,141,238,272
+    assert weights < seeing_bytes(SEEING) < 1.05 * weights
+
+
+def test_autocaption_can_be_the_height_and_is_then_what_is_refused(seeing_base):
+    config = TrainConfig(**SHORT)
+    blind, seeing = (training_needs(seeing_base, replace(config, autocaption=on), (4, 4), 60) for on in (False, True))
+    assert seeing[0].peak(0) == seeing[0].encoding == seeing_bytes(seeing_base) > blind[0].peak(0)
+    assert [replace(need, encoding=0) for need in seeing] == [replace(need, encoding=0) for need in blind]
+    free = round(0.5 * (seeing[0].peak(0) + blind[0].peak(0)) / 0.9)
+    with pytest.raises(
+        ValueError, match="set autocaption to false, which needs the text encoder's vision tower too, and write"
+    ):
+        plan_training(seeing_base, replace(config, autocaption=True), (4, 4), 60, free)
+    assert plan_training(seeing_base, config, (4, 4), 60, free).storage == "full"
 
 
 def test_the_plan_is_a_table_in_gigabytes():
