@@ -17,7 +17,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1, p, li, th, td { overflow-wrap: anywhere; } a { color: var(--link); }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid var(--line); }
 table { border-collapse: collapse; } th, td { text-align: left; vertical-align: top; padding: 3px 12px 3px 0; }
-th { font-weight: 600; min-width: 7em; } .samples th { min-width: 0; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+th { font-weight: 600; min-width: 7em; } .samples th { min-width: 0; } td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; height: auto; } .wide { overflow-x: auto; } .wide > img { min-width: 600px; }
 .captions img { max-width: 64px; } .samples img { width: 192px; max-width: none; }
 .note { background: var(--note); padding: .6em 1em; } .small { color: var(--faint); font-size: .9em; }
