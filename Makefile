@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test fuzz lint format study bench bench-gpu interruptions soak scale base-check pretrain check-gpu comfyui-check lock clean
+.PHONY: setup demo test fuzz lint format study bench bench-gpu interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways lock clean
 
 setup: .venv/installed
 
@@ -83,6 +83,13 @@ pretrain: setup
 comfyui-check: setup .cache/comfyui-env/installed
 	$(BIN)/python -m tests.comfyui_reference .cache/comfyui
 	.cache/comfyui-env/bin/python tests/comfyui_check.py .cache/comfyui-env/source/vendor/ComfyUI .cache/comfyui comfyui/check.json
+
+# Draw with the archive that make demo left in four ways: predict.py, stock diffusers, the command line, ComfyUI; writes
+# docs/four-ways.json and demo-output/four-ways.png, and fails where conditioning or LoRA differ by more than 1e-5.
+four-ways: setup .cache/comfyui-env/installed
+	$(BIN)/python -m tests.four_ways_ours demo-output/weights-zero-prior.zip .cache/four-ways
+	.cache/comfyui-env/bin/python tests/four_ways_comfyui.py .cache/comfyui-env/source/vendor/ComfyUI .cache/four-ways
+	$(BIN)/python -m tests.four_ways .cache/four-ways
 
 .cache/comfyui-env/installed: tests/comfyui-requirements.txt
 	$(PYTHON) -m venv .cache/comfyui-env

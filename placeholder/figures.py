@@ -13,6 +13,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 260, 76, 24, 44, 34  # pixels of 
 TICKS = 5
 CELL = 192  # pixels: smaller pictures are enlarged, so that the labels fit
 BAND = 26  # pixels, of a line of text
+GAP = 6  # pixels between the columns, since neighbours often have the same background
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ def _draw_panel(draw: ImageDraw.ImageDraw, panel: Panel, offset: int) -> None:
         write(place(step, values[0])[0] / SMOOTHING, box[3] + 6, f"{step:.6g}", "mt")
     write(box[2], box[3] + 20, "step", "rt", size=11)
     write(LEFT, offset + 12, panel.title, "lt", size=15)
+    legend = LEFT + _font(15).getlength(panel.title)  # beside the title, where a narrow screen shows it too
     for number, (name, curve) in enumerate(panel.curves.items()):
         colour = COLOURS[number % len(COLOURS)]
         if len(panel.curves) > 1:
-            write(box[2] - 110 * number, offset + 14, name, "rt", colour)
+            write(legend + 24, offset + 14, name, "lt", colour)
+            legend += 24 + _font(12).getlength(name)
         placed = [place(*point) for point in curve]
         draw.line(placed, colour, 2 * SMOOTHING, joint="curve")
         if len(placed) <= 30:
@@ -77,13 +80,15 @@ def draw_grid(columns: dict[str, list[Image.Image]], rows: Sequence[str]) -> Ima
     """Square pictures in labelled columns; `rows` names what stands in each row, above it."""
     (side, _) = next(iter(columns.values()))[0].size
     cell = side * max(1, CELL // side)
-    image = Image.new("RGB", (cell * len(columns), BAND + (BAND + cell) * len(rows)), PAPER)
+    width = (cell + GAP) * len(columns) - GAP
+    image = Image.new("RGB", (width, BAND + (BAND + cell) * len(rows)), PAPER)
     draw = ImageDraw.Draw(image)
     for x, (name, pictures) in enumerate(columns.items()):
-        draw.text((x * cell + cell / 2, BAND / 2), name, INK, _font(15), "mm")
+        left = x * (cell + GAP)
+        draw.text((left + cell / 2, BAND / 2), name, INK, _font(15), "mm")
         for y, picture in enumerate(pictures):
             resized = picture.resize((cell, cell), Image.Resampling.NEAREST) if cell != side else picture
-            image.paste(resized, (x * cell, 2 * BAND + y * (BAND + cell)))
+            image.paste(resized, (left, 2 * BAND + y * (BAND + cell)))
     for y, name in enumerate(rows):
         draw.text((6, BAND + y * (BAND + cell) + BAND / 2), _fitting(name, y + 1, image.width - 12), INK, _font(13), "lm")
     return image

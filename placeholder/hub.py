@@ -7,18 +7,16 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from httpx2 import HTTPError
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from placeholder.card import model_card
 from placeholder.weights import EMBEDDINGS_FOLDER, LORA_NAME, META_NAME
 
 Log = Callable[[str], None]
-BASE_LICENCE = "apache-2.0"  # of Qwen/Qwen-Image, from which the LoRA is derived
 # Pictures that the model has drawn. The photographs it was trained on stay with the user.
-GRID = "report/grid.jpg"
 SHOWN = re.compile(r"report/(grid\.jpg|curve\.png|samples/[^/]+\.jpg)")
 
 
@@ -85,30 +83,3 @@ def _operations(archive: Path, repo_id: str) -> list[CommitOperationAdd]:
     kept[PurePosixPath(LORA_NAME).name] = files[LORA_NAME]
     kept["README.md"] = model_card(json.loads(files[META_NAME]), repo_id, shown).encode()
     return [CommitOperationAdd(name, io.BytesIO(content)) for name, content in sorted(kept.items())]
-
-
-def model_card(meta: dict[str, Any], repo_id: str, pictures: list[str]) -> str:
-    """The README.md of the repository: front matter that the hub reads, then what a person needs."""
-    tokens = list(meta["placeholder_token_ids"])
-    prompt = f"a photo of {tokens[0]}" if tokens else meta["default_caption"]
-    options = ("steps", "rank", "learning_rate", "batch_size", "resolution", "optimizer", "seed", "images")
-    base_model = meta["base_model"]
-    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) and not Path(base_model).exists()
-    data = ModelCardData(
-        base_model=base_model if on_hub else None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        license=BASE_LICENCE,
-        instance_prompt=prompt,
-        tags=["text-to-image", "diffusers", "lora", "qwen-image", "template:sd-lora"],
-        widget=[{"text": prompt, "output": {"url": name}} for name in pictures if name == GRID],
-    )
-    about = "Trigger: " + (", ".join(f"`{token}`" for token in tokens) or "the words of the captions")
-    if tokens:
-        about += (
-            ". This is a new token, whose learned embedding is in `embeddings/`. Without it the prompt's token means nothing: "
-            "load it with the package that trained it, or write its rows into the text encoder's embedding matrix."
-        )
-    lines = [f"---\n{data.to_yaml()}\n---", f"# {repo_id}", about, "| option | value |\n|---|---|"]
-    table = "\n".join(f"| {name} | {meta[name]} |" for name in options)
-    return "\n\n".join(lines) + f"\n{table}\n"

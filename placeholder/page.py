@@ -7,13 +7,22 @@ from typing import Any
 
 MAX_CAPTIONS, MAX_SKIPPED = 1000, 200  # lines of the page
 MAX_CAPTION = 500  # characters
+# Light or dark as the reader's system is. On a narrow screen a wide table or curve scrolls by itself, and the page does not.
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ddd; --faint: #666; --note: #fff3d6; --code: #f5f5f5; --link: #1f5fa8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e4; --paper: #17191c; --line: #3b3f45; --faint: #a2a6ac; --note: #43370f; --code: #23262a; --link: #8ab8ee; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1100px; margin: 2em auto; padding: 0 1em; }
+h1, p, li, th, td { overflow-wrap: anywhere; } a { color: var(--link); }
+h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid var(--line); }
 table { border-collapse: collapse; } th, td { text-align: left; vertical-align: top; padding: 3px 12px 3px 0; }
-th { font-weight: 600; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; } .samples img { width: 192px; } .note { background: #fff3d6; padding: .6em 1em; }
-pre { background: #f5f5f5; padding: 1em; overflow-x: auto; } .small { color: #666; font-size: .9em; }
+th { font-weight: 600; min-width: 7em; } .samples th { min-width: 0; } td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+img { max-width: 100%; height: auto; } .wide { overflow-x: auto; } .wide > img { min-width: 600px; }
+.captions img { max-width: 64px; } .samples img { width: 192px; max-width: none; }
+.note { background: var(--note); padding: .6em 1em; } .small { color: var(--faint); font-size: .9em; }
+pre { background: var(--code); padding: 1em; overflow-x: auto; }
+@media (max-width: 600px) { .samples img { width: 128px; } .captions td { min-width: 5em; } .captions td:first-child { min-width: 0; } }
 """
 
 
@@ -21,8 +30,9 @@ pre { background: #f5f5f5; padding: 1em; overflow-x: auto; } .small { color: #66
 class Contents:
     """What the page shows. Pictures are names of files beside it; all text may come from strangers.
 
-    `captions` are the name of a picture, its caption and where that comes from, with a `captions_note` below; `thumbnails` the files of the first of them; `samples` holds for
-    each step one file a prompt; `missing` says which pictures are missing and why.
+    `captions` are the name of a picture, its caption and where that comes from, with a `captions_note` below; `thumbnails` the files of the
+    first of them; `samples` holds for each step one file a prompt; `columns` names those of the grid; `missing` says which pictures are
+    missing and why.
     """
 
     title: str
@@ -32,6 +42,7 @@ class Contents:
     prompts: list[str]
     drawing: str
     grid: str | None
+    columns: list[str]
     samples: dict[int, list[str]]
     sample_prompts: list[str]
     curve: str
@@ -54,7 +65,7 @@ def page(contents: Contents) -> str:
         _pairs(contents.facts),
         *_pictures(contents),
         "<h2>Curves</h2>",
-        _image(contents.curve, "loss and row norm over the steps"),
+        f'<div class="wide">{_image(contents.curve, "loss and row norm over the steps")}</div>',
         '<p class="small">Every progress line of the training: <a href="curve.csv">curve.csv</a></p>',
         *_section("The token", _lines(contents.diagnostics) if contents.diagnostics else ""),
         *_data_set(contents),
@@ -65,7 +76,8 @@ def page(contents: Contents) -> str:
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{_text(contents.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(contents.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
@@ -74,20 +86,25 @@ def page(contents: Contents) -> str:
 def _pictures(contents: Contents) -> Iterable[str]:
     if contents.grid:
         yield "<h2>Before and after</h2>"
-        yield _image(contents.grid, "the same prompts and seed, before and after the training")
-        yield f'<p class="small">{_text(contents.drawing)} The rows, from above:</p>'
+        columns = "; ".join(contents.columns)
+        yield _image(contents.grid, f"pictures of the same prompts and seed, from left to right: {columns}")
+        yield f'<p class="small">{_text(contents.drawing)} The columns, from the left: {_text(columns)}. The rows, from above:</p>'
         yield _ordered(contents.prompts)
     if contents.samples:
         yield "<h2>Samples while training</h2>"
         yield f'<p class="small">{_text(contents.drawing)} The columns, from the left:</p>'
         yield _ordered(contents.sample_prompts)
+        head = "".join(f"<th>{number}</th>" for number in range(1, len(contents.sample_prompts) + 1))
         rows = (
             f'<tr><td class="number">{step}</td>'
-            + "".join(f"<td>{_image(name, f'step {step}')}</td>" for name in names)
+            + "".join(
+                f"<td>{_image(name, f'{_cut(prompt)}, step {step}')}</td>"
+                for name, prompt in zip(names, contents.sample_prompts, strict=True)
+            )
             + "</tr>"
             for step, names in contents.samples.items()
         )
-        yield '<table class="samples">' + "\n".join(rows) + "</table>"
+        yield f'<div class="wide"><table class="samples"><tr><th>step</th>{head}</tr>' + "\n".join(rows) + "</table></div>"
 
 
 def _data_set(contents: Contents) -> Iterable[str]:
@@ -98,7 +115,7 @@ def _data_set(contents: Contents) -> Iterable[str]:
         image = _image(contents.thumbnails[number], "") if number < len(contents.thumbnails) else ""
         cells = (image, _text(name), _text(_cut(caption)), f'<span class="small">{_text(source)}</span>')
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    yield "<h3>Captions as trained</h3><table>" + "\n".join(rows) + "</table>"
+    yield '<h3>Captions as trained</h3><table class="captions">' + "\n".join(rows) + "</table>"
     yield _more(len(contents.captions) - MAX_CAPTIONS)
     if contents.captions_note:
         yield f'<p class="small">{_text(contents.captions_note)}</p>'

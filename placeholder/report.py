@@ -121,6 +121,7 @@ class Report:
             prompts=list(self.training.prompts),
             drawing=f"{STEPS} denoising steps, guidance {GUIDANCE:g}, {self.sampler.side}x{self.sampler.side} pixels, seed {SEED} in every picture.",
             grid="grid.jpg" if self.grid else None,
+            columns=list(self.grid or {}),
             samples=samples,
             sample_prompts=self.sample_prompts,
             curve="curve.png",

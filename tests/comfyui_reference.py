@@ -6,6 +6,7 @@ python -m tests.comfyui_reference FOLDER
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -98,6 +99,24 @@ def prediction(transformer: QwenImageTransformer2DModel, latents: Tensor, prompt
     return unpack(predicted, *grid)
 
 
+def sizes(text_encoder: nn.Module, transformer: QwenImageTransformer2DModel) -> dict[str, Any]:
+    """The sizes of a base model's parts under the names that ComfyUI's classes take."""
+    text, own = text_encoder.config, transformer.config
+    kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    taken = ("num_layers", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "in_channels")
+    return {
+        "text_encoder": {name: getattr(text, name) for name in kept},
+        "head_dim": text.hidden_size // text.num_attention_heads,
+        "transformer": {name: own[name] for name in taken} | {"axes_dims_rope": list(own.axes_dims_rope)},
+    }
+
+
+def write_models(folder: Path, text_encoder: nn.Module, transformer: QwenImageTransformer2DModel) -> None:
+    """The weights of both under the keys of the files that ComfyUI loads."""
+    save_file({f"model.{key}": value for key, value in text_encoder.state_dict().items()}, folder / "text_encoder.safetensors")
+    save_file(transformer.state_dict(), folder / "transformer.safetensors")
+
+
 def full_size_lora() -> dict[str, list[int]]:
     """The keys of a LoRA on Qwen-Image itself with their shapes, as an archive has them; no weights are made."""
     with torch.device("meta"):
@@ -116,9 +135,7 @@ def main(folder: Path) -> None:
     base = BaseModel(str(build_tiny_base(ROOT / ".cache" / "tiny-base")), torch.device("cpu"), torch.float32)
     tokens = write_archives(folder, base, len(load_tokenizer(base)))
     text_encoder, transformer = load_text_encoder(base), load_transformer(base)
-    save_file({f"model.{key}": value for key, value in text_encoder.state_dict().items()}, folder / "text_encoder.safetensors")
-    save_file(transformer.state_dict(), folder / "transformer.safetensors")
-
+    write_models(folder, text_encoder, transformer)
     found = conditioning(base, tokens)
     latents = torch.randn(1, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
     predictions = {"latents": latents, "base": prediction(transformer, latents, found["middle"])}
@@ -130,22 +147,7 @@ def main(folder: Path) -> None:
         "one": ONE,
         "two": TWO,
         "sigma": SIGMA,
-        "text_encoder": {
-            "hidden_size": WIDTH,
-            "intermediate_size": 2 * WIDTH,
-            "num_hidden_layers": TINY_SIZE.text_layers,
-            "num_attention_heads": TINY_SIZE.heads_of_text,
-            "num_key_value_heads": TINY_SIZE.heads_of_text // 2,
-        },
-        "head_dim": WIDTH // TINY_SIZE.heads_of_text,
-        "transformer": {
-            "num_layers": TINY_SIZE.blocks,
-            "attention_head_dim": transformer.config.attention_head_dim,
-            "num_attention_heads": TINY_SIZE.heads,
-            "joint_attention_dim": WIDTH,
-            "in_channels": transformer.config.in_channels,
-            "axes_dims_rope": list(transformer.config.axes_dims_rope),
-        },
+        **sizes(text_encoder, transformer),
         "full_size_lora": full_size_lora(),
     }
     (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from placeholder.figures import BAND, COLOURS, HEIGHT, WIDTH, Panel, draw_grid, draw_panels, ticks
+from placeholder.figures import BAND, COLOURS, GAP, HEIGHT, WIDTH, Panel, draw_grid, draw_panels, ticks
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,24 @@ def test_a_curve_is_drawn_in_its_colour_from_low_to_high():
     assert rows[columns.argmin()] - rows[columns.argmax()] > HEIGHT / 2  # from below on the left to above on the right
 
 
+def test_the_names_of_the_curves_stand_beside_the_title_in_their_colours():
+    curve = [(1, 0.5), (2, 0.4)]
+    both = np.asarray(draw_panels([Panel("Loss", {"loss": curve, "preservation": curve})]))[:40, : WIDTH // 2].astype(int)
+    one = np.asarray(draw_panels([Panel("Loss", {"loss": curve})]))[:40].astype(int)
+    for colour in COLOURS:
+        ink = np.array([int(colour[start : start + 2], 16) for start in (1, 3, 5)])
+        assert (np.abs(both - ink) < 60).all(axis=2).any()
+        assert not (np.abs(one - ink) < 60).all(axis=2).any()
+
+
 def test_pictures_stand_in_their_columns_and_rows_enlarged_without_blur():
     colours = {"a": ["red", "lime"], "b": ["blue", "white"]}
     columns = {name: [Image.new("RGB", (64, 64), colour) for colour in row] for name, row in colours.items()}
     image = draw_grid(columns, ["one", "zwölf " * 50])
-    assert image.size == (2 * 192, BAND + 2 * (BAND + 192))
-    centres = [[image.getpixel((96 + 192 * x, 2 * BAND + 96 + y * (BAND + 192))) for x in (0, 1)] for y in (0, 1)]
+    assert image.size == (2 * 192 + GAP, BAND + 2 * (BAND + 192))
+    centres = [[image.getpixel((96 + (192 + GAP) * x, 2 * BAND + 96 + y * (BAND + 192))) for x in (0, 1)] for y in (0, 1)]
     assert centres == [[(255, 0, 0), (0, 0, 255)], [(0, 255, 0), (255, 255, 255)]]
+    assert (np.asarray(image)[2 * BAND :, 192 : 192 + GAP] == 255).all()
     assert np.asarray(image)[BAND : 2 * BAND].min() < 100  # the first row's name
 
 

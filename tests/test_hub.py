@@ -7,7 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.constants
 import pytest
+import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from placeholder.hub import HubRepository, model_card
 from tests.samples import read_zip, write_zip
@@ -98,12 +100,57 @@ def test_the_archive_is_uploaded_with_a_card_and_without_the_photographs(hub, ze
     assert (front["license"], front["library_name"]) == ("apache-2.0", "diffusers")
     assert "base_model" not in front  # a folder, which the hub would refuse
     assert "| rank | 4 |" in card
+    assert "![Before and after the training](report/grid.jpg)" in card
+    assert "curve.png" not in card  # which this archive has not
 
 
 def test_the_card_of_a_baseline_names_its_caption(baseline):
     front = yaml.safe_load(model_card(baseline.meta | {"base_model": "Qwen/Qwen-Image"}, REPO, []).split("---")[1])
     assert front["base_model"] == "Qwen/Qwen-Image"
     assert front["instance_prompt"] == baseline.meta["default_caption"]
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("zero_prior", True), ("baseline", False)])
+def test_the_hub_reads_the_cards_front_matter(kind, tokens, request):
+    meta = request.getfixturevalue(kind).meta | {"base_model": "Qwen/Qwen-Image"}
+    card = ModelCard(model_card(meta, REPO, ["report/grid.jpg", "report/curve.png"]), ignore_metadata_errors=False)
+    assert (card.data.base_model, card.data.library_name, card.data.pipeline_tag) == (
+        "Qwen/Qwen-Image",
+        "diffusers",
+        "text-to-image",
+    )
+    assert ("AddedToken" in card.text) == tokens
+    assert card.text.count("![") == 2
+    assert model_card(meta, REPO, []) == str(ModelCard(model_card(meta, REPO, [])))  # nothing is lost in reading
+
+
+def test_a_card_of_a_token_with_several_rows_or_of_a_model_in_a_folder_shows_no_code(zero_prior):
+    several = zero_prior.meta | {"base_model": "Qwen/Qwen-Image", "placeholder_token_ids": {"<zwx>": [151665, 151666]}}
+    for meta in (several, zero_prior.meta):
+        assert "```" not in model_card(meta, REPO, [])
+
+
+def test_the_cards_code_draws_with_what_was_uploaded(hub, zero_prior, base, monkeypatch, tmp_path):
+    HubRepository(REPO, TOKEN, hub).upload(zero_prior.archive, lambda line: None)
+    for name, content in Hub.files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    card = model_card(zero_prior.meta | {"base_model": "Qwen/Qwen-Image"}, REPO, [])
+    code = card.split("```python\n")[1].split("\n```")[0]
+    for old, new in (
+        ('"Qwen/Qwen-Image", dtype=torch.bfloat16).to("cuda")', f"{base.source!r}, dtype=torch.float32)"),
+        (f'snapshot_download("{REPO}")', repr(str(tmp_path))),
+        ("true_cfg_scale=4.0", "true_cfg_scale=4.0, num_inference_steps=2, width=64, height=64"),
+    ):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    drawn: dict = {}
+    exec(code, drawn)
+    matrix = drawn["pipe"].text_encoder.get_input_embeddings().weight
+    assert torch.equal(matrix[151665], zero_prior.tensors("embeddings/zwx.safetensors")["qwen25_7b"][0])
+    assert drawn["pipe"].tokenizer("a photo of <zwx>").input_ids == [64, 6548, 315, 220, 151665]
+    assert drawn["pipe"].get_active_adapters() == ["default_0"]
+    assert drawn["image"].size == (64, 64)
 
 
 @pytest.mark.parametrize("refused", [{"repos/create", "/api/models"}, {"auth-check"}])

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from demo.server import CogServer, data_url, from_data_url
+from tests import hosted
 from tests.samples import read_zip, write_dataset, write_zip
 from tests.stock import stock_picture
 
@@ -206,3 +207,60 @@ def test_the_weights_of_the_environment_serve_requests_that_bring_none(start, ar
     assert np.array_equal(served, expected)
     assert np.array_equal(again, expected)
     assert not np.array_equal(other, expected)
+
+
+def started(server: CogServer, name: str, inputs: dict, lines: tuple[str, ...]) -> None:
+    """Send a request whose work would take minutes here, wait until the log has every line, and cancel it."""
+    before = server.log.stat().st_size
+    server.start(name, inputs)
+    deadline = time.monotonic() + 60
+    while True:
+        with server.log.open("rb") as file:
+            file.seek(before)
+            log = file.read().decode()
+        if all(line in log for line in lines):
+            break
+        assert time.monotonic() < deadline, log
+        time.sleep(0.05)
+    server.cancel(name)
+    server.wait_until_ready()
+
+
+@pytest.mark.parametrize(("example", "steps"), [("a person", 1000), ("a token", 4000)])
+def test_documented_trainings_of_the_hosted_model_run_unchanged(example, steps, training_server, dataset):
+    inputs = {"dataset": data_url(dataset), **hosted.TRAININGS[example]}
+    started(training_server, f"hosted-{steps}", inputs, (f" 1/{steps} [",))
+
+
+def test_a_training_that_gives_every_input_of_the_hosted_trainer_runs_unchanged(training_server, dataset, tmp_path):
+    fewest = {"steps": hosted.TRAIN_INPUTS["steps"][2][0], "seed": 42}  # the others as the hosted trainer has them
+    inputs = {"dataset": data_url(dataset), **hosted.defaults(hosted.TRAIN_INPUTS), **fewest}
+    assert inputs.keys() == hosted.TRAIN_INPUTS.keys()
+    answer = training_server.ask(inputs)
+    assert answer["status"] == "succeeded", answer
+    path = tmp_path / "weights.zip"
+    path.write_bytes(from_data_url(answer["output"]["weights"]))
+    meta = json.loads(read_zip(path)["meta.json"])
+    assert (meta["steps"], meta["rank"], meta["seed"], meta["training_mode"]) == (100, 64, 42, "baseline")
+
+
+@pytest.mark.parametrize(("example", "size", "steps"), [("sunset", "1664x928", 50), ("a token", "1024x1024", 20)])
+def test_documented_predictions_of_the_hosted_model_run_unchanged(example, size, steps, prediction_server, archive):
+    inputs = {"replicate_weights": data_url(archive), **hosted.PREDICTIONS[example]}
+    started(prediction_server, f"hosted-{steps}", inputs, (f"size: {size}", f" 1/{steps} ["))
+
+
+def test_a_prediction_that_gives_every_input_of_the_hosted_model_runs_unchanged(prediction_server, archive):
+    small = {"width": 512, "height": 512, "num_inference_steps": 4, "seed": 7}  # the smallest size that the hosted model takes
+    inputs = {
+        "prompt": "a photo of <zwx>",
+        "replicate_weights": data_url(archive),
+        **hosted.defaults(hosted.PREDICT_INPUTS),
+        **small,
+    }
+    assert inputs.keys() == hosted.PREDICT_INPUTS.keys()
+    answer = prediction_server.ask(inputs)
+    assert answer["status"] == "succeeded", answer
+    image = Image.open(io.BytesIO(from_data_url(answer["output"])))
+    assert (image.format, image.size) == ("WEBP", (512, 512))
+    assert "4/4 [" in answer["logs"]

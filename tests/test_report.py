@@ -2,7 +2,7 @@
 
 import csv
 import io
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from html.parser import HTMLParser
 
 import pytest
@@ -15,6 +15,7 @@ from placeholder.checkpoint import CheckpointFolder
 from placeholder.config import TrainConfig, read_yaml, train_config
 from placeholder.finetune import Stop, StoppedError, finetune
 from placeholder.meta import TIME_VARIABLE
+from placeholder.page import Contents, page
 from placeholder.record import Point
 from placeholder.report import config_yaml, curve_csv
 from placeholder.weights import LORA_NAME, read_weights
@@ -107,6 +108,26 @@ def test_the_archive_shows_the_training_and_is_read_without_the_report(shown, ba
         assert text in page.text
     for part in ("load", "data set", "cache", "samples", "steps", "pictures", "save"):
         assert part in page.text
+
+
+def test_the_page_fits_a_phone_and_a_dark_browser_and_describes_its_pictures(shown):
+    text = shown.entry("report/index.html").decode()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert "prefers-color-scheme: dark" in text
+    assert "//" not in text.split("<style>")[1].split("</style>")[0], "the style loads nothing"
+    described = {str(found["src"]): found["alt"] for tag, found in Page(text).elements if tag == "img"}
+    assert described["grid.jpg"].endswith("from left to right: base model; LoRA, token reset; LoRA and token")
+    assert described["samples/step-000004-2.jpg"] == "<zwx> in a garden, step 4"
+    assert all(alt for name, alt in described.items() if not name.startswith("dataset/"))  # whose captions stand beside them
+
+
+def test_a_title_is_plain_text_in_any_script():
+    empty = {field.name: [] for field in fields(Contents) if field.default is MISSING and field.default_factory is MISSING}
+    texts = {"title": "Training of <猫>", "drawing": "", "grid": None, "curve": "curve.png", "config": ""}
+    dictionaries = {name: {} for name in ("facts", "samples", "data_set", "skipped")}
+    text = page(Contents(**empty | texts | dictionaries))
+    assert "<title>Training of &lt;猫&gt;</title>" in text
+    assert "<h1><bdi>Training of &lt;猫&gt;</bdi></h1>" in text
 
 
 def test_the_curve_holds_every_progress_line(shown):
