@@ -30,9 +30,9 @@ class Picture:
         return Scene(tuple(Thing(kind, size="small", place=place) for kind, place in things), self.background, seed)
 
 
-def nouns(words: tuple[str, str], beside_class_words: bool = True) -> tuple[str, str]:
-    """How captions call the two subjects by their tokens or trigger words, with the class word beside it or without."""
-    first, second = (f"{word} {noun}" if beside_class_words else word for word, noun in zip(words, CLASS_WORDS, strict=True))
+def nouns(words: tuple[str, str]) -> tuple[str, str]:
+    """How captions call the two subjects: their tokens or trigger words, each beside the class word."""
+    first, second = (f"{word} {noun}" for word, noun in zip(words, CLASS_WORDS, strict=True))
     return first, second
 
 

@@ -34,8 +34,8 @@ from placeholder.weights import Weights, read_weights
 
 TOKENS = ("<zwx>", "<qrs>")
 TRIGGERS = (TRIGGER, RARE_WORD)
-BUDGET = {"steps": 600, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "resolution": (64,), "report": False}
-SAMPLES = 4  # pictures a prompt
+BUDGET = {"steps": 500, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "resolution": (64,), "report": False}
+SAMPLES = 3  # pictures a prompt
 LOW_SCALE = 0.5
 
 
@@ -45,14 +45,13 @@ class Arm:
 
     words: tuple[str, str] = TOKENS
     together: bool = True
-    beside_class_words: bool = True
     trained: bool = True
     options: dict = field(default_factory=dict)
 
     @property
     def named(self) -> tuple[str, str]:
         """What captions and prompts call the two."""
-        return nouns(self.words, self.beside_class_words)
+        return nouns(self.words)
 
     def config(self, seed: int) -> TrainConfig:
         """The options of its training."""
@@ -66,7 +65,6 @@ ARMS: dict[str, Arm] = {
     "two tokens": Arm(),
     "two tokens, no picture of both": Arm(together=False),
     "two tokens, no preservation": Arm(options={"prior_preservation": 0.0}),
-    "two tokens, no class words": Arm(beside_class_words=False),
     "trigger words TOK and sks": Arm(words=TRIGGERS),
 }
 DRAWN, THROUGH_VAE = "as the world draws them", "the same, through the VAE"

@@ -9,7 +9,7 @@ import pytest
 from demo.subject import SEEN_BACKGROUNDS
 from demo.two_measures import DRAWN, both_measures, halves, one_named_measures, rendered
 from demo.two_sheet import COLUMNS, sheet, strip, tables
-from demo.two_subjects import CLASS_WORDS, KINDS, ORDERS, Picture, both, nouns, taught, write_dataset
+from demo.two_subjects import KINDS, ORDERS, Picture, both, nouns, taught, write_dataset
 from demo.two_tokens import ARMS, TOKENS, TRIGGERS
 from placeholder.captions import preserved_prompts, trained_captions
 from placeholder.dataset import read_dataset
@@ -44,8 +44,6 @@ def test_arms_differ_in_what_they_say(tmp_path):
     words = ARMS["trigger words TOK and sks"]
     assert words.config(0).tokens == ()
     assert all(any(word in photo.caption for word in TRIGGERS) for photo in photos_of(words, tmp_path))
-    bare = [photo.caption for photo in photos_of(ARMS["two tokens, no class words"], tmp_path)]
-    assert not any(noun in caption for noun in CLASS_WORDS for caption in bare)
     assert ARMS["two tokens"].config(0).preserves and not ARMS["two tokens, no preservation"].config(0).preserves
 
 
