@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test fuzz lint format study bench bench-gpu interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways lock clean
+.PHONY: setup demo test fuzz lint format study two-tokens bench bench-gpu interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways lock clean
 
 setup: .venv/installed
 
@@ -60,6 +60,10 @@ check-gpu: setup
 # The study of docs/study.md, on the small base model.
 study: setup
 	$(BIN)/python -m demo.study
+
+# Two tokens in one training, both drawn in one picture, on the small base model; writes docs/two-tokens.json and .png.
+two-tokens: setup
+	$(BIN)/python -m demo.two_tokens
 
 # The training step and a whole training on one CPU thread, beside diffusers' script, and switching archives; writes into benchmarks.
 bench: setup

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from demo.world import CLASS_WORDS, COLORS, RARE_WORD, SHAPES, SUBJECT, TRIGGER, Scene, Thing, render, subject_scene
+from demo.world import CLASS_WORDS, COLORS, RARE_WORD, SHAPES, SIDE, SUBJECT, TRIGGER, Scene, Thing, render, subject_scene
 
 NOTHING = "nothing"
 KINDS = (*SHAPES, *CLASS_WORDS, TRIGGER, RARE_WORD, SUBJECT, NOTHING)
@@ -125,22 +125,35 @@ def nearest_color(rgb: np.ndarray) -> str:
     return min(COLORS, key=lambda name: float(np.linalg.norm(rgb - np.array(COLORS[name]))))
 
 
-def subject_fidelity(image: Image.Image, background: str, place: str = "middle", size: str = "medium") -> float:
-    """How much of the subject is there, 0 to 1: one less the error of the best-fitting drawing of it over a blank's error.
+def subject_fidelity(
+    image: Image.Image, background: str, place: str = "middle", size: str = "medium", kind: str = SUBJECT
+) -> float:
+    """How much of a subject is there, 0 to 1: one less the error of the best-fitting drawing of it over a blank's error.
 
     The drawings stand on the background asked for, moved by up to six pixels and scaled by a tenth; the error is the mean
     square difference over the picture.
     """
-    pixels = np.asarray(image.convert("RGB")).astype(np.float32)
-    templates, blank = _templates(background, place, size)
+    return _fit(image, background, place, size, kind, slice(0, SIDE))
+
+
+def half_fidelity(image: Image.Image, background: str, place: str, kind: str) -> float:
+    """The fidelity of a small subject at a place, left or right, seen on that half of the picture alone."""
+    half = slice(0, SIDE // 2) if place == "left" else slice(SIDE // 2, SIDE)
+    return _fit(image, background, place, "small", kind, half)
+
+
+def _fit(image: Image.Image, background: str, place: str, size: str, kind: str, columns: slice) -> float:
+    pixels = np.asarray(image.convert("RGB")).astype(np.float32)[:, columns]
+    templates, blank = _templates(background, place, size, kind)
+    templates, blank = templates[:, :, columns], blank[:, columns]
     errors = np.square(templates - pixels).mean(axis=(1, 2, 3))
     worst = np.square(templates - blank).mean(axis=(1, 2, 3))
     return float(np.clip(1 - errors / worst, 0, 1).max())
 
 
 @cache
-def _templates(background: str, place: str, size: str) -> tuple[np.ndarray, np.ndarray]:
-    drawings = [np.asarray(render(subject_scene(background, seed, size, place))) for seed in range(160)]
+def _templates(background: str, place: str, size: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    drawings = [np.asarray(render(subject_scene(background, seed, size, place, kind))) for seed in range(160)]
     blank = np.broadcast_to(np.array(COLORS[background], dtype=np.float32), drawings[0].shape)
     return np.stack(drawings).astype(np.float32), blank
 

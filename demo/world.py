@@ -28,6 +28,7 @@ CLASS_WORDS = ("house", "flower", "fish", "face")  # things of many looks
 TRIGGER = "TOK"  # a trigger word with a strong prior: captions with it show waffles
 RARE_WORD = "sks"  # a rare word with a weak one: captions with it show a grey arrow
 SUBJECT = "subject"  # never in the world: what a training is to teach
+SECOND_SUBJECT = "second subject"  # nor is this
 TEXTURES = ("plain", "striped", "dotted")
 RADII = {"small": 0.17, "medium": 0.26, "large": 0.36}  # of the picture's side
 PLACES = {"left": 0.3, "middle": 0.5, "right": 0.7}
@@ -66,9 +67,12 @@ def render(scene: Scene, side: int = SIDE) -> Image.Image:
     return image.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def subject_scene(background: str, seed: int, size: str = "medium", place: str = "middle") -> Scene:
-    """The new subject on a background: a round-roofed house like a mushroom, which no caption of the world describes."""
-    return Scene((Thing(SUBJECT, size=size, place=place),), background, seed)
+def subject_scene(background: str, seed: int, size: str = "medium", place: str = "middle", kind: str = SUBJECT) -> Scene:
+    """A new subject on a background, which no caption of the world describes.
+
+    The first is a round-roofed house like a mushroom, the second a robot's square face.
+    """
+    return Scene((Thing(kind, size=size, place=place),), background, seed)
 
 
 def random_scene(rng: random.Random) -> Scene:
@@ -143,6 +147,8 @@ def _draw(image: Image.Image, thing: Thing, x: float, y: float, r: float, backgr
         _arrow(pen, x, y, r)
     elif thing.kind == SUBJECT:
         _subject(pen, x, y, r)
+    elif thing.kind == SECOND_SUBJECT:
+        _second_subject(pen, x, y, r)
     else:
         raise ValueError(f"the world has no {thing.kind!r}")
 
@@ -250,3 +256,9 @@ def _subject(pen: ImageDraw.ImageDraw, x: float, y: float, r: float) -> None:
         pen.ellipse((x + (dx - 0.17) * r, y + (dy - 0.17) * r, x + (dx + 0.17) * r, y + (dy + 0.17) * r), fill=(250, 215, 60))
     pen.pieslice((x - 0.2 * r, y + 0.35 * r, x + 0.2 * r, y + 1.0 * r), 180, 360, fill=(60, 60, 160))
     pen.rectangle((x - 0.2 * r, y + 0.67 * r, x + 0.2 * r, y + r), fill=(60, 60, 160))
+
+
+def _second_subject(pen: ImageDraw.ImageDraw, x: float, y: float, r: float) -> None:
+    pen.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill=(60, 110, 110))
+    pen.rectangle((x - 0.65 * r, y - 0.5 * r, x + 0.65 * r, y), fill=(60, 230, 200))
+    pen.rectangle((x - 0.45 * r, y + 0.35 * r, x + 0.45 * r, y + 0.65 * r), fill=(30, 30, 30))

@@ -1,0 +1,174 @@
+"""Two tokens in one training: whether both subjects are drawn, each alone and both in one picture.
+
+`make two-tokens` runs it on the small base model and writes docs/two-tokens.json, docs/two-tokens-table.md and
+docs/two-tokens.png. docs/two-tokens.md defines every measure.
+"""
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLQwenImage
+from PIL import Image
+
+from demo.judge import to_pixels
+from demo.sampler import Sampler
+from demo.small_base import build_small_base
+from demo.study import UNRELATED, difference
+from demo.two_measures import Draw, measures, old_meaning, rendered
+from demo.two_sheet import sheet, strip, tables
+from demo.two_subjects import nouns, taught, write_dataset
+from demo.world import RARE_WORD, TRIGGER
+from placeholder.config import TrainConfig
+from placeholder.finetune import finetune
+from placeholder.lora import load_lora, scale_lora, without_lora
+from placeholder.models import BaseModel, load_text_encoder, load_tokenizer, load_transformer, load_vae
+from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
+from placeholder.weights import Weights, read_weights
+
+TOKENS = ("<zwx>", "<qrs>")
+TRIGGERS = (TRIGGER, RARE_WORD)
+BUDGET = {"steps": 500, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "resolution": (64,), "report": False}
+SAMPLES = 3  # pictures a prompt
+LOW_SCALE = 0.5
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to teach two subjects: what they are called, what the data set holds, what differs from the defaults."""
+
+    words: tuple[str, str] = TOKENS
+    together: bool = True
+    trained: bool = True
+    options: dict = field(default_factory=dict)
+
+    @property
+    def named(self) -> tuple[str, str]:
+        """What captions and prompts call the two."""
+        return nouns(self.words)
+
+    def config(self, seed: int) -> TrainConfig:
+        """The options of its training."""
+        tokens = self.words if self.words == TOKENS else ()
+        options = BUDGET | self.options
+        return TrainConfig(**options, seed=seed, train_placeholder_token=bool(tokens), placeholder_token=tokens)
+
+
+ARMS: dict[str, Arm] = {
+    "base model": Arm(trained=False),
+    "two tokens": Arm(),
+    "two tokens, no picture of both": Arm(together=False),
+    "two tokens, no preservation": Arm(options={"prior_preservation": 0.0}),
+    "trigger words TOK and sks": Arm(words=TRIGGERS),
+}
+DRAWN, THROUGH_VAE = "as the world draws them", "the same, through the VAE"
+
+
+def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[Weights | None, dict]:
+    """One training by the package, from an archive of pictures to an archive of weights, and what its record says."""
+    if not arm.trained:
+        return None, {}
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = write_dataset(Path(folder) / "data.zip", taught(arm.named, arm.together))
+        output = Path(folder) / "weights.zip"
+        meta = finetune(dataset, arm.config(seed), output, base, log=lambda line: None)
+        return read_weights(output), {name: meta[name] for name in ("training_seconds", "diagnostics") if name in meta}
+
+
+def sampler_of(weights: Weights | None, seed: int, base: BaseModel) -> Sampler:
+    """The base model with an archive on it; without one with tokens that no training has touched."""
+    tokenizer, encoder, transformer = load_tokenizer(base), load_text_encoder(base), load_transformer(base)
+    width = encoder.embed_tokens.embedding_dim
+    if weights is None:
+        std = TrainConfig().placeholder_init_std
+        rows = initial_embeddings(TOKENS, width, std, torch.Generator().manual_seed(seed))
+    else:
+        rows = weights.embeddings
+        load_lora(transformer, weights.lora)
+    return Sampler(base, transformer, encoder, tokenizer, PlaceholderTokens(len(tokenizer), rows, width))
+
+
+def run_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Image]]:
+    """One training with its measures and a strip of pictures."""
+    weights, record = train_arm(arm, seed, base)
+    sampler = sampler_of(weights, seed, base)
+
+    def draw(picture) -> list[Image.Image]:
+        return sampler.draw(picture.caption, SAMPLES)
+
+    found = measures(draw, arm.named) | {"old_meaning": old_meaning(draw, arm.words), "drift": 0.0} | record
+    if weights is not None:
+        unrelated = sampler.draw_all(UNRELATED, SAMPLES)
+        with without_lora(sampler.transformer):
+            found["drift"] = difference(unrelated, sampler.draw_all(UNRELATED, SAMPLES))
+        scale_lora(sampler.transformer, LOW_SCALE)
+        found["old_meaning_low_scale"] = old_meaning(draw, arm.words)
+        scale_lora(sampler.transformer, 1.0)
+    else:
+        found["old_meaning_low_scale"] = found["old_meaning"]
+    return found, strip(draw, arm.named)
+
+
+def ceilings(base: BaseModel) -> tuple[dict[str, dict], dict[str, list[Image.Image]]]:
+    """The measures and strips of the world's own drawings, and of those after the VAE: no model here can do better."""
+    vae = load_vae(base, torch.float32)
+    draws: dict[str, Draw] = {
+        DRAWN: partial(rendered, count=SAMPLES),
+        THROUGH_VAE: lambda picture: [through_vae(vae, image) for image in rendered(picture, SAMPLES)],
+    }
+    named = nouns(TOKENS)
+    found = {name: measures(draw, named) | {"old_meaning": old_meaning(draw, TOKENS)} for name, draw in draws.items()}
+    return found, {name: strip(draw, named) for name, draw in draws.items()}
+
+
+@torch.no_grad()
+def through_vae(vae: AutoencoderKLQwenImage, image: Image.Image) -> Image.Image:
+    """The picture as the VAE gives it back."""
+    pixels = to_pixels(image)[:, :, None] * 2 - 1  # (1, 3, 1, H, W)
+    decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0, :, 0]  # (3, H, W)
+    values = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(values.permute(1, 2, 0).numpy(force=True))
+
+
+def _job(task: tuple[str, int, str]) -> tuple[str, int, dict, list[Image.Image]]:
+    name, seed, source = task
+    torch.set_num_threads(1)
+    found, images = run_arm(ARMS[name], seed, BaseModel(source, torch.device("cpu"), torch.float32))
+    return name, seed, found, images
+
+
+def main() -> None:
+    """Run all arms and seeds, some at a time, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    source = str(build_small_base())
+    limits, strips = ceilings(BaseModel(source, torch.device("cpu"), torch.float32))
+    results: dict[str, list[dict]] = {name: [found] for name, found in limits.items()}
+    tasks = [(name, seed, source) for seed in range(arguments.seeds) for name in arguments.arms]
+    started = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        for name, seed, found, images in pool.imap(_job, tasks):
+            results.setdefault(name, []).append({"seed": seed, **found})
+            strips.setdefault(name, images)
+            print(f"{time.monotonic() - started:.0f} s: {name}, seed {seed}: {json.dumps(found)}", flush=True)
+            arguments.output.mkdir(exist_ok=True)
+            record = {"budget": BUDGET, "samples": SAMPLES, "torch": torch.__version__, "results": results}
+            (arguments.output / "two-tokens.json").write_text(json.dumps(record, indent=1) + "\n")
+            (arguments.output / "two-tokens-table.md").write_text(tables(results))
+            sheet(strips).save(arguments.output / "two-tokens.png")
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    main()
