@@ -67,7 +67,7 @@ ARMS: dict[str, Arm] = {
     "two tokens, no preservation": Arm(options={"prior_preservation": 0.0}),
     "trigger words TOK and sks": Arm(words=TRIGGERS),
 }
-DRAWN, THROUGH_VAE = "as the world draws them", "the same, through the VAE"
+RENDERED, THROUGH_VAE = "as the world draws them", "the same, through the VAE"
 
 
 def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[Weights | None, dict]:
@@ -119,7 +119,7 @@ def ceilings(base: BaseModel) -> tuple[dict[str, dict], dict[str, list[Image.Ima
     """The measures and strips of the world's own drawings, and of those after the VAE: no model here can do better."""
     vae = load_vae(base, torch.float32)
     draws: dict[str, Draw] = {
-        DRAWN: partial(rendered, count=SAMPLES),
+        RENDERED: partial(rendered, count=SAMPLES),
         THROUGH_VAE: lambda picture: [through_vae(vae, image) for image in rendered(picture, SAMPLES)],
     }
     named = nouns(TOKENS)
