@@ -54,7 +54,7 @@ class CompiledBlocks:
             self._frequencies, self._rotations = frequencies, real_rotations(frequencies)
         try:
             return self._compiled(block, hidden_states, encoder_hidden_states, temb, self._rotations)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             self._give_up(error)
             return block(*args)
 
@@ -85,19 +85,19 @@ def compiled_blocks(
     """Let the blocks run compiled for a while; afterwards they, this process and its temporary folder are as before."""
     processors = [block.attn.processor for block in transformer.transformer_blocks]
     hooks = [parameter.register_post_accumulate_grad_hook(_drop) for parameter in _unread(transformer)]
-    try:
-        with _cache_folder(), _settings():
+    with _cache_folder(), _settings():
+        try:
             for block in transformer.transformer_blocks:
                 block.attn.processor = RealRotaryAttention()
             checkpointing.call = CompiledBlocks(one_shape, warn)
             yield checkpointing.call
-    finally:
-        checkpointing.call = plain_call
-        for hook in hooks:
-            hook.remove()
-        for block, processor in zip(transformer.transformer_blocks, processors, strict=True):
-            block.attn.processor = processor
-        torch.compiler.reset()
+        finally:
+            checkpointing.call = plain_call
+            for hook in hooks:
+                hook.remove()
+            for block, processor in zip(transformer.transformer_blocks, processors, strict=True):
+                block.attn.processor = processor
+            torch.compiler.reset()
 
 
 def _unread(transformer: QwenImageTransformer2DModel) -> list[nn.Parameter]:
@@ -174,25 +174,27 @@ def _cache_folder() -> Iterator[None]:
 
     A compiler that a cancellation has left running is ended: it is known by the TMPDIR that it was started with.
     """
-    from torch._inductor.utils import clear_caches  # imported where used: it takes seconds
-
     tempfile.gettempdir()  # remembered by Python, so that TMPDIR changes it for the compiler alone
     before = {name: os.environ.get(name) for name in (CACHE_VARIABLE, "TMPDIR")}
-    kept = before[CACHE_VARIABLE]
+    kept = before[CACHE_VARIABLE] or None
     if kept:
         Path(kept).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=PREFIX, dir=kept, ignore_cleanup_errors=True) as folder:
+        os.environ.update({CACHE_VARIABLE: kept or folder, "TMPDIR": folder})
         try:
-            os.environ.update({CACHE_VARIABLE: kept or folder, "TMPDIR": folder})
+            from torch._inductor.utils import clear_caches  # imported where used: it takes seconds
+
             clear_caches()
-            yield
+            try:
+                yield
+            finally:
+                clear_caches()  # they name files in the folder
         finally:
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
-            clear_caches()  # they name files in the folder
             _end_compilers(folder)
 
 

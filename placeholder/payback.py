@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from placeholder.config import TrainConfig
-from placeholder.storage import Storage
 
 TIMES_COST = 2  # compiling has to save more than so many times the seconds that it takes
 
@@ -34,7 +33,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Payback:
-    """What compiling would save and cost in a training, in seconds; `why_not` where it is out of the question.
+    """What compiling would save and cost in a training, in seconds.
 
     `one_shape`: all pictures have as many tokens, and all prompts.
     """
@@ -43,7 +42,6 @@ class Payback:
     compilations: int
     one_shape: bool
     device: Device
-    why_not: str = ""
 
     @property
     def saved(self) -> float:
@@ -58,14 +56,12 @@ class Payback:
     @property
     def pays(self) -> bool:
         """Whether the rule says to compile."""
-        return not self.why_not and self.saved > TIMES_COST * self.cost
+        return self.saved > TIMES_COST * self.cost
 
     def line(self, wanted: bool | None) -> str:
         """The decision in a sentence; `wanted` is what was asked for, None for the rule."""
         if wanted is not None:
             return f"Compile: {'on' if wanted else 'off'}, as torch_compile says"
-        if self.why_not:
-            return f"Compile: off, {self.why_not}"
         return (
             f"Compile: {'on' if self.pays else 'off'}, by rule: of {self.flops / 1e12:.3g} TFLOP it would save {self.saved:.3g} s and take "
             f"{self.cost:.3g} s ({self.device.source}); it has to save more than {TIMES_COST} times that"
@@ -77,7 +73,6 @@ def payback(
     shapes: Sequence[tuple[int, int, Sequence[int]]],
     empty: int,
     transformer: Mapping[str, Any],
-    storage: Storage,
     device_type: str,
 ) -> Payback:
     """What compiling would mean for a training whose examples come equally often.
@@ -97,9 +92,8 @@ def payback(
     # The first block is compiled for text embeddings without gradients, and with them where a text encoder's rows learn.
     first_blocks = 2 if config.tokens and (config.caption_dropout or config.preserves) else 1
     compilations = len(batch_sizes(config, one_shape)) * (first_blocks + 1)
-    why_not = "because weights stored in NF4 are unpacked by code that does not compile" if storage == "nf4" else ""
     flops = config.steps * config.batch_size * total / len(shapes)
-    return Payback(flops, compilations, one_shape, DEVICES[device_type], why_not)
+    return Payback(flops, compilations, one_shape, DEVICES[device_type])
 
 
 def batch_sizes(config: TrainConfig, one_shape: bool) -> list[int]:

@@ -161,7 +161,7 @@ def prepare(
         report,
         digest,
         plan,
-        _payback(config, examples, empty_ids, plan, trainee.transformer, log),
+        _payback(config, examples, empty_ids, trainee.transformer, log),
         captions=[(photo.name, caption) for photo, caption in zip(photos, captions, strict=True)],
         thumbnails=[thumbnail(photo, THUMBNAIL_SIDE) for photo in photos[:THUMBNAILS] if config.report],
         prompts=drawn,
@@ -230,7 +230,6 @@ def _payback(
     config: TrainConfig,
     examples: list[Example],
     empty_ids: tuple[int, ...],
-    plan: Plan,
     transformer: QwenImageTransformer2DModel,
     log: Log,
 ) -> Payback:
@@ -242,7 +241,7 @@ def _payback(
     shapes = [
         (len(example.latents), length(example.input_ids), [length(ids) for ids in example.preserved]) for example in examples
     ]
-    found = payback(config, shapes, length(empty_ids), transformer.config, plan.storage, transformer.device.type)
+    found = payback(config, shapes, length(empty_ids), transformer.config, transformer.device.type)
     log(found.line(config.torch_compile))
     return found
 

@@ -13,8 +13,8 @@ TOKEN = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",)}
 PLAIN = TrainConfig(caption_dropout=0.0)
 
 
-def of(config: TrainConfig, shapes=((256, 32, ()),), empty=5, transformer=SMALL, storage="full", device="cpu") -> Payback:
-    return payback(config, shapes, empty, transformer, storage, device)
+def of(config: TrainConfig, shapes=((256, 32, ()),), empty=5, transformer=SMALL, device="cpu") -> Payback:
+    return payback(config, shapes, empty, transformer, device)
 
 
 def test_the_flops_of_a_step_are_those_that_were_counted():
@@ -75,12 +75,9 @@ def test_at_full_size_on_a_gpu_it_is_off_by_default_and_says_what_was_not_measur
     assert of(TrainConfig(steps=20000, batch_size=4), shapes, transformer=FULL, device="cuda").pays
 
 
-def test_what_is_asked_for_wins_and_nf4_is_never_compiled_by_rule():
+def test_what_is_asked_for_wins():
     long = of(replace(PLAIN, steps=20000))
     assert long.pays and "Compile: on, by rule" in long.line(None)
     assert long.line(False) == "Compile: off, as torch_compile says"
     assert of(PLAIN).line(True) == "Compile: on, as torch_compile says"
-    stored = of(replace(PLAIN, steps=20000), storage="nf4")
-    assert not stored.pays and "NF4" in stored.line(None)
-    assert of(replace(PLAIN, steps=20000), storage="int8").pays
     assert DEVICES.keys() == {"cpu", "cuda"}
