@@ -168,6 +168,14 @@ def _settings() -> Iterator[None]:
         yield
 
 
+def chosen_cache() -> str | None:
+    """The folder that the user has named in TORCHINDUCTOR_CACHE_DIR: PyTorch itself puts its default there when it is imported."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imported where used: it takes seconds
+
+    named = os.environ.get(CACHE_VARIABLE)
+    return named if named and named != default_cache_dir() else None
+
+
 @contextmanager
 def _cache_folder() -> Iterator[None]:
     """A folder for what the compiler writes, for a while; the user's own TORCHINDUCTOR_CACHE_DIR is used and kept.
@@ -176,7 +184,7 @@ def _cache_folder() -> Iterator[None]:
     """
     tempfile.gettempdir()  # remembered by Python, so that TMPDIR changes it for the compiler alone
     before = {name: os.environ.get(name) for name in (CACHE_VARIABLE, "TMPDIR")}
-    kept = before[CACHE_VARIABLE] or None
+    kept = chosen_cache()
     if kept:
         Path(kept).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=PREFIX, dir=kept, ignore_cleanup_errors=True) as folder:
