@@ -202,6 +202,20 @@ def test_memory_that_ran_out_is_not_taken_for_a_failure_to_compile(passes, monke
         assert not compiled.failed
 
 
+def test_more_shapes_than_were_foreseen_go_on_uncompiled(passes, monkeypatch):
+    case = (2, (4, 4), 7, False, 0)
+    expected, warnings = passes.made(*case), []
+    with compiled_blocks(passes.transformer, passes.checkpointing, False, warnings.append) as compiled:
+
+        def one_too_many(*_):
+            raise torch._dynamo.exc.FailOnRecompileLimitHit("recompile_limit reached\nand more")
+
+        monkeypatch.setattr(compiled, "_compiled", one_too_many)
+        found = passes.made(*case)
+    assert torch.equal(found[0], expected[0]) and compiled.failed
+    assert warnings == ["Warning: the blocks could not be compiled (recompile_limit reached): the training goes on without"]
+
+
 def test_a_resumed_training_decides_as_it_was_decided():
     config = TrainConfig(steps=10, seed=1)
     facts = {
