@@ -119,6 +119,10 @@ def train(
     quantize_te: bool = Input(
         default=False, description="Hold the text encoder's weights in 8 bits. Not possible together with a placeholder token."
     ),
+    torch_compile: Optional[bool] = Input(
+        default=None,
+        description="Compile the transformer's blocks: faster steps after some minutes. Left blank, it is on where that pays back by far.",
+    ),
     log_prompt_ids: bool = Input(default=False, description="Log the token ids of every caption."),
     seed: Optional[int] = Input(
         default=None,

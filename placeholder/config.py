@@ -49,7 +49,7 @@ YAML_SECTIONS: dict[str, tuple[str, ...]] = {
         "sample_prompts",
     ),
     "debug": ("log_prompt_ids",),
-    "model": ("quantize", "quantize_te"),
+    "model": ("quantize", "quantize_te", "torch_compile"),
 }
 
 
@@ -58,7 +58,7 @@ class TrainConfig:
     """The resolved options of one run.
 
     `caption_dropout` is the share of the samples that train the empty prompt. `resolution` holds the sides of the square areas trained at, in pixels; `placeholder_token` holds the tokens named, which
-    are used only where `train_placeholder_token` is on; `seed` None means that one is to be drawn; `sample_every` 0 means never, `sample_prompts` holds one prompt a line.
+    are used only where `train_placeholder_token` is on; `seed` None means that one is to be drawn, `torch_compile` None that the rule of payback.py decides; `sample_every` 0 means never, `sample_prompts` holds one prompt a line.
     """
 
     steps: int = 1000
@@ -83,6 +83,7 @@ class TrainConfig:
     optimizer: str = "adamw"
     quantize: bool = False
     quantize_te: bool = False
+    torch_compile: bool | None = None
     log_prompt_ids: bool = False
     seed: int | None = None
     report: bool = True
@@ -109,7 +110,7 @@ def train_config(inputs: dict[str, Any], config_file: Path | str | None = None) 
     """The configuration that Cog's inputs ask for, overruled by what a YAML file names.
 
     `inputs` holds the options by their input names; `lora_rank` None, `train_placeholder_token` None, `placeholder_token`
-    None and `seed` None mean "not given". Raises ValueError, one sentence, for any value that is not accepted.
+    None, `torch_compile` None and `seed` None mean "not given". Raises ValueError, one sentence, for any value that is not accepted.
     """
     options = dict(inputs)
     from_file = read_yaml(config_file) if config_file else {}
@@ -248,6 +249,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "optimizer": lambda name, value: choice(name, value, OPTIMIZERS),
     "quantize": flag,
     "quantize_te": flag,
+    "torch_compile": lambda name, value: None if value is None else flag(name, value),
     "log_prompt_ids": flag,
     "seed": lambda name, value: None if value is None else whole(name, value, 0, MAX_SEED),
     "report": flag,

@@ -12,6 +12,7 @@ from torch import Tensor
 from placeholder import tracking
 from placeholder.checkpoint import Checkpoint, CheckpointFolder
 from placeholder.checks import MAX_SEED
+from placeholder.compiling import compiled_steps
 from placeholder.config import TrainConfig
 from placeholder.diagnostics import Diagnostics, diagnose
 from placeholder.lora import load_lora, lora_metadata, lora_state_dict, unload_lora
@@ -78,6 +79,8 @@ def finetune(
     reset_peak()
     timing = Timing()
     training = prepare(dataset, config, base, log, processes, start, timing)
+    if config.torch_compile is None:
+        config = replace(config, torch_compile=training.payback.pays)
     earlier = start.facts["record"] if isinstance(start, Checkpoint) else None
     record = Record(config.steps, training.tokens, log, training.position.step, earlier)
     stop = stop or Stop()
@@ -85,29 +88,35 @@ def finetune(
     report = None
     if config.report and processes.index == 0:
         report = Report(config, training, base, log, timing, lambda: stop.wanted)
-    for step in training.steps(config, processes):
-        record.note(step)
-        if report is not None:
-            record.start += report.sample(step.number)  # meanwhile the other processes wait for this one's gradients
-        if run is not None:
-            tracking.show_step(run, step.number, config, record, training, report)
-        if checkpoints is None or processes.index > 0:
-            continue
-        stopping = stop.wanted
-        if stopping or step.number % checkpoints.every == 0:
-            saved = _save(checkpoints, training, shared | {"config": asdict(config), "record": record.facts()}, log)
-        if stopping:
-            last = "its checkpoint" if saved else "the newest checkpoint that could be written"
-            raise StoppedError(f"the training was stopped after step {step.number}: resume_from takes {last}")
+    with compiled_steps(
+        training.trainee, training.examples, training.empty_ids, config, training.payback.one_shape, log
+    ) as compile_seconds:
+        record.start += compile_seconds
+        for step in training.steps(config, processes):
+            record.note(step)
+            if report is not None:
+                record.start += report.sample(step.number)  # meanwhile the other processes wait for this one's gradients
+            if run is not None:
+                tracking.show_step(run, step.number, config, record, training, report)
+            if checkpoints is None or processes.index > 0:
+                continue
+            stopping = stop.wanted
+            if stopping or step.number % checkpoints.every == 0:
+                saved = _save(checkpoints, training, shared | {"config": asdict(config), "record": record.facts()}, log)
+            if stopping:
+                last = "its checkpoint" if saved else "the newest checkpoint that could be written"
+                raise StoppedError(f"the training was stopped after step {step.number}: resume_from takes {last}")
     stop.heeded = False
     if processes.index > 0:
         return None
     figures = record.figures() | shared | {"base_model_revision": base.commit}
+    if compile_seconds:
+        timing.seconds["compile"] = compile_seconds
     timing.seconds["steps"] = figures["training_seconds"]
     diagnostics = _diagnostics(training, log) if config.tokens else None
     if diagnostics is not None:
         figures |= diagnostics.meta()
-    figures |= _memory(training, log)
+    figures |= _memory(training, log) | {"compile_seconds": compile_seconds or None}
     if isinstance(start, Weights):
         figures["started_from"] = content_digest(source)
     meta = training_meta(config, training, figures)

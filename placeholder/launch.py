@@ -24,6 +24,7 @@ import torch
 from accelerate import PartialState
 
 from placeholder.checkpoint import CheckpointFolder
+from placeholder.compiling import CACHE_VARIABLE, chosen_cache
 from placeholder.config import TrainConfig
 from placeholder.determinism import deterministic
 from placeholder.failures import ShortageError, plain_failures
@@ -117,7 +118,12 @@ def _run(count: int, job: Path, log: Log, environment: dict[str, str]) -> int:
     processes = subprocess.Popen(
         [sys.executable, *launcher, "-m", "placeholder.launch", str(job)],
         cwd=ROOT,
-        env={"OMP_NUM_THREADS": threads, **os.environ, **environment},
+        env={
+            "OMP_NUM_THREADS": threads,
+            **os.environ,
+            CACHE_VARIABLE: chosen_cache() or str(job.parent / "compiled"),
+            **environment,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",

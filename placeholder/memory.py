@@ -111,14 +111,20 @@ def measure(transformer: QwenImageTransformer2DModel, compute: Callable[[], Tens
     return Footprint(len(whole), block, inputs[0], kept[0] - block)
 
 
+def plain_call(block: nn.Module, *args: Any) -> Any:
+    """What the block returns."""
+    return block(*args)
+
+
 class BlockCheckpointing:
     """Recomputes the activations of the transformer's first `recomputed` blocks in the backward pass instead of keeping them.
 
-    Gradients are the same bit for bit, whatever the number.
+    Gradients are the same bit for bit, whatever the number. `call` runs a block, in passes with gradients.
     """
 
     def __init__(self, transformer: QwenImageTransformer2DModel, recomputed: int):
         self.recomputed = recomputed
+        self.call = plain_call
         self.blocks = len(transformer.transformer_blocks)
         self._numbers = {block: number for number, block in enumerate(transformer.transformer_blocks)}
         transformer.enable_gradient_checkpointing(self._run)
@@ -132,5 +138,5 @@ class BlockCheckpointing:
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
         if self._numbers[block] < self.recomputed:
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+            return checkpoint(self.call, block, *args, use_reentrant=False)
+        return self.call(block, *args)

@@ -17,7 +17,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "the new token": "train_placeholder_token placeholder_token placeholder_vectors placeholder_init_std placeholder_learning_rate "
         "placeholder_warmup_fraction prior_preservation prior_preservation_interval class_word",
         "captions": "default_caption autocaption autocaption_prefix autocaption_suffix caption_dropout log_prompt_ids",
-        "memory": "quantize quantize_te",
+        "memory and speed": "quantize quantize_te torch_compile",
         "interruptions and settings": "resume_from checkpoint_folder checkpoint_every config",
         "what it shows": "report sample_every sample_prompts hf_repo_id wandb_project wandb_run wandb_entity",
     },

@@ -41,9 +41,11 @@ from placeholder.models import (
     load_transformer,
     load_vae,
     prompt_ids,
+    prompt_template,
     text_width,
 )
 from placeholder.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms_limit
+from placeholder.payback import Payback, payback
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings
 from placeholder.plan import Plan, plan_training
 from placeholder.processes import Processes
@@ -78,6 +80,7 @@ class Training:
     report: DatasetReport
     dataset_digest: str
     plan: Plan
+    payback: Payback
     captions: list[Caption]
     descriptions: list[str]
     thumbnails: list[Image.Image]
@@ -180,6 +183,7 @@ def prepare(
         report,
         digest,
         plan,
+        _payback(config, examples, empty_ids, trainee.transformer, log),
         captions=captions,
         descriptions=descriptions or [],
         thumbnails=[thumbnail(photo, THUMBNAIL_SIDE) for photo in photos[:THUMBNAILS] if config.report],
@@ -264,6 +268,26 @@ def _trainee(
     optimizer = lora_optimizer(config.optimizer, lora, config.learning_rate)
     checkpointing = _checkpointing(config, plan, transformer, lora, log)
     return Trainee(transformer, prompt_embeds, lora, optimizer, checkpointing, row_optimizer)
+
+
+def _payback(
+    config: TrainConfig,
+    examples: list[Example],
+    empty_ids: tuple[int, ...],
+    transformer: QwenImageTransformer2DModel,
+    log: Log,
+) -> Payback:
+    """Whether compiling would pay back, which the log says too."""
+
+    def length(ids: tuple[int, ...]) -> int:
+        return len(ids) - prompt_template()[2]
+
+    shapes = [
+        (len(example.latents), length(example.input_ids), [length(ids) for ids in example.preserved]) for example in examples
+    ]
+    found = payback(config, shapes, length(empty_ids), transformer.config, transformer.device.type)
+    log(found.line(config.torch_compile))
+    return found
 
 
 def _checkpointing(

@@ -45,7 +45,7 @@ def read_start(path: Path) -> Checkpoint | Weights:
 
 
 def config_of(start: Checkpoint | Weights, config: TrainConfig, facts: dict[str, Any]) -> TrainConfig:
-    """The configuration to go on with: a blank seed is the checkpoint's.
+    """The configuration to go on with: a blank seed and a blank `torch_compile` are the checkpoint's.
 
     `facts` are those of this training that a checkpoint has to share, such as its base model. Raises ValueError where the
     training would not be the one that was interrupted, or could not start from those weights.
@@ -58,6 +58,8 @@ def config_of(start: Checkpoint | Weights, config: TrainConfig, facts: dict[str,
         raise ValueError(f"{start.name} does not say how it was trained: resume from another checkpoint")
     if config.seed is None:
         config = replace(config, seed=recorded.get("seed"))
+    if config.torch_compile is None:
+        config = replace(config, torch_compile=recorded.get("torch_compile"))
     wanted = {name: value for name, value in asdict(config).items() if name not in MAY_DIFFER}
     found = {name: value for name, value in recorded.items() if name not in MAY_DIFFER}
     for name, value, stored in _pairs(wanted | facts, found | {name: start.facts.get(name) for name in facts}):

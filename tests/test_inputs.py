@@ -146,6 +146,7 @@ OTHER_VALUES = {
     "optimizer": "prodigy",
     "quantize": True,
     "quantize_te": True,
+    "torch_compile": True,
     "log_prompt_ids": True,
     "seed": 0,
     "report": False,
