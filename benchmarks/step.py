@@ -34,9 +34,9 @@ from placeholder.config import TrainConfig
 from placeholder.latents import pack
 from placeholder.lora import TARGET_MODULES, add_lora
 from placeholder.memory import BlockCheckpointing, saved_bytes
-from placeholder.models import PromptEmbeddings, prompt_template
 from placeholder.optimizers import RowOptimizer, lora_optimizer, row_rms_limit
 from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
+from placeholder.prompts import PromptEmbeddings, prompt_template
 from placeholder.trainer import Example, Position, Sample, Trainee, sample_losses, training_steps
 
 BLOCKS, HEADS, HEAD_WIDTH = 6, 4, 64

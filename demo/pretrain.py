@@ -21,8 +21,8 @@ from demo import small_base
 from demo.world import COLORS, SIDE, held_out, random_caption, random_scene, render
 from placeholder.flow import add_noise, flow_loss, shift_mu, shift_sigmas, velocity_target
 from placeholder.latents import normalise, pack
-from placeholder.models import EMPTY_PROMPT, prompt_ids, prompt_template
 from placeholder.placeholder_token import PlaceholderTokens
+from placeholder.prompts import EMPTY_PROMPT, prompt_ids, prompt_template
 from placeholder.vae import as_single_frame
 
 FOLDER = small_base.CACHE / "pretrain"

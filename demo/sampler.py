@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from demo.world import SIDE
-from placeholder.models import EMPTY_PROMPT, BaseModel, encode_prompts, load_scheduler, load_vae, pipeline_inputs, prompt_ids
+from placeholder.models import BaseModel, load_scheduler, load_vae
 from placeholder.placeholder_token import PlaceholderTokens
+from placeholder.prompts import EMPTY_PROMPT, encode_prompts, pipeline_inputs, prompt_ids
 
 STEPS, GUIDANCE, SEED = 20, 4.0, 5  # the guidance of Qwen-Image's own examples
 

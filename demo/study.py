@@ -25,8 +25,9 @@ from demo.world import RARE_WORD, SUBJECT, TRIGGER
 from placeholder.config import TrainConfig
 from placeholder.diagnostics import diagnose
 from placeholder.lora import scale_lora, without_lora
-from placeholder.models import BaseModel, load_text_encoder, prompt_ids
+from placeholder.models import BaseModel, load_text_encoder
 from placeholder.prepare import Training, prepare
+from placeholder.prompts import prompt_ids
 
 TOKEN = "<zwx>"
 VOCABULARY_RMS = 0.02  # standard deviation of the small base's own embedding rows at their start

@@ -11,8 +11,8 @@ from placeholder.captioner import MAX_NEW_TOKENS
 from placeholder.config import TrainConfig
 from placeholder.dataset import Photo
 from placeholder.labels import label
-from placeholder.models import EMPTY_PROMPT, prompt_ids
 from placeholder.placeholder_token import PlaceholderTokens, place_token, without_token
+from placeholder.prompts import EMPTY_PROMPT, prompt_ids
 
 Source = Literal["file", "default", "auto"]
 MAX_FILES = 10_000  # the archive may hold twice as many

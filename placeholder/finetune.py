@@ -18,9 +18,10 @@ from placeholder.diagnostics import Diagnostics, diagnose
 from placeholder.lora import load_lora, lora_metadata, lora_state_dict, unload_lora
 from placeholder.memory import peak_bytes, reset_peak
 from placeholder.meta import modelspec, training_meta
-from placeholder.models import BaseModel, PromptEmbeddings
+from placeholder.models import BaseModel
 from placeholder.prepare import Log, Training, prepare
 from placeholder.processes import Processes
+from placeholder.prompts import PromptEmbeddings
 from placeholder.record import Record
 from placeholder.report import Report
 from placeholder.resume import config_of, read_start, resume_path

@@ -17,19 +17,10 @@ from placeholder.checks import MAX_SEED, shown
 from placeholder.failures import plain_failures
 from placeholder.hooks import cache_first_block, stop_caching, stop_streaming, stream
 from placeholder.lora import ADAPTER, EXTRA_ADAPTER, load_lora, scale_loras, unload_lora
-from placeholder.models import (
-    BaseModel,
-    encode_prompts,
-    load_scheduler,
-    load_text_encoder,
-    load_tokenizer,
-    load_transformer,
-    load_vae,
-    pipeline_inputs,
-    prompt_ids,
-)
+from placeholder.models import BaseModel, load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
 from placeholder.placeholder_token import PlaceholderTokens, archive_tokens, check_tokens
 from placeholder.placement import placement_of
+from placeholder.prompts import encode_prompts, pipeline_inputs, prompt_ids
 from placeholder.request import Request
 from placeholder.weights import Weights, content_digest, read_weights
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from placeholder.checks import number
 from placeholder.files import local_file
 from placeholder.lora import ADAPTER, load_lora, scale_lora, unload_lora
-from placeholder.models import prompt_ids
 from placeholder.placeholder_token import PlaceholderTokens, archive_tokens
+from placeholder.prompts import prompt_ids
 from placeholder.weights import Weights, read_weights
 
 WRAPPED = "_get_qwen_prompt_embeds"  # the pipeline's one way from prompts to embeddings, private to it, wrapped here alone

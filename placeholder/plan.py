@@ -13,15 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from placeholder.config import TrainConfig
 from placeholder.lora import add_lora
 from placeholder.memory import KEPT_FREE, Footprint, measure
-from placeholder.models import (
-    BaseModel,
-    PromptEmbeddings,
-    prompt_template,
-    text_encoder_shell,
-    transformer_shell,
-)
+from placeholder.models import BaseModel, text_encoder_shell, transformer_shell
 from placeholder.optimizers import STATES
 from placeholder.placeholder_token import PlaceholderTokens
+from placeholder.prompts import PromptEmbeddings, prompt_template
 from placeholder.sight import seeing_bytes
 from placeholder.storage import STORAGES, Storage, stored_bytes, unpacked_bytes
 from placeholder.trainer import Example, draw_sample, sample_losses

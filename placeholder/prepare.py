@@ -30,9 +30,7 @@ from placeholder.flow import shift_mu
 from placeholder.lora import add_lora
 from placeholder.memory import BlockCheckpointing, free_bytes, free_memory
 from placeholder.models import (
-    EMPTY_PROMPT,
     BaseModel,
-    PromptEmbeddings,
     encode_picture,
     language_model,
     load_scheduler,
@@ -40,8 +38,6 @@ from placeholder.models import (
     load_tokenizer,
     load_transformer,
     load_vae,
-    prompt_ids,
-    prompt_template,
     text_width,
 )
 from placeholder.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms_limit
@@ -49,6 +45,7 @@ from placeholder.payback import Payback, payback
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings
 from placeholder.plan import Plan, plan_training
 from placeholder.processes import Processes
+from placeholder.prompts import EMPTY_PROMPT, PromptEmbeddings, prompt_ids, prompt_template
 from placeholder.resume import apply_start, check_dataset, check_storage, stored_descriptions
 from placeholder.samples import grid_prompts
 from placeholder.sight import check_sight, load_with_sight

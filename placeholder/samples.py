@@ -14,8 +14,9 @@ from placeholder.dataset import SIDE_MULTIPLE
 from placeholder.diagnostics import rows_as
 from placeholder.lora import without_lora
 from placeholder.memory import free_memory
-from placeholder.models import BaseModel, PromptEmbeddings, load_scheduler, load_vae, pipeline_inputs
+from placeholder.models import BaseModel, load_scheduler, load_vae
 from placeholder.placeholder_token import PlaceholderTokens, without_token
+from placeholder.prompts import PromptEmbeddings, pipeline_inputs
 
 STEPS, GUIDANCE, SEED = 20, 4.0, 0  # the guidance of Qwen-Image's own examples, fewer steps; the same noise for every picture
 MAX_SIDE = 512  # pixels: at full size a picture then costs about seven training steps (counted in FLOPs)

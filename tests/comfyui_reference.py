@@ -17,8 +17,9 @@ from demo.server import ROOT
 from demo.small_base import TINY_SIZE, build_tiny_base
 from placeholder.latents import pack, unpack
 from placeholder.lora import TARGET_MODULES, A, B, add_lora, load_lora, lora_metadata, lora_state_dict
-from placeholder.models import BaseModel, encode_prompts, load_text_encoder, load_tokenizer, load_transformer, prompt_ids
+from placeholder.models import BaseModel, load_text_encoder, load_tokenizer, load_transformer
 from placeholder.placeholder_token import PlaceholderTokens
+from placeholder.prompts import encode_prompts, prompt_ids
 from placeholder.weights import Weights, write_weights
 from tests.samples import read_zip
 

@@ -15,9 +15,10 @@ from placeholder.checkpoint import CheckpointFolder
 from placeholder.config import TrainConfig
 from placeholder.dataset import Photo
 from placeholder.finetune import finetune
-from placeholder.models import load_text_encoder, prompt_ids
+from placeholder.models import load_text_encoder
 from placeholder.placeholder_token import PlaceholderTokens
 from placeholder.prepare import prepare
+from placeholder.prompts import prompt_ids
 from placeholder.weights import LORA_NAME, read_weights
 from tests.conftest import SHORT
 from tests.samples import Run, encoded, picture, read_zip, train, write_dataset, write_zip

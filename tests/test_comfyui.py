@@ -14,8 +14,8 @@ from safetensors.torch import save
 
 from demo.server import ROOT
 from placeholder.lora import A, B
-from placeholder.models import prompt_ids, prompt_template
 from placeholder.placeholder_token import PlaceholderTokens
+from placeholder.prompts import prompt_ids, prompt_template
 from placeholder.weights import Weights, embedding_name, write_weights
 from tests.samples import read_zip, write_zip
 

@@ -19,9 +19,10 @@ from placeholder.config import YAML_SECTIONS, TrainConfig, train_config
 from placeholder.finetune import prove_archive
 from placeholder.lora import B, add_lora
 from placeholder.meta import MEASURED, TIME_VARIABLE
-from placeholder.models import PromptEmbeddings, load_text_encoder, load_transformer, prompt_ids
+from placeholder.models import load_text_encoder, load_transformer
 from placeholder.optimizers import row_rms_limit
 from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
+from placeholder.prompts import PromptEmbeddings, prompt_ids
 from placeholder.record import Record
 from placeholder.trainer import Example, Step
 from placeholder.weights import LORA_NAME, Weights, read_weights

@@ -14,9 +14,9 @@ import placeholder
 from demo.server import ROOT
 from placeholder import generate as generate_module
 from placeholder.generate import ImageGenerator
-from placeholder.models import encode_prompts, prompt_ids
 from placeholder.pipeline import learned_rows
 from placeholder.placeholder_token import PlaceholderTokens
+from placeholder.prompts import encode_prompts, prompt_ids
 from placeholder.request import Request
 from placeholder.weights import LORA_NAME, Weights, read_weights, write_weights
 from tests.samples import read_zip, write_zip

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import AddedToken
 
-from placeholder.models import load_tokenizer, prompt_template
+from placeholder.models import load_tokenizer
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings, place_token, without_token
+from placeholder.prompts import prompt_template
 
 FIRST_ID = 151665
 

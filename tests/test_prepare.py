@@ -3,8 +3,8 @@
 import pytest
 
 from placeholder.config import TrainConfig
-from placeholder.models import prompt_ids
 from placeholder.prepare import prepare
+from placeholder.prompts import prompt_ids
 from tests.conftest import SHORT
 
 

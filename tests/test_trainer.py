@@ -11,17 +11,10 @@ from placeholder import trainer as trainer_module
 from placeholder.config import TrainConfig
 from placeholder.lora import add_lora, without_lora
 from placeholder.memory import BlockCheckpointing
-from placeholder.models import (
-    BaseModel,
-    PromptEmbeddings,
-    encode_picture,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-    prompt_ids,
-)
+from placeholder.models import BaseModel, encode_picture, load_text_encoder, load_transformer, load_vae
 from placeholder.optimizers import RowOptimizer, lora_optimizer
 from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
+from placeholder.prompts import PromptEmbeddings, prompt_ids
 from placeholder.trainer import (
     Example,
     Position,
