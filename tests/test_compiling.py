@@ -110,11 +110,11 @@ def test_the_attention_is_that_of_diffusers(passes):
 
 def test_compiled_blocks_give_the_gradients_of_uncompiled_ones_in_few_compilations(passes):
     cases = [
-        (2, (4, 4), 7, True, 0),
-        (3, (3, 5), 9, True, 2),
-        (4, (6, 6), 64, True, 3),
+        (2, (4, 4), 7, False, 0),
+        (3, (3, 5), 9, False, 2),
+        (4, (6, 6), 64, False, 3),
+        (2, (2, 2), 4, False, 1),
         (3, (4, 4), 16, True, 1),
-        (2, (2, 2), 4, True, 0),
     ]
     expected = [passes.made(*case) for case in cases]
     before = counters["stats"]["unique_graphs"]
@@ -128,8 +128,8 @@ def test_compiled_blocks_give_the_gradients_of_uncompiled_ones_in_few_compilatio
                 assert (gradient is None) == (found is None)
                 assert gradient is None or torch.allclose(gradient, found, rtol=1e-3, atol=1e-5 * gradient.abs().max() + 1e-9)
     assert warnings == []
-    # One for all these shapes, batches and blocks; the first block, where nothing before it learns, is compiled in the next test.
-    assert counters["stats"]["unique_graphs"] - before == 1 <= MAX_COMPILATIONS
+    # The first block where nothing before it learns, and the others: for all these shapes and batches.
+    assert counters["stats"]["unique_graphs"] - before == 2 <= MAX_COMPILATIONS
     assert passes.checkpointing.call is plain_call
     assert type(passes.transformer.transformer_blocks[0].attn.processor) is QwenDoubleStreamAttnProcessor2_0
     again = passes.made(*cases[4])
