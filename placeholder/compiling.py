@@ -26,8 +26,9 @@ PREFIX = "placeholder-compile-"
 # Compilations of the blocks in one training: a batch of one and larger ones, for either a first block before which nothing
 # learns, a first block after a text encoder whose rows learn, and the other blocks.
 MAX_COMPILATIONS = 6
-# Inductor's pool of worker processes would outlive the training; and what it timed on a GPU could be otherwise next time.
-OPTIONS = {"compile_threads": 1, "deterministic": True}
+# Inductor's worker processes would outlive the training, and its precompiled headers lie in no folder that can be chosen; what it
+# timed on a GPU could be otherwise next time.
+OPTIONS = {"compile_threads": 1, "cpp_cache_precompile_headers": False, "deterministic": True}
 
 
 class CompiledBlocks:

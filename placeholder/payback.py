@@ -23,8 +23,8 @@ class Device:
 
 
 DEVICES = {
-    # benchmarks/step.py on one thread: 7.4 GFLOP in 0.13 s, 7 % faster with sizes left open, 42 s for two compilations.
-    "cpu": Device(58e9, 0.07, 21.0, "as measured on one thread"),
+    # benchmarks/step.py on one thread: 7.4 GFLOP in 0.13 s, 7 % faster with sizes left open, 73 s for two compilations.
+    "cpu": Device(58e9, 0.07, 36.0, "as measured on one thread"),
     # The share is that of musubi-tuner's PR 722 (5.39 => 4.65 s). The others are assumptions that make little of compiling: the
     # speed is 43 % of an H100's 989 TFLOP/s, and a compilation takes minutes.
     "cuda": Device(425e12, 0.137, 150.0, "assumed, not measured on a GPU"),
