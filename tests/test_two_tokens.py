@@ -27,7 +27,7 @@ def photos_of(arm, folder):
 def test_the_package_reads_captions_that_name_one_token_or_both(tmp_path):
     arm = ARMS["two tokens"]
     config = arm.config(seed=0)
-    captions = trained_captions(photos_of(arm, tmp_path), config, log=lambda line: None)
+    captions = [caption.text for caption in trained_captions(photos_of(arm, tmp_path), config, log=lambda line: None)]
     named = [tuple(token for token in TOKENS if token in caption) for caption in captions]
     assert config.tokens == TOKENS
     assert [named.count(tokens) for tokens in (TOKENS[:1], TOKENS[1:], TOKENS)] == [12, 12, 12]
