@@ -64,8 +64,8 @@ def read_dataset(path: Path | str, resolutions: tuple[int, ...]) -> tuple[list[P
     """The photographs of a zip or tar archive, sorted by name, and the report on them.
 
     `resolutions` are sides of squares in pixels; every photograph is cut to one bucket of each area. A photo.mask.png beside
-    photo.jpg weights the loss. Raises ValueError when
-    the archive cannot be read, a caption is not UTF-8, a mask does not fit, or no picture is usable.
+    photo.jpg weights the loss. Raises ValueError when the archive cannot be read, a caption is not UTF-8, a mask does not fit,
+    or no picture is usable.
     """
     photos: dict[str, Photo] = {}
     with open_archive(path) as archive:

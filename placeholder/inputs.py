@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class DeclaredInput:
-    """One input: its type (`str`, `int`, `float`, `bool` or `Path`, of which None is one value more where that is the default)
+    """One input: its type (`str`, `int`, `float`, `bool`, `Path` or `Secret`, of which None is one value more where that is the default)
     and what its `Input(...)` says."""
 
     name: str
