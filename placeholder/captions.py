@@ -104,14 +104,20 @@ def caption_files(captions: list[Caption]) -> dict[str, bytes]:
 
     A picture has its number for a name where its own would not do on every system, or belongs to a picture with another suffix.
     """
-    files: dict[str, bytes] = {}
+    names: list[str | None] = []
     taken: set[str] = set()
-    for number, caption in enumerate(captions[:MAX_FILES], 1):
+    for caption in captions[:MAX_FILES]:
         name = caption.file[: caption.file.rindex(".")] + ".txt"
         key = unicodedata.normalize("NFC", name).casefold()
-        if label(caption.file) != caption.file or key in taken:
-            name = f"picture-{number:05}.txt"
+        names.append(name if label(caption.file) == caption.file and key not in taken else None)
         taken.add(key)
+    files: dict[str, bytes] = {}
+    for number, (name, caption) in enumerate(zip(names, captions, strict=False), 1):
+        if name is None:
+            name = f"picture-{number:05}.txt"
+            while name in taken:
+                name = f"{name.removesuffix('.txt')}-.txt"
+            taken.add(name)
         files[name] = f"{caption.text}\n".encode()
     return files
 

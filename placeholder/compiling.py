@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from placeholder.attention import RealRotaryAttention, real_rotations
 from placeholder.config import TrainConfig
-from placeholder.memory import BlockCheckpointing, plain_call
+from placeholder.memory import BlockCheckpointing, plain_calls
 from placeholder.payback import batch_sizes
 from placeholder.trainer import Example, Sample, Trainee, sample_losses
 
@@ -46,10 +46,28 @@ class CompiledBlocks:
         self._rotations: tuple = ()
         self._compiled = torch.compile(_block, fullgraph=True, dynamic=not one_shape, options=OPTIONS)
 
-    def __call__(self, block: nn.Module, *args: Any) -> tuple[Tensor, Tensor]:
-        """What the block returns for the arguments that the transformer gives it."""
-        if self.failed:
-            return block(*args)
+    def __call__(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What calls one block with the arguments that the transformer gives it: compiled again where it has been so before.
+
+        A recomputed block has to keep what it kept at first, also where compiling has failed for a later one.
+        """
+        compiled: list[bool] = []
+
+        def call(block: nn.Module, *args: Any) -> tuple[Tensor, Tensor]:
+            if not compiled:
+                compiled.append(not self.failed)
+            if not compiled[0]:
+                return block(*args)
+            found = self._call(block, *args)
+            if found is None:
+                compiled[0] = False
+                return block(*args)
+            return found
+
+        return call
+
+    def _call(self, block: nn.Module, *args: Any) -> tuple[Tensor, Tensor] | None:
+        """What the compiled block returns; None where it could not be compiled."""
         hidden_states, encoder_hidden_states, _mask, temb, frequencies = args[:5]
         if frequencies is not self._frequencies:  # the same for all blocks of a pass
             self._frequencies, self._rotations = frequencies, real_rotations(frequencies)
@@ -57,7 +75,7 @@ class CompiledBlocks:
             return self._compiled(block, hidden_states, encoder_hidden_states, temb, self._rotations)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             self._give_up(error)
-            return block(*args)
+            return None
 
     def _give_up(self, error: Exception) -> None:
         for cause in _causes(error):
@@ -69,7 +87,7 @@ class CompiledBlocks:
 
 
 def _block(block: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotations: tuple) -> Any:
-    """What is compiled: a block without masks."""
+    """What is compiled: a block without masks, and without what only models that edit pictures give it."""
     return block(hidden_states, encoder_hidden_states, None, temb, rotations)
 
 
@@ -90,10 +108,10 @@ def compiled_blocks(
         try:
             for block in transformer.transformer_blocks:
                 block.attn.processor = RealRotaryAttention()
-            checkpointing.call = CompiledBlocks(one_shape, warn)
-            yield checkpointing.call
+            checkpointing.calls = CompiledBlocks(one_shape, warn)
+            yield checkpointing.calls
         finally:
-            checkpointing.call = plain_call
+            checkpointing.calls = plain_calls
             for hook in hooks:
                 hook.remove()
             for block, processor in zip(transformer.transformer_blocks, processors, strict=True):
@@ -189,8 +207,8 @@ def _cache_folder() -> Iterator[None]:
     if kept:
         Path(kept).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=PREFIX, dir=kept, ignore_cleanup_errors=True) as folder:
-        os.environ.update({CACHE_VARIABLE: kept or folder, "TMPDIR": folder})
         try:
+            os.environ.update({CACHE_VARIABLE: kept or folder, "TMPDIR": folder})
             from torch._inductor.utils import clear_caches  # imported where used: it takes seconds
 
             clear_caches()

@@ -116,15 +116,21 @@ def plain_call(block: nn.Module, *args: Any) -> Any:
     return block(*args)
 
 
+def plain_calls() -> Callable[..., Any]:
+    """How a block is called, and called again where it is recomputed."""
+    return plain_call
+
+
 class BlockCheckpointing:
     """Recomputes the activations of the transformer's first `recomputed` blocks in the backward pass instead of keeping them.
 
-    Gradients are the same bit for bit, whatever the number. `call` runs a block, in passes with gradients.
+    Gradients are the same bit for bit, whatever the number. `calls` gives for each block of a pass with gradients what calls it, the same when it
+    is recomputed.
     """
 
     def __init__(self, transformer: QwenImageTransformer2DModel, recomputed: int):
         self.recomputed = recomputed
-        self.call = plain_call
+        self.calls = plain_calls
         self.blocks = len(transformer.transformer_blocks)
         self._numbers = {block: number for number, block in enumerate(transformer.transformer_blocks)}
         transformer.enable_gradient_checkpointing(self._run)
@@ -138,5 +144,5 @@ class BlockCheckpointing:
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
         if self._numbers[block] < self.recomputed:
-            return checkpoint(self.call, block, *args, use_reentrant=False)
-        return self.call(block, *args)
+            return checkpoint(self.calls(), block, *args, use_reentrant=False)
+        return self.calls()(block, *args)

@@ -3,6 +3,7 @@
 A training that is made again, or resumed, decides the same.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ DEVICES = {
 class Payback:
     """What compiling would save and cost in a training, in seconds.
 
-    `one_shape`: all pictures have as many tokens, and all prompts.
+    `one_shape`: all pictures are of one height and width, and all prompts of one length.
     """
 
     flops: float
@@ -70,23 +71,23 @@ class Payback:
 
 def payback(
     config: TrainConfig,
-    shapes: Sequence[tuple[int, int, Sequence[int]]],
+    shapes: Sequence[tuple[tuple[int, int], int, Sequence[int]]],
     empty: int,
     transformer: Mapping[str, Any],
     device_type: str,
 ) -> Payback:
     """What compiling would mean for a training whose examples come equally often.
 
-    `shapes` holds for each example the tokens of its picture, of its prompt, and of each prompt that is preserved; `empty` is
-    the number of the empty prompt's. `transformer` is the transformer's configuration.
+    `shapes` holds for each example its picture's height and width in tokens, the tokens of its prompt, and those of each prompt that
+    is preserved; `empty` is the number of the empty prompt's. `transformer` is the transformer's configuration.
     """
     total = 0.0
-    for picture, prompt, preserved in shapes:
+    for grid, prompt, preserved in shapes:
         lengths = [prompt, *preserved]
-        parts = [step_flops(transformer, picture + length, config.rank) for length in lengths]
+        parts = [step_flops(transformer, math.prod(grid) + length, config.rank) for length in lengths]
         total += parts[0] + sum(parts[1:]) / config.prior_preservation_interval
     dropped = [empty] if config.caption_dropout else []
-    one_shape = len({picture for picture, _, _ in shapes}) == 1 and (
+    one_shape = len({grid for grid, _, _ in shapes}) == 1 and (
         len({length for _, prompt, preserved in shapes for length in (prompt, *preserved, *dropped)}) == 1
     )
     # The first block is compiled for text embeddings without gradients, and with them where a text encoder's rows learn.

@@ -279,9 +279,7 @@ def _payback(
     def length(ids: tuple[int, ...]) -> int:
         return len(ids) - prompt_template()[2]
 
-    shapes = [
-        (len(example.latents), length(example.input_ids), [length(ids) for ids in example.preserved]) for example in examples
-    ]
+    shapes = [(example.grid, length(example.input_ids), [length(ids) for ids in example.preserved]) for example in examples]
     found = payback(config, shapes, length(empty_ids), transformer.config, transformer.device.type)
     log(found.line(config.torch_compile))
     return found

@@ -50,7 +50,12 @@ def encode_prompts(
         return hidden[:, dropped:]
     inputs_embeds = tokens.embed(text_encoder.embed_tokens, input_ids[:, dropped:])  # (B, T - dropped, D)
     before = DynamicCache([tuple(states.expand(len(input_ids), -1, -1, -1) for states in layer) for layer in template])
-    return text_encoder(inputs_embeds=inputs_embeds, past_key_values=before, use_cache=True).last_hidden_state
+    length = inputs_embeds.shape[1]
+    causal = torch.ones(length, dropped + length, dtype=torch.bool, device=input_ids.device).tril(dropped)[None, None]
+    masks = dict.fromkeys(text_encoder.config.layer_types, causal)  # what transformers would make in every call, at some length
+    return text_encoder(
+        inputs_embeds=inputs_embeds, attention_mask=masks, past_key_values=before, use_cache=True
+    ).last_hidden_state
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from placeholder.config import TrainConfig
+from placeholder.determinism import StrictSteps
 from placeholder.flow import add_noise, flow_loss, sample_sigma, velocity_target
 from placeholder.lora import without_lora
 from placeholder.memory import BlockCheckpointing, free_memory
@@ -112,6 +113,7 @@ def training_steps(
     """
     rows_alone = trainee.rows_alone(config)
     batch_size = config.batch_size * processes.count
+    strict = StrictSteps()
     for number in range(position.step + 1, config.steps + 1):
         lora_learns = number > rows_alone
         # The preserved prompts hold no token: while the rows learn alone there is nothing for them to do.
@@ -122,12 +124,16 @@ def training_steps(
         ]
         while True:
             try:
-                loss, preservation = gradients(
-                    trainee, processes.share(batch), batch_size, config.prior_preservation * preserves
-                )
+                with strict():
+                    loss, preservation = gradients(
+                        trainee, processes.share(batch), batch_size, config.prior_preservation * preserves
+                    )
                 break
             except torch.OutOfMemoryError:
                 if not trainee.checkpointing.recompute_more():
+                    raise
+            except RuntimeError as error:
+                if not strict.gives_way(error):
                     raise
             free_memory()
         rows_learn = any(sample.input_ids != empty_ids for sample in batch)

@@ -163,6 +163,7 @@ class WandbRun:
 
     def _end(self) -> None:
         """End the process and wandb's own below it where they have not ended by themselves; remove their files."""
+        self.outgoing.put(None)  # again, for the thread that writes, where an interruption came before the first
         if self.process is not None:
             children = []
             with suppress(psutil.NoSuchProcess):

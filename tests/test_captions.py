@@ -266,3 +266,9 @@ def test_caption_files_have_the_pictures_names_where_these_will_do():
     found = caption_files([Caption("shown", f"caption {number}", "auto", file) for number, file in enumerate(files)])
     assert list(found) == ["a.txt", "picture-00002.txt", "x/é.txt", "picture-00004.txt", "picture-00005.txt", "b.c.txt"]
     assert found["x/é.txt"] == b"caption 2\n"
+
+
+def test_a_caption_file_by_number_takes_no_other_pictures_place():
+    files = ("a.jpg", "a.png", "picture-00002.jpg")
+    found = caption_files([Caption("shown", f"caption {number}", "auto", file) for number, file in enumerate(files)])
+    assert found == {"a.txt": b"caption 0\n", "picture-00002-.txt": b"caption 1\n", "picture-00002.txt": b"caption 2\n"}

@@ -16,13 +16,13 @@ from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from demo.small_base import Size, new_transformer
-from placeholder import launch
+from placeholder import compiling, launch
 from placeholder.attention import RealRotaryAttention, real_rotations, rotate
 from placeholder.checkpoint import Checkpoint
 from placeholder.compiling import CACHE_VARIABLE, MAX_COMPILATIONS, PREFIX, compiled_blocks
 from placeholder.config import TrainConfig
 from placeholder.lora import add_lora, without_lora
-from placeholder.memory import BlockCheckpointing, plain_call
+from placeholder.memory import BlockCheckpointing, plain_calls
 from placeholder.resume import RECORDED, config_of
 from placeholder.trainer import predict_velocity
 from placeholder.weights import LORA_NAME
@@ -130,7 +130,7 @@ def test_compiled_blocks_give_the_gradients_of_uncompiled_ones_in_few_compilatio
     assert warnings == []
     # The first block where nothing before it learns, and the others: for all these shapes and batches.
     assert counters["stats"]["unique_graphs"] - before == 2 <= MAX_COMPILATIONS
-    assert passes.checkpointing.call is plain_call
+    assert passes.checkpointing.calls is plain_calls
     assert type(passes.transformer.transformer_blocks[0].attn.processor) is QwenDoubleStreamAttnProcessor2_0
     again = passes.made(*cases[4])
     assert all(one is other or torch.equal(one, other) for one, other in zip(again[1], expected[4][1], strict=True))
@@ -187,7 +187,7 @@ def test_cancelled_while_it_compiles_it_leaves_no_folder_and_no_compiler(passes,
         cancelled()
     assert started[0].wait(5) != 0
     assert list(temporary.iterdir()) == [] and os.environ[CACHE_VARIABLE] == default_cache_dir()
-    assert passes.checkpointing.call is plain_call
+    assert passes.checkpointing.calls is plain_calls
 
 
 def test_memory_that_ran_out_is_not_taken_for_a_failure_to_compile(passes, monkeypatch):
@@ -214,6 +214,25 @@ def test_more_shapes_than_were_foreseen_go_on_uncompiled(passes, monkeypatch):
         found = passes.made(*case)
     assert torch.equal(found[0], expected[0]) and compiled.failed
     assert warnings == ["Warning: the blocks could not be compiled (recompile_limit reached): the training goes on without"]
+
+
+@pytest.mark.parametrize("recomputed", [0, 3])
+def test_a_block_that_ran_compiled_is_recomputed_compiled_though_a_later_one_could_not_be(passes, monkeypatch, recomputed):
+    case = (2, (4, 4), 7, False, recomputed)
+    expected, warnings, calls = passes.made(*case), [], []
+    with compiled_blocks(passes.transformer, passes.checkpointing, False, warnings.append) as compiled:
+
+        def first_alone(block, *args):
+            """As compiled code does, it keeps other tensors than the block does."""
+            if block is not passes.transformer.transformer_blocks[0]:
+                raise torch._dynamo.exc.InternalTorchDynamoError("the second one")
+            calls.append(block)
+            return tuple(part * torch.ones_like(part) * torch.ones(()) for part in compiling._block(block, *args))
+
+        monkeypatch.setattr(compiled, "_compiled", first_alone)
+        found = passes.made(*case)
+    assert torch.allclose(found[0], expected[0]) and compiled.failed and len(warnings) == 1
+    assert len(calls) == (2 if recomputed else 1)
 
 
 def test_a_resumed_training_decides_as_it_was_decided():

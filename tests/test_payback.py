@@ -13,7 +13,7 @@ TOKEN = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",)}
 PLAIN = TrainConfig(caption_dropout=0.0)
 
 
-def of(config: TrainConfig, shapes=((256, 32, ()),), empty=5, transformer=SMALL, device="cpu") -> Payback:
+def of(config: TrainConfig, shapes=(((16, 16), 32, ()),), empty=5, transformer=SMALL, device="cpu") -> Payback:
     return payback(config, shapes, empty, transformer, device)
 
 
@@ -35,9 +35,9 @@ def test_every_sample_and_every_preserved_prompt_counts():
     once = of(PLAIN).flops
     assert once == pytest.approx(1000 * step_flops(SMALL, 288, 32))
     assert of(replace(PLAIN, batch_size=4)).flops == pytest.approx(4 * once)
-    two = of(PLAIN, shapes=((256, 32, ()), (64, 32, ())))
+    two = of(PLAIN, shapes=(((16, 16), 32, ()), ((8, 8), 32, ())))
     assert two.flops == pytest.approx(once / 2 + 500 * step_flops(SMALL, 96, 32))
-    kept = of(replace(PLAIN, **TOKEN, prior_preservation_interval=4), shapes=((256, 32, (32, 32)),))
+    kept = of(replace(PLAIN, **TOKEN, prior_preservation_interval=4), shapes=(((16, 16), 32, (32, 32)),))
     assert kept.flops == pytest.approx(1.5 * once)
 
 
@@ -45,9 +45,11 @@ def test_sizes_are_left_open_where_there_is_more_than_one_shape():
     dropping = replace(PLAIN, caption_dropout=0.1)
     assert of(PLAIN).one_shape and of(dropping, empty=32).one_shape
     assert not of(dropping).one_shape
-    assert not of(PLAIN, shapes=((256, 32, ()), (64, 32, ()))).one_shape
-    assert not of(PLAIN, shapes=((256, 32, ()), (256, 30, ()))).one_shape
-    assert not of(PLAIN, shapes=((256, 32, (30,)),)).one_shape
+    assert not of(PLAIN, shapes=(((16, 16), 32, ()), ((8, 8), 32, ()))).one_shape
+    assert not of(PLAIN, shapes=(((16, 16), 32, ()), ((16, 16), 30, ()))).one_shape
+    assert not of(PLAIN, shapes=(((16, 16), 32, (30,)),)).one_shape
+    # As many tokens, but a batch of both is divided.
+    assert not of(PLAIN, shapes=(((8, 32), 32, ()), ((32, 8), 32, ()))).one_shape
     batches = replace(PLAIN, batch_size=4)
     assert batch_sizes(batches, True) == [4] and batch_sizes(batches, False) == [1, 2] and batch_sizes(PLAIN, False) == [1]
 
@@ -55,12 +57,12 @@ def test_sizes_are_left_open_where_there_is_more_than_one_shape():
 @pytest.mark.parametrize(
     ("options", "shapes", "expected"),
     [
-        ({}, ((256, 32, ()),), 2),
-        ({"batch_size": 2}, ((256, 32, ()),), 2),
-        ({"batch_size": 2}, ((256, 32, ()), (256, 30, ())), 4),
-        ({**TOKEN, "prior_preservation": 0.0}, ((256, 32, ()),), 2),
-        (TOKEN, ((256, 32, (30,)),), 3),
-        ({**TOKEN, "caption_dropout": 0.05, "prior_preservation": 0.0, "batch_size": 4}, ((256, 32, ()),), 6),
+        ({}, (((16, 16), 32, ()),), 2),
+        ({"batch_size": 2}, (((16, 16), 32, ()),), 2),
+        ({"batch_size": 2}, (((16, 16), 32, ()), ((16, 16), 30, ())), 4),
+        ({**TOKEN, "prior_preservation": 0.0}, (((16, 16), 32, ()),), 2),
+        (TOKEN, (((16, 16), 32, (30,)),), 3),
+        ({**TOKEN, "caption_dropout": 0.05, "prior_preservation": 0.0, "batch_size": 4}, (((16, 16), 32, ()),), 6),
     ],
 )
 def test_how_often_is_compiled(options, shapes, expected):
@@ -68,7 +70,7 @@ def test_how_often_is_compiled(options, shapes, expected):
 
 
 def test_at_full_size_on_a_gpu_it_is_off_by_default_and_says_what_was_not_measured():
-    shapes = [((side // 16) ** 2, 128, ()) for side in (512, 768, 1024)]
+    shapes = [((side // 16, side // 16), 128, ()) for side in (512, 768, 1024)]
     found = of(TrainConfig(), shapes, transformer=FULL, device="cuda")
     assert found.flops == pytest.approx(93e15, rel=2e-3) and not found.pays
     assert "Compile: off, by rule" in found.line(None) and "not measured on a GPU" in found.line(None)
