@@ -28,7 +28,13 @@ PREFIX = "placeholder-compile-"
 MAX_COMPILATIONS = 6
 # Inductor's worker processes would outlive the training, and its precompiled headers lie in no folder that can be chosen; what it
 # timed on a GPU could be otherwise next time.
-OPTIONS = {"compile_threads": 1, "cpp_cache_precompile_headers": False, "deterministic": True}
+OPTIONS = {
+    "compile_threads": 1,
+    "cpp_cache_precompile_headers": False,
+    "deterministic": True,
+    # Nothing about the blocks' modules changes for as long as they are compiled; to look them through in every call takes time.
+    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+}
 
 
 class CompiledBlocks:
