@@ -42,7 +42,9 @@ class HubRepository:
         if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo_id):
             raise ValueError(f"hf_repo_id is {repo_id[:200]!r}: give owner/name")
         if not token:
-            raise ValueError("hf_repo_id needs an hf_token that may write there")
+            raise ValueError(
+                "hf_repo_id needs an hf_token that may write there (on the command line: the environment variable HF_TOKEN)"
+            )
         return cls(repo_id, token)
 
     def check(self) -> None:

@@ -57,7 +57,7 @@ def parser() -> Parser:
             help=description,
             description=description,
             usage=f"%(prog)s {POSITIONAL[name]} [-o FILE] [options]",
-            epilog=MODEL_HELP,
+            epilog=_environment(declared(name)),
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
@@ -69,6 +69,12 @@ def parser() -> Parser:
 def declared(command: str) -> dict[str, DeclaredInput]:
     """The inputs that a command takes."""
     return declared_inputs(*SOURCES[command])
+
+
+def _environment(inputs: dict[str, DeclaredInput]) -> str:
+    """What the environment says beside the options: the secrets, and the base model."""
+    secrets = [f"{option.name.upper()}: {option.description}" for option in inputs.values() if option.kind == SECRET]
+    return " ".join(["Environment:", *secrets, MODEL_HELP])
 
 
 def _add_inputs(command: Parser, name: str) -> None:

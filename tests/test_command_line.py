@@ -404,3 +404,11 @@ def test_a_data_set_that_is_not_there_is_said_and_nothing_is_left(base, tokenize
     assert main(["train", "d.zip"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: d.zip is not a file: give a zip or tar archive"
     assert not list(tmp_path.iterdir())
+
+
+def test_help_names_the_secrets_that_the_environment_holds(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "HF_TOKEN: Token of the Hugging Face hub" in shown and "WANDB_API_KEY: API key" in shown
+    assert "QWEN_IMAGE_MODEL" in shown
