@@ -16,7 +16,7 @@ from tqdm import tqdm
 from placeholder.checks import MAX_SEED, shown
 from placeholder.failures import plain_failures
 from placeholder.hooks import cache_first_block, stop_caching, stop_streaming, stream
-from placeholder.lora import ADAPTER, EXTRA_ADAPTER, load_lora, scale_loras, unload_lora
+from placeholder.lora import ADAPTER, EXTRA_ADAPTER, load_lora, overwrite_lora, scale_loras, unload_lora
 from placeholder.models import BaseModel, load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
 from placeholder.placeholder_token import PlaceholderTokens, archive_tokens, check_tokens
 from placeholder.placement import placement_of
@@ -91,10 +91,11 @@ class ImageGenerator:
             return
         parts = [self._read(paths[adapter], digest) for adapter, digest in wanted]
         tokens = self._tokens(*parts)
-        self.unload()
-        self.applied = INCOMPLETE  # so that an interruption here is undone by the next request
-        for adapter, part in zip(paths, parts, strict=True):
-            load_lora(self.pipeline.transformer, part.lora, adapter)
+        if not self._overwrite(wanted, parts):
+            self.unload()
+            self.applied = INCOMPLETE  # so that an interruption here is undone by the next request
+            for adapter, part in zip(paths, parts, strict=True):
+                load_lora(self.pipeline.transformer, part.lora, adapter)
         self.tokens, self.subjects = tokens, [tuple(part.embeddings) for part in parts]
         self.applied = wanted
         for token, ids in tokens.ids.items():
@@ -102,6 +103,16 @@ class ImageGenerator:
         for adapter, part in zip(paths, parts, strict=True):
             name = "Weights" if adapter == ADAPTER else "Extra weights"
             self.log(f"{name} applied: {len(part.lora)} LoRA tensors, {len(part.embeddings)} embeddings")
+
+    def _overwrite(self, wanted: Applied, parts: list[Weights]) -> bool:
+        """Put the one LoRA that is wanted into the layers of the one that is applied, where these are the same."""
+        if self.streamed or [adapter for adapter, _ in self.applied] != [adapter for adapter, _ in wanted] or len(parts) > 1:
+            return False
+        before, self.applied = self.applied, INCOMPLETE  # so that an interruption here is undone by the next request
+        if overwrite_lora(self.pipeline.transformer, parts[0].lora):
+            return True
+        self.applied = before
+        return False
 
     def _read(self, path: Path, digest: str) -> Weights:
         """The archive, from memory where one of the same content was read lately."""

@@ -10,6 +10,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -123,6 +124,27 @@ def load_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor]
     if wrong:
         unload_lora(transformer)
         raise RuntimeError(f"{len(wrong)} LoRA weights were not applied, among them {min(wrong)}")
+
+
+def overwrite_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor]) -> bool:
+    """Give the LoRA on the transformer other weights, which takes a fraction of the time of putting another one on.
+
+    False, and nothing is done, unless it has the same layers and ranks and all weights are finite.
+    """
+    parameters = {
+        f"{name}.{part}.weight": getattr(module, part)[ADAPTER].weight
+        for name, module in transformer.named_modules()
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A
+        for part in ("lora_A", "lora_B")
+    }
+    if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in parameters.items()}:
+        return False
+    if not all(torch.isfinite(value).all() for value in state.values()):
+        return False
+    with torch.no_grad():
+        for key, value in state.items():
+            parameters[key].copy_(value)
+    return True
 
 
 def scale_lora(transformer: QwenImageTransformer2DModel, scale: float) -> None:

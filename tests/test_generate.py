@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from placeholder import generate as generate_module
 from placeholder.generate import ImageGenerator, save_image
-from placeholder.lora import load_lora
+from placeholder.lora import PREFIX, load_lora, overwrite_lora
 from placeholder.models import load_text_encoder
 from placeholder.request import Request
 from placeholder.weights import LORA_NAME
@@ -435,3 +435,38 @@ def test_a_single_step_draws_the_models_first_guess(draw, plain_picture):
     once = draw(replace(PLAIN, steps=1, guidance=1.0))
     assert once.std() > 1  # diffusers alone draws black
     assert np.array_equal(draw(PLAIN), plain_picture)
+
+
+def test_archives_of_one_shape_switch_by_their_weights_alone(draw, base, zero_prior, baseline, monkeypatch):
+    alone = [Drawer(base)(PLAIN, run.archive) for run in (zero_prior, baseline)]
+    draw(PLAIN, zero_prior.archive)
+    loaded = []
+    monkeypatch.setattr(generate_module, "load_lora", lambda *args: loaded.append(args))
+    switched = [draw(PLAIN, run.archive) for run in (zero_prior, baseline)]
+    assert loaded == [] and all(map(np.array_equal, switched, alone)) and not np.array_equal(*alone)
+
+
+def test_a_switch_that_is_interrupted_is_undone_by_the_next_request(draw, zero_prior, baseline, plain_picture, monkeypatch):
+    draw(PLAIN, zero_prior.archive)
+    overwrite = generate_module.overwrite_lora
+
+    def interrupted(*args):
+        overwrite(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate_module, "overwrite_lora", interrupted)
+        draw(PLAIN, baseline.archive)
+    assert np.array_equal(draw(PLAIN), plain_picture)
+
+
+def test_a_lora_of_another_rank_or_with_nan_is_not_written_over_the_one_that_is_applied(draw, zero_prior):
+    draw(PLAIN, zero_prior.archive)
+    transformer = draw.generator.pipeline.transformer
+    state = {key.removeprefix(PREFIX): value for key, value in zero_prior.tensors(LORA_NAME).items()}
+    assert overwrite_lora(transformer, state)
+    assert not overwrite_lora(
+        transformer, {key: value[:1] if "lora_A" in key else value[:, :1] for key, value in state.items()}
+    )
+    assert not overwrite_lora(transformer, dict(list(state.items())[:2]))
+    assert not overwrite_lora(transformer, {key: value * float("nan") for key, value in state.items()})
