@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from placeholder import trainer as trainer_module
 from placeholder.config import TrainConfig
+from placeholder.determinism import deterministic
 from placeholder.lora import add_lora, without_lora
 from placeholder.memory import BlockCheckpointing
 from placeholder.models import BaseModel, encode_picture, load_text_encoder, load_transformer, load_vae
@@ -446,3 +447,29 @@ def test_running_out_of_memory_with_every_block_recomputed_is_an_error(parts, mo
     monkeypatch.setattr(trainer_module, "sample_losses", running_out)
     with pytest.raises(torch.OutOfMemoryError):
         next(parts.steps(1, recomputed=1))
+
+
+def test_steps_on_a_gpu_are_strictly_deterministic_until_one_is_refused(parts, monkeypatch):
+    whole = [step.loss for step in parts.steps(2)]
+    original, warn_only = trainer_module.sample_losses, []
+
+    def refusing_strict_steps(*args):
+        warn_only.append(torch.is_deterministic_algorithms_warn_only_enabled())
+        if not warn_only[-1]:
+            raise RuntimeError("it does not have a deterministic implementation")
+        return original(*args)
+
+    monkeypatch.setattr(trainer_module, "sample_losses", refusing_strict_steps)
+    with deterministic(torch.device("cuda")), pytest.warns(UserWarning, match="other weights on this GPU: it does not have"):
+        again = [step.loss for step in parts.steps(2)]
+    assert warn_only == [False, True, True]
+    assert all(map(torch.equal, whole, again))
+
+
+def test_an_error_of_another_kind_ends_the_steps(parts, monkeypatch):
+    def failing(*args):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(trainer_module, "sample_losses", failing)
+    with deterministic(torch.device("cuda")), pytest.raises(RuntimeError, match="shapes do not fit"):
+        next(parts.steps(1))
