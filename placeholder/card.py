@@ -25,6 +25,8 @@ for token, token_id, file in {rows}:
     with torch.no_grad():
         matrix[token_id] = load_file(f"{{folder}}/{{file}}")["qwen25_7b"][0].to(matrix)"""
 DRAWN = 'image = pipe({prompt!r}, negative_prompt=" ", true_cfg_scale=4.0).images[0]'
+BEFORE_AND_AFTER = "Before and after the training; the prompts stand in the picture"
+NOT_ON_HUB = "A LoRA for a base model with the classes of Qwen-Image that is not on the hub, so it may fit no other."
 
 
 def model_card(meta: dict[str, Any], repo_id: str, pictures: list[str]) -> str:
@@ -40,14 +42,14 @@ def model_card(meta: dict[str, Any], repo_id: str, pictures: list[str]) -> str:
         license=BASE_LICENCE,
         instance_prompt=prompt,
         tags=["text-to-image", "diffusers", "lora", "qwen-image", "template:sd-lora"],
-        widget=[{"text": prompt, "output": {"url": name}} for name in pictures if name == GRID],
+        widget=[{"text": BEFORE_AND_AFTER, "output": {"url": name}} for name in pictures if name == GRID],
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_id}",
-        f"A LoRA for [{base_model}](https://huggingface.co/{base_model})." if on_hub else "A LoRA for Qwen-Image.",
+        f"A LoRA for [{base_model}](https://huggingface.co/{base_model})." if on_hub else NOT_ON_HUB,
         _trigger(list(tokens)),
-        *(f"![{text}]({name})" for name, text in ((GRID, "Before and after the training"),) if name in pictures),
+        *(f"![{text}]({name})" for name, text in ((GRID, BEFORE_AND_AFTER),) if name in pictures),
         *_usage(meta, repo_id, prompt, on_hub),
         "## Training",
         "| option | value |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(meta[name])} |" for name in OPTIONS),

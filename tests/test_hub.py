@@ -96,11 +96,13 @@ def test_the_archive_is_uploaded_with_a_card_and_without_the_photographs(hub, ze
     card = Hub.files["README.md"].decode()
     front = yaml.safe_load(card.split("---")[1])
     assert front["instance_prompt"] == "a photo of <zwx>"
-    assert front["widget"] == [{"text": "a photo of <zwx>", "output": {"url": "report/grid.jpg"}}]
+    (shown,) = front["widget"]
+    assert shown["output"] == {"url": "report/grid.jpg"} and "the prompts stand in the picture" in shown["text"]
+    assert "not on the hub" in card  # the tiny base is a folder
     assert (front["license"], front["library_name"]) == ("apache-2.0", "diffusers")
     assert "base_model" not in front  # a folder, which the hub would refuse
     assert "| rank | 4 |" in card
-    assert "![Before and after the training](report/grid.jpg)" in card
+    assert "![Before and after the training; the prompts stand in the picture](report/grid.jpg)" in card
     assert "curve.png" not in card  # which this archive has not
 
 
