@@ -185,7 +185,7 @@ def _on_card(base: BaseModel, config: TrainConfig, gigabytes: int) -> dict[str, 
     finally:
         if cuda:
             torch.cuda.set_per_process_memory_fraction(1.0)
-    return {key: meta[key] for key in ("transformer_storage", "expected_peak_gb", "peak_gb")}
+    return {key: meta[key] for key in ("transformer_storage", "modulations_tabled", "expected_peak_gb", "peak_gb")}
 
 
 def _free_on(gigabytes: int) -> Callable[[torch.device], int]:

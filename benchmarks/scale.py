@@ -12,7 +12,7 @@ from benchmarks.flops import flop_counter
 from benchmarks.full_size import RandomBase
 from placeholder.config import TrainConfig
 from placeholder.models import text_encoder_shell, transformer_shell
-from placeholder.plan import hollow_step, training_needs
+from placeholder.needs import hollow_step, training_needs
 from placeholder.prompts import prompt_template
 
 BLOCKS = 60

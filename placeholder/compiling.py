@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from placeholder.attention import RealRotaryAttention, real_rotations
 from placeholder.config import TrainConfig
+from placeholder.flow import MIDDLE_SIGMA
 from placeholder.memory import BlockCheckpointing, plain_calls
 from placeholder.payback import batch_sizes
 from placeholder.trainer import Example, Sample, Trainee, sample_losses
@@ -174,7 +175,7 @@ def warm_up(
     recomputed, trainee.checkpointing.recomputed = trainee.checkpointing.recomputed, trainee.checkpointing.blocks
     for size in batch_sizes(config, one_shape):
         for ids in kinds.values():
-            sample = Sample(example, ids, torch.zeros_like(example.latents), torch.tensor(0.5))
+            sample = Sample(example, ids, torch.zeros_like(example.latents), torch.tensor(MIDDLE_SIGMA))
             sample_losses(trainee.transformer, trainee.prompt_embeds, [sample] * size).sum().backward()
     trainee.checkpointing.recomputed = recomputed
     trainee.lora_optimizer.zero_grad(set_to_none=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 from placeholder.archive import Archive, open_archive
 from placeholder.entries import is_clutter
 from placeholder.labels import label, reason
+from placeholder.latents import PIXELS_A_TOKEN
 from placeholder.masks import is_mask, masks_by_picture, token_weights
 from placeholder.pictures import MAX_PICTURE_BYTES, MIN_SIDE, UNREADABLE, to_rgb
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-SIDE_MULTIPLE = 16  # VAE /8, then 2x2 patches
 MAX_ASPECT = 4.0  # a longer picture is cropped to it
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_CROPS_BYTES = 16 * 1024**3  # of all pictures together, decoded: they stay in memory until they are encoded
@@ -120,7 +120,7 @@ def dataset_digest(photos: list[Photo], captions: list[str]) -> str:
 def buckets_of(size: tuple[int, int], resolutions: tuple[int, ...]) -> list[tuple[int, int]]:
     """The (width, height) buckets a picture of `size` = (width, height) pixels is trained at, without ever upscaling it.
 
-    One bucket an area, of about that many pixels and the picture's aspect ratio, sides in multiples of SIDE_MULTIPLE. Where
+    One bucket an area, of about that many pixels and the picture's aspect ratio, sides in multiples of PIXELS_A_TOKEN. Where
     the picture is smaller than a bucket, its own size takes that bucket's place, once.
     """
     width, height = size
@@ -149,7 +149,7 @@ def thumbnail(photo: Photo, side: int) -> Image.Image:
 
 
 def _round_sides(width: float, height: float, down: bool = False) -> tuple[int, int]:
-    sides = (int(side / SIDE_MULTIPLE + (0 if down else 0.5)) * SIDE_MULTIPLE for side in (width, height))
+    sides = (int(side / PIXELS_A_TOKEN + (0 if down else 0.5)) * PIXELS_A_TOKEN for side in (width, height))
     width, height = (max(side, MIN_SIDE) for side in sides)
     return width, height
 

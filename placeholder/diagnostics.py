@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from placeholder.lora import without_lora
 from placeholder.placeholder_token import PlaceholderTokens
-from placeholder.trainer import Example, Trainee, draw_sample, sample_losses
+from placeholder.trainer import Example, Sample, Trainee, draw_sample, sample_losses
 
 SAMPLES = 16
 SEED = 0
@@ -60,6 +60,12 @@ class Diagnostics:
         return {"diagnostics": asdict(self) | {"row_share": self.row_share}}
 
 
+def fixed_samples(examples: list[Example]) -> list[Sample]:
+    """What the losses are measured on: the same noise and noise levels every time."""
+    generator = torch.Generator().manual_seed(SEED)
+    return [draw_sample(examples[i % len(examples)], (), 0.0, generator) for i in range(SAMPLES)]
+
+
 @torch.no_grad()
 def diagnose(
     trainee: Trainee,
@@ -72,10 +78,8 @@ def diagnose(
     """Measure a zero-prior training; `initial_rows` (R, D) is what the rows were, `vocabulary` (V, D) the embedding matrix."""
 
     def loss() -> float:
-        generator = torch.Generator().manual_seed(SEED)
-        samples = [draw_sample(examples[i % len(examples)], (), 0.0, generator) for i in range(SAMPLES)]
         # One at a time: stacked, they would take more memory than any step of the training has.
-        losses = [sample_losses(trainee.transformer, trainee.prompt_embeds, [sample]) for sample in samples]
+        losses = [sample_losses(trainee.transformer, trainee.prompt_embeds, [sample]) for sample in fixed_samples(examples)]
         return torch.cat(losses).mean().item()
 
     def both(lora_off: bool) -> tuple[float, float]:

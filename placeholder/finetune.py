@@ -15,6 +15,7 @@ from placeholder.checks import MAX_SEED
 from placeholder.compiling import compiled_steps
 from placeholder.config import TrainConfig
 from placeholder.diagnostics import Diagnostics, diagnose
+from placeholder.flow import MIDDLE_SIGMA
 from placeholder.lora import load_lora, lora_metadata, lora_state_dict, unload_lora
 from placeholder.memory import peak_bytes, reset_peak
 from placeholder.meta import modelspec, training_meta
@@ -156,7 +157,7 @@ def _save(checkpoints: CheckpointFolder, training: Training, facts: dict[str, An
     """Leave a checkpoint, and say whether it is there; a disk that is full costs the checkpoint, not the training."""
     step = training.position.step
     tensors, state = capture(training.trainee, training.position)
-    facts |= {"dataset_digest": training.dataset_digest, "transformer_storage": training.plan.storage}
+    facts |= {"dataset_digest": training.dataset_digest, "transformer_storage": training.plan.chosen.storage}
     facts |= {"descriptions": training.descriptions}
     try:
         checkpoints.write(step, tensors, facts | {"step": step, "state": state})
@@ -205,7 +206,7 @@ def prove_archive(
         raise RuntimeError("the archive does not hold the LoRA that was trained")
 
     def velocity() -> Tensor:
-        sigmas = torch.full((1,), 0.5, device=transformer.device)
+        sigmas = torch.full((1,), MIDDLE_SIGMA)
         embeds = prompt_embeds([example.input_ids])
         return predict_velocity(transformer, example.latents[None].to(transformer.device), sigmas, embeds, example.grid)
 

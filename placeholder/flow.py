@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+MIDDLE_SIGMA = 0.5  # the noise level of predictions that are made to compare or to warm up
+
 
 def shift_mu(tokens: int, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float) -> float:
     """The exponent of the resolution-dependent shift, linear in the number of image tokens.

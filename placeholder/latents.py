@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+PIXELS_A_TOKEN = 16  # along one side: 8 pixels a latent, 2 latents a token
+
 
 def normalise(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Raw latents (B, C, H, W) => unit-variance latents; `mean` and `std` are (C,), the VAE config's latents_mean and _std."""

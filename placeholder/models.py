@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from placeholder.download import cached_commit, fetch, split_revision
 from placeholder.hooks import stream
 from placeholder.latents import normalise, pack
+from placeholder.modulations import tabulate
 from placeholder.storage import Storage, store
 from placeholder.vae import as_single_frame
 
@@ -117,6 +118,12 @@ def load_scheduler(base: BaseModel) -> FlowMatchEulerDiscreteScheduler:
     return base.component(FlowMatchEulerDiscreteScheduler, "scheduler")
 
 
+def shift_constants(base: BaseModel) -> tuple[int, int, float, float]:
+    """What `flow.shift_mu` takes after the number of tokens, from the scheduler's configuration."""
+    config = load_scheduler(base).config
+    return config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+
+
 def load_vae(base: BaseModel, dtype: torch.dtype) -> AutoencoderKLQwenImage:
     """The VAE for single pictures, frozen."""
     vae = as_single_frame(base.component(AutoencoderKLQwenImage, "vae", dtype=dtype, use_safetensors=True))
@@ -142,9 +149,16 @@ def language_model(
     return _placed(text_encoder, base, streamed)
 
 
-def load_transformer(base: BaseModel, storage: Storage = "full", streamed: bool = False) -> QwenImageTransformer2DModel:
-    """The denoising transformer, frozen; for `streamed` see `load_text_encoder`."""
+def load_transformer(
+    base: BaseModel, storage: Storage = "full", levels: Tensor | None = None, streamed: bool = False
+) -> QwenImageTransformer2DModel:
+    """The denoising transformer, frozen; for `streamed` see `load_text_encoder`.
+
+    With noise `levels` (N,) its modulations are a table for these in the host's memory, whatever the storage of the other weights.
+    """
     transformer = base.component(QwenImageTransformer2DModel, "transformer", dtype=base.dtype, use_safetensors=True)
+    if levels is not None:
+        tabulate(transformer, levels, base.device)
     store(transformer.transformer_blocks, storage, base.dtype, base.device)
     return _placed(transformer, base, streamed)
 

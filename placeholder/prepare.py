@@ -27,26 +27,28 @@ from placeholder.checkpoint import Checkpoint
 from placeholder.config import TrainConfig
 from placeholder.dataset import DatasetReport, Photo, dataset_digest, read_dataset, thumbnail
 from placeholder.flow import shift_mu
+from placeholder.latents import PIXELS_A_TOKEN
 from placeholder.lora import add_lora
 from placeholder.memory import BlockCheckpointing, free_bytes, free_memory
 from placeholder.models import (
     BaseModel,
     encode_picture,
     language_model,
-    load_scheduler,
     load_text_encoder,
     load_tokenizer,
     load_transformer,
     load_vae,
+    shift_constants,
     text_width,
 )
+from placeholder.noise_levels import levels_in_use
 from placeholder.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms_limit
 from placeholder.payback import Payback, payback
 from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings
 from placeholder.plan import Plan, plan_training
 from placeholder.processes import Processes
 from placeholder.prompts import EMPTY_PROMPT, PromptEmbeddings, prompt_ids, prompt_template
-from placeholder.resume import apply_start, check_dataset, check_storage, stored_descriptions
+from placeholder.resume import apply_start, check_dataset, check_storage, start_position, stored_descriptions
 from placeholder.samples import grid_prompts
 from placeholder.sight import check_sight, load_with_sight
 from placeholder.timing import Timing
@@ -54,7 +56,6 @@ from placeholder.trainer import ALONE, Example, Position, Step, Trainee, trainin
 from placeholder.weights import Weights
 
 Log = Callable[[str], None]
-VAE_FACTOR, PATCH = 8, 2  # pixels a latent, latents a token, along one side
 THUMBNAILS, THUMBNAIL_SIDE = 64, 128  # how many of the data set's pictures the report shows, and their pixels
 
 
@@ -131,7 +132,7 @@ def prepare(
     largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
     free = processes.least(free_bytes(base.device))
     plan = plan_training(base, replace(config, autocaption=drafted), largest, longest, free, processes.count)
-    check_storage(start, plan.storage)
+    check_storage(start, plan.chosen.storage)
     for line in plan.lines():
         log(line)
 
@@ -162,10 +163,11 @@ def prepare(
     del text_encoder
     free_memory()  # the VAE too
 
-    examples = _examples(latents, prompts, photos, base)
+    examples, position = _examples(latents, prompts, photos, base), start_position(start, generator)
+    levels = levels_in_use(base, config, examples, empty_ids, position, processes) if plan.chosen.tabled else None
     with timing.part("load"):
-        trainee = _trainee(config, plan, base, prompt_embeds, row_optimizer, log)
-    initial_rows, position = tokens.rows.detach().clone(), Position(generator)
+        trainee = _trainee(config, plan, base, levels, prompt_embeds, row_optimizer, log)
+    initial_rows = tokens.rows.detach().clone()
     if start is not None:
         log(apply_start(start, trainee, tokens, position))
     return Training(
@@ -227,8 +229,7 @@ def _tokens(
 
 def _grid(pixels: Tensor) -> tuple[int, int]:
     """Height and width in image tokens of a crop (3, H, W)."""
-    side = VAE_FACTOR * PATCH
-    return pixels.shape[1] // side, pixels.shape[2] // side
+    return pixels.shape[1] // PIXELS_A_TOKEN, pixels.shape[2] // PIXELS_A_TOKEN
 
 
 def _latents(photos: list[Photo], base: BaseModel, log: Log) -> list[list[tuple[Tensor, tuple[int, int]]]]:
@@ -240,8 +241,7 @@ def _latents(photos: list[Photo], base: BaseModel, log: Log) -> list[list[tuple[
 
 
 def _examples(latents: list, prompts: Prompts, photos: list[Photo], base: BaseModel) -> list[Example]:
-    scheduler = load_scheduler(base).config
-    shift = (scheduler.base_image_seq_len, scheduler.max_image_seq_len, scheduler.base_shift, scheduler.max_shift)
+    shift = shift_constants(base)
     return [
         Example(packed, grid, shift_mu(len(packed), *shift), caption_ids, preserved_ids, weights)
         for crops, caption_ids, preserved_ids, photo in zip(latents, prompts.ids, prompts.preserved, photos, strict=True)
@@ -253,11 +253,15 @@ def _trainee(
     config: TrainConfig,
     plan: Plan,
     base: BaseModel,
+    levels: Tensor | None,
     prompt_embeds: PromptEmbeddings,
     row_optimizer: RowOptimizer | None,
     log: Log,
 ) -> Trainee:
-    transformer = load_transformer(base, plan.storage)
+    transformer = load_transformer(base, plan.chosen.storage, levels)
+    if levels is not None:
+        table = transformer.time_text_embed.rows
+        log(f"Modulations: a table of {len(table)} noise levels, {table.nbytes / 1e9:.3g} GB in the host's memory")
     lora = add_lora(transformer, config.rank, config.seed)
     log(f"LoRA: rank {config.rank}, {sum(p.numel() for p in lora)} parameters in {len(lora) // 2} layers")
     if config.optimizer == "prodigy":

@@ -8,6 +8,7 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from placeholder.devices import to_device
 from placeholder.placeholder_token import PlaceholderTokens
 
 # Classifier-free guidance and caption dropout need a prompt that says nothing; Qwen-Image's own examples use a space.
@@ -125,7 +126,7 @@ class PromptEmbeddings:
         return self._templates[head]
 
     def _ids(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
-        return torch.tensor(prompts, device=self.tokens.rows.device)  # (n, T)
+        return to_device(torch.tensor(prompts), self.tokens.rows.device)  # (n, T)
 
 
 class Window:

@@ -14,7 +14,7 @@ from placeholder.config import TrainConfig
 from placeholder.lora import ADAPTER, lora_state_dict
 from placeholder.placeholder_token import PlaceholderTokens
 from placeholder.trainer import Position, Trainee
-from placeholder.training_state import restore
+from placeholder.training_state import restore, restore_position
 from placeholder.weights import Weights, read_weights
 
 RECORDED = {"losses", "preservations", "loss", "seconds", "curve"}  # what Record.facts returns
@@ -104,6 +104,14 @@ def check_storage(start: Checkpoint | Weights | None, storage: str) -> None:
             f"{start.name} was made with the transformer stored as {shown(stored)}, the memory that is free here makes it {storage}: "
             "go on where as much memory is free as there, or leave resume_from out"
         )
+
+
+def start_position(start: Checkpoint | Weights | None, generator: torch.Generator) -> Position:
+    """Where the training begins: at its first step with the randomness of `generator`, or where a checkpoint was left."""
+    position = Position(generator)
+    if isinstance(start, Checkpoint):
+        restore_position(position, start.tensors, start.facts.get("state"))
+    return position
 
 
 def apply_start(start: Checkpoint | Weights, trainee: Trainee, tokens: PlaceholderTokens, position: Position) -> str:

@@ -4,17 +4,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import retrieve_timesteps
 from PIL import Image
 from torch import Tensor
 
 from placeholder.config import TrainConfig
-from placeholder.dataset import SIDE_MULTIPLE
 from placeholder.diagnostics import rows_as
+from placeholder.flow import shift_mu
+from placeholder.latents import PIXELS_A_TOKEN
 from placeholder.lora import without_lora
 from placeholder.memory import free_memory
-from placeholder.models import BaseModel, load_scheduler, load_vae
+from placeholder.models import BaseModel, load_scheduler, load_vae, shift_constants
 from placeholder.placeholder_token import PlaceholderTokens, without_token
 from placeholder.prompts import PromptEmbeddings, pipeline_inputs
 
@@ -72,7 +75,15 @@ class Sampler:
     @classmethod
     def side_of(cls, config: TrainConfig) -> int:
         """Width and height of the pictures: the smallest resolution that is trained, and no more than MAX_SIDE."""
-        return min(MAX_SIDE, *config.resolution) // SIDE_MULTIPLE * SIDE_MULTIPLE
+        return min(MAX_SIDE, *config.resolution) // PIXELS_A_TOKEN * PIXELS_A_TOKEN
+
+    @classmethod
+    def noise_levels(cls, base: BaseModel, config: TrainConfig) -> Tensor:
+        """The noise levels (STEPS,) at which the transformer is asked for a picture, in its dtype, as QwenImagePipeline has them."""
+        scheduler, side = load_scheduler(base), cls.side_of(config) // PIXELS_A_TOKEN
+        sigmas = np.linspace(1.0, 1 / STEPS, STEPS)
+        timesteps, _ = retrieve_timesteps(scheduler, sigmas=sigmas, mu=shift_mu(side * side, *shift_constants(base)))
+        return timesteps.to(base.dtype) / scheduler.config.num_train_timesteps
 
     def draw(self, prompts: Sequence[str]) -> list[Image.Image]:
         """A picture of each prompt."""

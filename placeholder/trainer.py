@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from placeholder.config import TrainConfig
 from placeholder.determinism import StrictSteps
+from placeholder.devices import stack_on, to_device
 from placeholder.flow import add_noise, flow_loss, sample_sigma, velocity_target
 from placeholder.lora import without_lora
 from placeholder.memory import BlockCheckpointing, free_memory
+from placeholder.modulations import timestep_device
 from placeholder.optimizers import RowOptimizer
 from placeholder.processes import Processes
 
@@ -78,6 +80,11 @@ class Position:
             self.upcoming = torch.randperm(count, generator=self.generator).tolist()
         return self.upcoming.pop(0)
 
+    def copy(self) -> "Position":
+        """One that stands where this stands, and moves by itself."""
+        generator = torch.Generator().set_state(self.generator.get_state())
+        return Position(generator, self.step, list(self.upcoming))
+
 
 @dataclass(frozen=True)
 class Trainee:
@@ -118,10 +125,7 @@ def training_steps(
         lora_learns = number > rows_alone
         # The preserved prompts hold no token: while the rows learn alone there is nothing for them to do.
         preserves = lora_learns and number % config.prior_preservation_interval == 0
-        batch = [
-            draw_sample(examples[position.next_index(len(examples))], empty_ids, config.caption_dropout, position.generator)
-            for _ in range(batch_size)
-        ]
+        batch = draw_batch(examples, empty_ids, config, position, processes)
         while True:
             try:
                 with strict():
@@ -186,6 +190,20 @@ def _add_up(processes: Processes, trainee: Trainee, losses: list[Tensor], rows_l
     processes.add_up([*losses, *(parameter.grad for parameter in gradients_of)])
 
 
+def draw_batch(
+    examples: list[Example],
+    empty_ids: tuple[int, ...],
+    config: TrainConfig,
+    position: Position,
+    processes: Processes,
+) -> list[Sample]:
+    """Draw the batch of all processes for one step; the position's randomness and examples move along."""
+    return [
+        draw_sample(examples[position.next_index(len(examples))], empty_ids, config.caption_dropout, position.generator)
+        for _ in range(config.batch_size * processes.count)
+    ]
+
+
 def draw_sample(example: Example, empty_ids: tuple[int, ...], caption_dropout: float, generator: torch.Generator) -> Sample:
     """Draw noise, noise level and, with probability `caption_dropout`, the empty prompt."""
     dropped = torch.rand((), generator=generator).item() < caption_dropout
@@ -206,8 +224,9 @@ def grouped(batch: list[Sample]) -> list[list[Sample]]:
 def sample_losses(transformer: QwenImageTransformer2DModel, prompt_embeds: PromptEmbeds, group: list[Sample]) -> Tensor:
     """The flow-matching loss of each sample of one group: (B,)."""
     latents, noise, sigmas = _stacked(group, transformer.device)
+    noisy = add_noise(latents, noise, to_device(sigmas, latents.device))
     embeds = prompt_embeds([sample.input_ids for sample in group])  # (B, T, D)
-    model_pred = predict_velocity(transformer, add_noise(latents, noise, sigmas), sigmas, embeds, group[0].example.grid)
+    model_pred = predict_velocity(transformer, noisy, sigmas, embeds, group[0].example.grid)
     return flow_loss(model_pred, velocity_target(latents, noise), _weights(group, latents.device))
 
 
@@ -222,7 +241,7 @@ def preservation_losses(
     The target is the base model's own prediction, with the LoRA off; ai-toolkit calls this differential output preservation.
     """
     latents, noise, sigmas = _stacked(group, transformer.device)
-    noisy, grid = add_noise(latents, noise, sigmas), group[0].example.grid
+    noisy, grid = add_noise(latents, noise, to_device(sigmas, latents.device)), group[0].example.grid
     embeds = prompt_embeds(prompts)  # (B, T, D)
     with torch.no_grad(), without_lora(transformer):
         target = predict_velocity(transformer, noisy, sigmas, embeds, grid)
@@ -235,15 +254,14 @@ def _weights(group: list[Sample], device: torch.device) -> Tensor | None:
     if all(found is None for found in weights):
         return None
     length = len(group[0].example.latents)
-    return torch.stack([torch.ones(length) if found is None else found for found in weights]).to(device)
+    return stack_on([torch.ones(length) if found is None else found for found in weights], device)
 
 
 def _stacked(group: list[Sample], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (B, L, C), noise (B, L, C) and sigmas (B,) of a group on the device."""
-    latents = torch.stack([sample.example.latents for sample in group])
-    noise = torch.stack([sample.noise for sample in group])
-    sigmas = torch.stack([sample.sigma for sample in group])
-    return latents.to(device), noise.to(device), sigmas.to(device)
+    """Latents (B, L, C) and noise (B, L, C) of a group on the device, and its sigmas (B,) on the CPU."""
+    latents = stack_on([sample.example.latents for sample in group], device)
+    noise = stack_on([sample.noise for sample in group], device)
+    return latents, noise, torch.stack([sample.sigma for sample in group])
 
 
 def predict_velocity(
@@ -253,7 +271,7 @@ def predict_velocity(
     with torch.autocast(noisy.device.type, dtype=transformer.dtype, enabled=transformer.dtype == torch.bfloat16):
         return transformer(
             hidden_states=noisy.to(transformer.dtype),
-            timestep=sigmas,
+            timestep=to_device(sigmas, timestep_device(transformer)),
             encoder_hidden_states=prompt_embeds.to(transformer.dtype),
             img_shapes=[[(1, *grid)]] * len(noisy),
             return_dict=False,

@@ -1,11 +1,15 @@
 """All that the next step of a training depends on, as tensors and JSON and back: a training goes on bit for bit."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from placeholder.trainer import Position, Trainee
+
+POSITION = ("step", "upcoming", "generator")
 
 
 def capture(trainee: Trainee, position: Position) -> tuple[dict[str, Tensor], Any]:
@@ -27,7 +31,7 @@ def capture(trainee: Trainee, position: Position) -> tuple[dict[str, Tensor], An
 
 def restore(trainee: Trainee, position: Position, tensors: dict[str, Tensor], stored: Any) -> None:
     """Put a captured state in the place of the present one; raises ValueError where it is not one of such a training."""
-    try:
+    with _explained():
         state = _internalise(stored, tensors)
         for parameter, value in zip(trainee.lora, state["lora"], strict=True):
             _copy(parameter, value)
@@ -36,8 +40,21 @@ def restore(trainee: Trainee, position: Position, tensors: dict[str, Tensor], st
             _copy(rows.rows, state["rows"])
             rows.steps = state["row_steps"]
             rows.adamw.load_state_dict(state["row_optimizer"])
-        position.generator.set_state(state["generator"])
-        position.step, position.upcoming = state["step"], state["upcoming"]
+    restore_position(position, tensors, stored)
+
+
+def restore_position(position: Position, tensors: dict[str, Tensor], stored: Any) -> None:
+    """Put the captured position alone in the place of the present one; for errors see `restore`."""
+    with _explained():
+        step, upcoming, generator = (_internalise(dict(stored["items"])[name], tensors) for name in POSITION)
+        position.generator.set_state(generator)
+        position.step, position.upcoming = step, upcoming
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the checkpoint is not one of such a training ({error}): resume from another") from error
 

@@ -23,6 +23,7 @@ from placeholder.compiling import CACHE_VARIABLE, MAX_COMPILATIONS, PREFIX, comp
 from placeholder.config import TrainConfig
 from placeholder.lora import add_lora, without_lora
 from placeholder.memory import BlockCheckpointing, plain_calls
+from placeholder.modulations import tabulate
 from placeholder.resume import RECORDED, config_of
 from placeholder.trainer import predict_velocity
 from placeholder.weights import LORA_NAME
@@ -77,6 +78,14 @@ def passes() -> Passes:
     return Passes()
 
 
+@pytest.fixture(scope="module")
+def tabled_passes() -> Passes:
+    """Those of a transformer whose modulations are a table."""
+    found = Passes()
+    tabulate(found.transformer, torch.tensor([0.5]), torch.device("cpu"))
+    return found
+
+
 @pytest.fixture
 def temporary(tmp_path, monkeypatch) -> Path:
     """The temporary folder, empty at first; a compilation has to make its own folder there."""
@@ -108,8 +117,10 @@ def test_the_attention_is_that_of_diffusers(passes):
         assert torch.allclose(one, close, atol=1e-6) and one.shape == close.shape
 
 
-def test_compiled_blocks_give_the_gradients_of_uncompiled_ones_in_few_compilations(passes, monkeypatch):
+@pytest.mark.parametrize("of", ["passes", "tabled_passes"])
+def test_compiled_blocks_give_the_gradients_of_uncompiled_ones_in_few_compilations(of, request, monkeypatch):
     """What is compiled and how often, without the C++ code that inductor would make of it in a minute and more."""
+    passes = request.getfixturevalue(of)
     whole = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, options, **given: whole(*args, **given, backend="aot_eager"))
     cases = [

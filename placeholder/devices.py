@@ -1,0 +1,20 @@
+"""Copies to the device that do not wait for what it is computing."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. From ordinary memory a copy would wait until the device has done all that it was given to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def stack_on(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Tensors of one shape and dtype, on the CPU, as one (n, ...) on the device; see `to_device`."""
+    first = tensors[0]
+    stacked = torch.empty((len(tensors), *first.shape), dtype=first.dtype, pin_memory=device.type == "cuda")
+    return torch.stack(tuple(tensors), out=stacked).to(device, non_blocking=True)
