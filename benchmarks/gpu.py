@@ -2,12 +2,13 @@
 
 `make bench-gpu` builds the transformer with seeded random weights, since nothing has to be downloaded for a timing, and times
 the loops in turns for three resolutions and three prompt lengths. It writes benchmarks/gpu.json and benchmarks/gpu.md with
-medians, interquartile ranges, peak memory, the share of the GPU's arithmetic (MFU) and the attention kernels that ran.
+medians, interquartile ranges, peak memory, the share of the GPU's arithmetic (MFU), the attention kernels that ran, and how often a step waits for the GPU.
 """
 
 import argparse
 import json
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -119,6 +120,19 @@ def attention_kernels(arm: Arm) -> list[str]:
     return sorted({event.key for event in recorded.key_averages() if any(word in event.key.lower() for word in words)})
 
 
+def synchronisations(arm: Arm) -> int:
+    """How often one step waits for the GPU, by PyTorch's own count (torch.cuda.set_sync_debug_mode)."""
+    arm.enter()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            arm.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
 def run(base: BaseModel, sides: tuple[int, ...], lengths: tuple[int, ...], warm_up: int, rounds: int) -> list[dict[str, Any]]:
     """All sizes; one transformer for all of them."""
     model = load_transformer(base)
@@ -137,6 +151,7 @@ def run(base: BaseModel, sides: tuple[int, ...], lengths: tuple[int, ...], warm_
             found.append(entry)
             print(json.dumps(entry), flush=True)
     found[-1]["attention_kernels"] = attention_kernels(candidates["ours"])
+    found[-1]["synchronisations"] = {name: synchronisations(arm) for name, arm in candidates.items()}
     return found
 
 

@@ -1,6 +1,7 @@
 """The GPU benchmark's loops on a tiny transformer in bf16: on a GPU they have to work at the first try."""
 
 import time
+import warnings
 
 import pytest
 import torch
@@ -31,12 +32,21 @@ def wall_clock(monkeypatch):
     monkeypatch.setattr(gpu, "_milliseconds", milliseconds)
 
 
-def test_every_loop_trains_the_one_lora_and_stands_in_the_table(wall_clock):
+@pytest.fixture
+def sync_debug_mode(monkeypatch) -> list[str]:
+    """The modes that were set, where there is no CUDA to set them in."""
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    return modes
+
+
+def test_every_loop_trains_the_one_lora_and_stands_in_the_table(wall_clock, sync_debug_mode):
     base = RandomBase("tiny, random", torch.device("cpu"), torch.bfloat16, TINY)
     (found,) = gpu.run(base, sides=(64,), lengths=(5,), warm_up=1, rounds=2)
     assert list(found["arms"]) == ARMS
     assert all(len(arm["ms"]) == 2 and arm["median_ms"] > 0 for arm in found["arms"].values())
     assert any("attention" in name for name in found["attention_kernels"])
+    assert found["synchronisations"] == dict.fromkeys(ARMS, 0)
     lines = gpu.table([found]).splitlines()
     assert [line.split(" | ")[2] for line in lines[2:]] == ARMS
 
@@ -54,6 +64,16 @@ def test_a_loop_changes_the_lora_and_recomputes_only_where_it_says_so():
         arm.step()
         assert any(not torch.equal(now, then) for now, then in zip(lora, before, strict=True)), name
         assert len(calls) == (2 if name == "script, checkpointing" else 1)
+
+
+def test_waits_for_the_gpu_are_counted(sync_debug_mode):
+    def step():
+        assert sync_debug_mode == ["warn"]
+        for text in ("called a synchronizing CUDA operation", "something else", "called a synchronizing CUDA operation"):
+            warnings.warn(text, stacklevel=1)
+
+    assert gpu.synchronisations(gpu.Arm(lambda: None, step)) == 2
+    assert sync_debug_mode == ["warn", "default"]
 
 
 def test_a_loop_that_runs_out_of_memory_says_so(wall_clock):
