@@ -18,7 +18,7 @@ from placeholder.optimizers import STATES
 from placeholder.placeholder_token import PlaceholderTokens
 from placeholder.prompts import PromptEmbeddings, prompt_template
 from placeholder.sight import seeing_bytes
-from placeholder.storage import STORAGES, Storage, stored_bytes, unpacked_bytes
+from placeholder.storage import STORAGES, Storage, stored_bytes
 from placeholder.trainer import Example, draw_sample, sample_losses
 
 
@@ -85,8 +85,6 @@ def training_needs(
     lora = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
     needs = []
     for storage, tabled in _variants(base.device):
-        # What autograd keeps of a layer whose stored weight is unpacked for each use.
-        unpacked = unpacked_bytes(transformer.transformer_blocks[-1], storage)
         needs.append(
             Need(
                 storage,
@@ -95,9 +93,7 @@ def training_needs(
                 transformer=weights[storage] - tabled * replaced[storage],
                 text_encoder=encoder_bytes if config.tokens else 0,
                 lora=(1 + copies) * lora * torch.float32.itemsize,
-                footprint=replace(
-                    footprint, block=footprint.block + unpacked, rest=footprint.rest + tabled * config.batch_size * table_row
-                ),
+                footprint=replace(footprint, rest=footprint.rest + tabled * config.batch_size * table_row),
             )
         )
     return tuple(needs)

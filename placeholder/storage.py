@@ -61,20 +61,6 @@ def _bytes(weight: Tensor, storage: Storage) -> int:
     return weight.nbytes
 
 
-def unpacked_bytes(block: nn.Module, storage: Storage) -> int:
-    """Bytes that autograd keeps of a transformer block for its weights having been unpacked: all of them with torchao's int8.
-
-    The modulations' weights are not kept: nothing learns before them.
-    """
-    if storage != "int8":
-        return 0
-    return sum(layer.weight.nbytes for name, layer in _named_linear_layers(block) if "_mod." not in name)
-
-
 def _linear_layers(module: nn.Module) -> Iterator[nn.Linear]:
-    return (layer for _, layer in _named_linear_layers(module))
-
-
-def _named_linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers that the base model has; a LoRA's own are not stored."""
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and "lora_" not in name)
+    return (layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and "lora_" not in name)

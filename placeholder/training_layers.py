@@ -10,16 +10,19 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def prepare_layers(transformer: nn.Module, adapter: str) -> None:
-    """Let LoRA layers and norms compute as below; for frozen norms and an adapter without dropout."""
+    """Let LoRA layers, layers in 8 bits and norms compute as below; for frozen norms and an adapter without dropout."""
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             # Autocast brings weight and input together; PEFT would keep an fp32 copy of each input for the backward pass.
             module.cast_input_dtype_enabled = False
         if isinstance(module, LoraLayer):
             module.lora_variant[adapter] = AddedByProduct()
+        elif isinstance(module, nn.Linear) and is_traceable_wrapper_subclass(module.weight):  # torchao's, in 8 bits
+            module.forward = MethodType(_int8_linear, module)
         elif type(module) is nn.LayerNorm:
             module.forward = MethodType(_layer_norm, module)
         elif type(module) is RMSNorm and module.weight is not None and module.bias is None:
@@ -43,6 +46,29 @@ class AddedByProduct(LoraVariant):
         down = F.linear(x, module.lora_A[active_adapter].weight).flatten(0, -2)  # (N, r)
         up, scale = module.lora_B[active_adapter].weight.t(), module.scaling[active_adapter]
         return torch.addmm(result.flatten(0, -2), down, up, alpha=scale).view_as(result)
+
+
+def _int8_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer with its weight unpacked for each use alone: torchao's own would keep it unpacked until the backward pass."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _Int8Linear.apply(x, layer.weight.qdata, layer.weight.scale, layer.bias)
+
+
+class _Int8Linear(torch.autograd.Function):
+    """y = s (x Q^T) + b for a weight of int8 numbers Q (O, I) with a scale s for each row, which does not learn."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, numbers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(numbers, scale)
+        y = F.linear(x, numbers.to(x.dtype)) * scale.to(x.dtype).flatten()
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        numbers, scale = ctx.saved_tensors
+        return (gradient * scale.to(gradient.dtype).flatten()) @ numbers.to(gradient.dtype), None, None, None
 
 
 def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:

@@ -113,10 +113,10 @@ QUANTIZED = {"quantize": True}
         (WITH, 80, ("full+table", 0)),
         (WITHOUT, 80, ("full", 0)),
         (WITHOUT, 48, ("full+table", 21)),
-        (replace(WITH, **QUANTIZED), 48, ("int8+table", 46)),
+        (replace(WITH, **QUANTIZED), 48, ("int8+table", 25)),
         (replace(WITH, **QUANTIZED), 32, ("nf4+table", 49)),
-        (replace(WITHOUT, **QUANTIZED), 48, ("int8+table", 27)),
-        (replace(WITHOUT, **QUANTIZED), 24, ("int8+table", 55)),
+        (replace(WITHOUT, **QUANTIZED), 48, ("int8+table", 0)),
+        (replace(WITHOUT, **QUANTIZED), 24, ("int8+table", 46)),
     ],
 )
 def test_the_full_size_model_fits_the_cards_that_people_have(config, gigabytes, expected):

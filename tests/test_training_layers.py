@@ -8,6 +8,7 @@ from peft.tuners.lora.layer import LoraLayer
 from demo.small_base import TINY_SIZE, new_components
 from placeholder.lora import ADAPTER, add_lora, without_lora
 from placeholder.memory import saved_bytes
+from placeholder.storage import store
 from placeholder.training_layers import prepare_layers
 
 
@@ -47,6 +48,33 @@ def test_under_autocast_the_output_is_that_of_the_base_layer_and_gradients_are_f
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result, in_x, *in_lora = values(layer, drawn(layer, 1, 5).to(torch.bfloat16))
     assert result.dtype == in_x.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in in_lora)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_in_8_bits_computes_as_torchao_has_it_and_keeps_nothing_unpacked(dtype):
+    transformer = new_components(TINY_SIZE, seed=0)["transformer"].requires_grad_(False).to(dtype)
+    store(transformer.transformer_blocks, "int8", dtype, torch.device("cpu"))
+    layer = transformer.transformer_blocks[0].img_mlp.net[2]
+    x = torch.randn(2, 7, layer.in_features, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+
+    def values() -> tuple[torch.Tensor, torch.Tensor, int]:
+        result = layer(x)
+        return result, *torch.autograd.grad(result.square().sum(), x), saved_bytes(lambda: layer(x), [x, layer.weight])
+
+    expected, gradient, unpacked = values()
+    prepare_layers(transformer, ADAPTER)
+    found, same, kept = values()
+    assert torch.equal(found, expected) and torch.equal(same, gradient)
+    assert unpacked >= layer.weight.numel() * dtype.itemsize and kept == 0
+
+
+def test_a_layer_in_8_bits_computes_in_autocasts_dtype():
+    transformer = new_components(TINY_SIZE, seed=0)["transformer"].requires_grad_(False)
+    store(transformer.transformer_blocks, "int8", torch.float32, torch.device("cpu"))
+    prepare_layers(transformer, ADAPTER)
+    layer = transformer.transformer_blocks[0].img_mlp.net[2]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.ones(1, layer.in_features)).dtype == torch.bfloat16
 
 
 def test_with_the_lora_off_only_the_base_layer_computes():
