@@ -82,8 +82,9 @@ class Sampler:
         """The noise levels (STEPS,) at which the transformer is asked for a picture, in its dtype, as QwenImagePipeline has them."""
         scheduler, side = load_scheduler(base), cls.side_of(config) // PIXELS_A_TOKEN
         sigmas = np.linspace(1.0, 1 / STEPS, STEPS)
-        timesteps, _ = retrieve_timesteps(scheduler, sigmas=sigmas, mu=shift_mu(side * side, *shift_constants(base)))
-        return timesteps.to(base.dtype) / scheduler.config.num_train_timesteps
+        mu = shift_mu(side * side, *shift_constants(base))
+        timesteps, _ = retrieve_timesteps(scheduler, device=base.device, sigmas=sigmas, mu=mu)
+        return (timesteps.to(base.dtype) / scheduler.config.num_train_timesteps).cpu()  # divided where the pipeline divides
 
     def draw(self, prompts: Sequence[str]) -> list[Image.Image]:
         """A picture of each prompt."""
