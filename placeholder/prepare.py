@@ -121,6 +121,7 @@ def prepare(
     say = _silent if drafted else log
     captions = trained_captions(photos, config, say, descriptions or [draft(config)] * len(waiting))
     digest = dataset_digest(photos, [caption.text for caption in captions])
+    processes.check_same("a data set", digest)
     if not drafted:
         check_dataset(start, digest)
 
