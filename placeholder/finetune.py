@@ -70,7 +70,7 @@ def finetune(
     shared = {"base_model": base.source, "base_model_revision": base.revision, "processes": processes.count}
     if processes.count > 1:  # each machine has its own files
         processes.check_same("a start in resume_from", source and content_digest(source))
-        processes.check_same("options", config)
+        processes.check_same("options", repr(config))  # not-a-number, too, is the same as itself there
         processes.check_same("a base model", not Path(base.source).is_dir() and (base.source, base.revision))
     if start is not None:
         config = config_of(start, config, shared)

@@ -1,8 +1,7 @@
 """A training on all visible GPUs, in a process for each; where there is one GPU and no checkpoint is asked for, in this one.
 
-`torchrun` or `accelerate launch` run the same on several machines: `accelerate launch -m placeholder.launch job.json`, where
-job.json holds the fields of Job: the paths `dataset` and `output`, under `config` every option of TrainConfig, and optionally
-`resume_from`, `checkpoint_folder`, `checkpoint_every` and `wandb` with `project`, `run` and `entity`, whose key WANDB_API_KEY holds.
+`torchrun` or `accelerate launch` run the same on several machines: `accelerate launch --multi_gpu -m placeholder.launch job.json`,
+where job.json holds the fields of Job (job.py).
 """
 
 import errno

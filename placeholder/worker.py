@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +25,7 @@ LESS_MEMORY = "give a smaller resolution or batch_size, or set quantize"
 GRACE_SECONDS = 8.0  # the server itself waits for ten
 PARENT_SECONDS = 1.0  # from one look for the launcher to the next
 ECHO_SECONDS = 2.0  # within which the launcher ends the processes of a machine once one of them has ended
+PLAIN = (ValueError, StoppedError, ShortageError, LostProcessError)  # say in a sentence what is wrong, and need no traceback
 LAUNCHER_VARIABLE = "TORCHELASTIC_RUN_ID"  # set by torchrun and accelerate launch
 
 
@@ -75,15 +77,14 @@ def main(file: Path) -> None:
         processes.wait()  # so that no machine ends well before the archive is there
     except (ValueError, RuntimeError) as error:
         ending.stop.heeded = False
-        lost = isinstance(error, LostProcessError)
-        plain = lost or isinstance(error, ValueError | StoppedError | ShortageError)
-        if job is not None and job.ends_with_stdin and not lost:  # somebody waits for what went wrong
+        awaited = job is not None and job.ends_with_stdin  # somebody waits for what went wrong
+        if awaited and not isinstance(error, LostProcessError):
             tell(file, error, processes.index)
-        elif plain:
+        elif isinstance(error, PLAIN):
             _say(error, processes)
-        if plain:
-            os._exit(1)  # the log is flushed line by line; taking the interpreter down would take its time
-        raise
+        if not isinstance(error, PLAIN):
+            traceback.print_exc()
+        os._exit(1)  # the log is flushed line by line; taking the interpreter down would take its time
     PartialState().destroy_process_group()  # after a failure it would wait for processes that do not come
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 
 from placeholder import exchange, plan, trainer
@@ -94,6 +95,7 @@ def main(dataset: Path, base: BaseModel, folder: Path) -> None:
     told["other"] = message(lambda: processes.check_same("a data set", "other" if last else "first"))
     told["numbers"] = [processes.least(processes.index), processes.most(processes.index), *processes.gather([processes.index])]
     (folder / f"{processes.index}.json").write_text(json.dumps(told))
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
