@@ -23,7 +23,7 @@ from demo.server import ROOT, CogServer, data_url, from_data_url
 from demo.small_base import build_tiny_base
 from placeholder.checkpoint import stored_checkpoints
 from placeholder.config import TrainConfig
-from placeholder.launch import Job
+from placeholder.job import Job
 from placeholder.models import MODEL_VARIABLE
 from tests.samples import read_zip, write_dataset
 

@@ -68,6 +68,10 @@ def finetune(
     source = resume_path(resume_from) if resume_from else None
     start = read_start(source) if source else None
     shared = {"base_model": base.source, "base_model_revision": base.revision, "processes": processes.count}
+    if processes.count > 1:  # each machine has its own files
+        processes.check_same("a start in resume_from", source and content_digest(source))
+        processes.check_same("options", repr(config))  # not-a-number, too, is the same as itself there
+        processes.check_same("a base model", not Path(base.source).is_dir() and (base.source, base.revision))
     if start is not None:
         config = config_of(start, config, shared)
     config = processes.agree(with_seed(config, log))

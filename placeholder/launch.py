@@ -1,8 +1,7 @@
 """A training on all visible GPUs, in a process for each; where there is one GPU and no checkpoint is asked for, in this one.
 
-`torchrun` or `accelerate launch` run the same on several machines: `accelerate launch -m placeholder.launch job.json`, where
-job.json holds the fields of Job: the paths `dataset` and `output`, under `config` every option of TrainConfig, and optionally
-`resume_from`, `checkpoint_folder`, `checkpoint_every` and `wandb` with `project`, `run` and `entity`, whose key WANDB_API_KEY holds.
+`torchrun` or `accelerate launch` run the same on several machines: `accelerate launch --multi_gpu -m placeholder.launch job.json`,
+where job.json holds the fields of Job (job.py).
 """
 
 import errno
@@ -15,30 +14,26 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from placeholder.checkpoint import CheckpointFolder
 from placeholder.compiling import CACHE_VARIABLE, chosen_cache
 from placeholder.config import TrainConfig
 from placeholder.determinism import deterministic
-from placeholder.failures import ShortageError, plain_failures
-from placeholder.finetune import Stop, StoppedError, finetune
+from placeholder.failures import plain_failures
+from placeholder.finetune import finetune
+from placeholder.job import Job, error_of
 from placeholder.models import BaseModel
 from placeholder.prepare import Log
-from placeholder.processes import Processes
 from placeholder.wandb_run import wandb_run
-from placeholder.wandb_target import KEY_VARIABLE, WandbTarget
+from placeholder.wandb_target import WandbTarget
+from placeholder.worker import GRACE_SECONDS, LESS_MEMORY, main
 
 PROCESSES_VARIABLE = "TRAINING_PROCESSES"
-ERROR_NAME = "error.json"
-LESS_MEMORY = "give a smaller resolution or batch_size, or set quantize"
-POLL_SECONDS, GRACE_SECONDS = 0.2, 8.0  # the server itself waits for ten
+POLL_SECONDS = 0.2
 ROOT = Path(__file__).parents[1]
 
 
@@ -51,28 +46,6 @@ def wanted_processes() -> int:
     if not (value.isascii() and value.isdigit() and int(value) >= 1):
         raise ValueError(f"{PROCESSES_VARIABLE} is {value!r}: give a whole number from 1, or leave it unset for one a GPU")
     return int(value)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training as a process of its own is told of it, by the path of a JSON file.
-
-    `ends_with_stdin`: it ends when its standard input is closed, which happens when the process that started it has gone.
-    """
-
-    dataset: str
-    output: str
-    config: dict[str, Any]
-    resume_from: str | None = None
-    checkpoint_folder: str | None = None
-    checkpoint_every: int | None = None
-    wandb: dict[str, str | None] | None = None
-    ends_with_stdin: bool = False
-
-    @property
-    def train_config(self) -> TrainConfig:
-        """The configuration, whose tuples JSON has made lists."""
-        return TrainConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in self.config.items()})
 
 
 def finetune_on_all_gpus(
@@ -105,7 +78,7 @@ def finetune_on_all_gpus(
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(asdict(job)))
         code = _run(count, file, log, target.environment() if target else {})
-        if error := _error_of(file):
+        if error := error_of(file):
             raise error
         if code:
             raise RuntimeError(f"a training process ended with {code}: its own message is in the log above")
@@ -113,7 +86,9 @@ def finetune_on_all_gpus(
 
 def _run(count: int, job: Path, log: Log, environment: dict[str, str]) -> int:
     """Train in `count` processes and hand their lines on; they end with this call, whatever ends it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
+    launcher = []
+    if count > 1:  # without a folder for logs, of which it would leave an empty one behind
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", f"--log-dir={os.devnull}"]
     threads = str(max(1, (os.cpu_count() or 1) // count))
     processes = subprocess.Popen(
         [sys.executable, *launcher, "-m", "placeholder.launch", str(job)],
@@ -155,7 +130,7 @@ def _run(count: int, job: Path, log: Log, environment: dict[str, str]) -> int:
                 continue
             if line is None:
                 return processes.wait()
-            if not isinstance(_error_of(job), ValueError):  # what follows that is the launcher's own account of it
+            if not isinstance(error_of(job), ValueError):  # what follows that is the launcher's own account of it
                 log(line)
     finally:
         _end(processes)
@@ -168,24 +143,6 @@ def _knock() -> int:
     with socket.socket() as probe:
         probe.settimeout(POLL_SECONDS)
         return probe.connect_ex(("127.0.0.1", int(port))) if port.isdigit() else errno.EINVAL
-
-
-def _error_of(job: Path) -> ValueError | RuntimeError | None:
-    """The first error that a process has told of."""
-    told = job.with_name(ERROR_NAME)
-    if not told.exists():
-        return None
-    found = json.loads(told.read_text())
-    return (ValueError if found["kind"] == "ValueError" else RuntimeError)(found["message"])
-
-
-def _tell(job: Path, error: ValueError | RuntimeError, index: int) -> None:
-    """Leave the error for the process that has started this one, unless another was first: what follows it is its echo."""
-    kind = "ValueError" if isinstance(error, ValueError) else "RuntimeError"
-    own = job.with_name(f"{index}-{ERROR_NAME}")
-    own.write_text(json.dumps({"kind": kind, "message": str(error)}))
-    with suppress(FileExistsError):
-        os.link(own, job.with_name(ERROR_NAME))
 
 
 def _end(processes: subprocess.Popen) -> None:
@@ -202,70 +159,7 @@ def _end(processes: subprocess.Popen) -> None:
             continue
 
 
-class Ending:
-    """How a training process is asked to end: by SIGTERM, or by its standard input, which closes when its starter has gone.
-
-    It ends at once, unless the training heeds a stop by leaving a checkpoint; that is given GRACE_SECONDS.
-    """
-
-    def __init__(self, ends_with_stdin: bool):
-        self.stop = Stop()
-        signal.signal(signal.SIGTERM, lambda *_: self.end())
-        if ends_with_stdin:
-            threading.Thread(target=self._watch_stdin, daemon=True).start()
-
-    def end(self) -> None:
-        """End now, or after the step that is being made."""
-        if not self.stop.heeded:
-            os._exit(1)
-        self.stop.wanted = True
-        timer = threading.Timer(GRACE_SECONDS, os._exit, [1])
-        timer.daemon = True
-        timer.start()
-
-    def _watch_stdin(self) -> None:
-        os.read(0, 1)  # nothing is ever written; sys.stdin would hold a lock that the interpreter wants at its end
-        self.end()
-
-
-def main(file: Path) -> None:
-    """One of the processes. Where it fails it ends at once, so that the launcher ends those that wait for it."""
-    job = Job(**json.loads(file.read_text()))
-    processes = Processes.from_environment()
-    config = job.train_config
-    checkpoints = CheckpointFolder.of(job.checkpoint_folder, job.checkpoint_every, config.steps)
-    key = os.environ.pop(KEY_VARIABLE, None)
-    ending = Ending(job.ends_with_stdin)
-
-    def log(line: str) -> None:
-        if processes.index == 0:
-            with suppress(BrokenPipeError):  # the reader has gone; a last checkpoint is still to be written
-                print(line, flush=True)
-
-    try:
-        target = WandbTarget.of(key, **job.wandb) if job.wandb and processes.index == 0 else None
-        base = BaseModel.from_environment()
-        with plain_failures(LESS_MEMORY), deterministic(base.device), wandb_run(target, log) as run:
-            finetune(
-                Path(job.dataset),
-                config,
-                Path(job.output),
-                base,
-                log,
-                processes,
-                Path(job.resume_from) if job.resume_from else None,
-                checkpoints,
-                ending.stop,
-                run,
-            )
-    except (ValueError, RuntimeError) as error:
-        if job.ends_with_stdin:  # somebody waits for what went wrong
-            _tell(file, error, processes.index)
-        if isinstance(error, ValueError | StoppedError | ShortageError):
-            os._exit(1)  # the log is flushed line by line; taking the interpreter down would take its time
-        raise
-    PartialState().destroy_process_group()  # after a failure it would wait for processes that do not come
-
-
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("error: give the path of one job.json")
     main(Path(sys.argv[1]))

@@ -81,7 +81,7 @@ def training_needs(
         encoding = max(encoding, seeing_bytes(base))
     with hollow_step(transformer, text_encoder, config, grid, ids) as loss:
         footprint = measure(transformer, loss, text_encoder.parameters())
-    copies = 1 + STATES[config.optimizer] + (processes > 1)  # the gradients once more while the processes add them up
+    copies = 1 + STATES[config.optimizer] + (processes > 1)  # the gradients once more: memory reserved for their exchange
     lora = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
     needs = []
     for storage, tabled in _variants(base.device):

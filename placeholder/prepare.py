@@ -121,6 +121,7 @@ def prepare(
     say = _silent if drafted else log
     captions = trained_captions(photos, config, say, descriptions or [draft(config)] * len(waiting))
     digest = dataset_digest(photos, [caption.text for caption in captions])
+    processes.check_same("a data set", digest)
     if not drafted:
         check_dataset(start, digest)
 
@@ -293,7 +294,7 @@ def _checkpointing(
     config: TrainConfig, plan: Plan, transformer: QwenImageTransformer2DModel, lora: list[nn.Parameter], log: Log
 ) -> BlockCheckpointing:
     """As few recomputed blocks as a full batch of the largest crop allows, in the memory that is free now."""
-    exchanged = 1 if torch.distributed.is_initialized() else 0  # the gradients once more, while the processes add them up
+    exchanged = 1 if torch.distributed.is_initialized() else 0  # the gradients once more: memory reserved for their exchange
     gradients_and_states = (1 + STATES[config.optimizer] + exchanged) * sum(p.nbytes for p in lora)
     free = free_bytes(transformer.device) - plan.kept - gradients_and_states
     need = plan.chosen

@@ -1,31 +1,61 @@
 """The processes that train together, each on its own GPU: the same random numbers in each, gradients added up."""
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
 
 T = TypeVar("T")
+# How long all of them may take to come together, and to add their gradients up once all have them.
+JOINING = timedelta(minutes=10)
 # How long the processes wait for one that downloads the base model, draws samples or writes a checkpoint.
 PATIENCE = timedelta(hours=2)
 
 
+class LostProcessError(RuntimeError):
+    """One sentence about a process of the training that has ended, or whose machine is out of reach."""
+
+
 @dataclass(frozen=True)
 class Processes:
-    """How many processes train together, and which of them this is."""
+    """How many processes train together, which of them this is, and which it is on its machine.
+
+    What they agree on goes through `group`, on the CPU: so no GPU waits for it, and a process that has ended is noticed at once.
+    Every method but `share` has to be called in all of them, and raises LostProcessError where one of them has gone.
+    """
 
     count: int = 1
     index: int = 0
+    local_index: int = 0
+    group: ProcessGroup | None = None
 
     @classmethod
     def from_environment(cls) -> "Processes":
-        """Join the group that torchrun or accelerate launch has set up; alone where there is none."""
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-        return cls(state.num_processes, state.process_index)
+        """Join the group that torchrun or accelerate launch has set up; alone where there is none.
+
+        Raises ValueError where accelerate was to start several processes and starts one, as it does with --cpu,
+        and LostProcessError where not all of them come.
+        """
+        with _together():
+            state = PartialState(cpu=not torch.cuda.is_available(), timeout=JOINING)
+            if state.num_processes > 1:
+                group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+                return cls(state.num_processes, state.process_index, state.local_process_index, group)
+        # accelerate sets the address where it is to start several.
+        if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+            raise ValueError(
+                "accelerate launch was to start several processes and started this one alone: give it --multi_gpu and no --cpu, "
+                "which works without a GPU too; for one process unset MASTER_ADDR"
+            )
+        return cls()
 
     def share(self, batch: list[T]) -> list[T]:
         """This process's part of a batch that all of them know."""
@@ -33,21 +63,63 @@ class Processes:
 
     def agree(self, value: Any) -> Any:
         """The first process's value, in all of them."""
-        return value if self.count == 1 else broadcast_object_list([value])[0]
+        if self.count == 1:
+            return value
+        found = [value]
+        with _together():
+            torch.distributed.broadcast_object_list(found, src=0, group=self.group)
+        return found[0]
 
     def gather(self, part: list[T]) -> list[T]:
         """What every process brings, in all of them, those of the first one in front."""
-        return part if self.count == 1 else gather_object(part)
+        if self.count == 1:
+            return part
+        found: list[list[T]] = [[] for _ in range(self.count)]
+        with _together():
+            torch.distributed.all_gather_object(found, part, group=self.group)
+        return [value for values in found for value in values]
 
     def least(self, number: int) -> int:
         """The smallest of the processes' numbers, in all of them."""
-        return number if self.count == 1 else min(gather_object([number]))
+        return -self.most(-number)
 
-    def add_up(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor, in place, by its sum over the processes: one exchange of all of them in fp32."""
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers, in all of them."""
         if self.count == 1:
-            return
-        total = torch.cat([tensor.float().flatten() for tensor in tensors])
-        torch.distributed.all_reduce(total)
-        for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+            return number
+        found = torch.tensor(number)
+        with _together():
+            torch.distributed.all_reduce(found, ReduceOp.MAX, group=self.group)
+        return int(found)
+
+    def wait(self) -> None:
+        """Go on when all of them have come here."""
+        self.most(0)
+
+    def check_same(self, what: str, value: Any) -> None:
+        """Raise ValueError, which names `what`, in all of them unless all have the same value."""
+        found = self.gather([value])
+        if different := [str(number) for number, other in enumerate(found) if other != found[0]]:
+            raise ValueError(
+                f"process {', '.join(different)} of this training has {what} other than process 0: give every machine the same"
+            )
+
+    def add_up(self, total: Tensor) -> None:
+        """Replace a tensor on the device, in place, by its sum over the processes."""
+        if self.count > 1:
+            with _together():
+                torch.distributed.all_reduce(total)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Say in a sentence that a process was lost, whichever library noticed it; other errors pass as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        reason = re.sub(r"^\[[^\]]*\] *", "", str(error).split("\n")[0]).split(". ")[0]
+        raise LostProcessError(
+            f"another process of this training has ended or is out of reach, see the log of its machine ({reason})"
+        ) from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from placeholder.config import TrainConfig
 from placeholder.determinism import StrictSteps
 from placeholder.devices import stack_on, to_device
+from placeholder.exchange import GradientExchange, computed_together
 from placeholder.flow import add_noise, flow_loss, sample_sigma, velocity_target
 from placeholder.lora import without_lora
-from placeholder.memory import BlockCheckpointing, free_memory
+from placeholder.memory import BlockCheckpointing
 from placeholder.modulations import timestep_device
 from placeholder.optimizers import RowOptimizer
 from placeholder.processes import Processes
@@ -115,33 +117,24 @@ def training_steps(
     The gradient is that of the mean loss over a batch of `config.batch_size` for each process, plus `config.prior_preservation`
     times the mean preservation loss of each preserved prompt in every `config.prior_preservation_interval`-th step. In the first `config.placeholder_warmup_fraction` of
     the steps the rows learn alone. Their gradient and the LoRA's are handled apart: a shared clip would let the rows' first huge
-    gradients silence the LoRA. A step that runs out of CUDA memory is made again with more blocks recomputed;
-    torch.OutOfMemoryError is raised once all of them are.
+    gradients silence the LoRA. A step that runs out of CUDA memory in any process is made again in all of them with more blocks
+    recomputed; torch.OutOfMemoryError is raised in all of them once that process recomputes every block.
     """
     rows_alone = trainee.rows_alone(config)
     batch_size = config.batch_size * processes.count
     strict = StrictSteps()
+    rows = trainee.row_optimizer and trainee.row_optimizer.rows
+    exchange = GradientExchange(processes, trainee.lora, rows)
     for number in range(position.step + 1, config.steps + 1):
         lora_learns = number > rows_alone
         # The preserved prompts hold no token: while the rows learn alone there is nothing for them to do.
         preserves = lora_learns and number % config.prior_preservation_interval == 0
         batch = draw_batch(examples, empty_ids, config, position, processes)
-        while True:
-            try:
-                with strict():
-                    loss, preservation = gradients(
-                        trainee, processes.share(batch), batch_size, config.prior_preservation * preserves
-                    )
-                break
-            except torch.OutOfMemoryError:
-                if not trainee.checkpointing.recompute_more():
-                    raise
-            except RuntimeError as error:
-                if not strict.gives_way(error):
-                    raise
-            free_memory()
+        weight = config.prior_preservation * preserves
+        compute = partial(gradients, trainee, processes.share(batch), batch_size, weight)
+        loss, preservation = computed_together(compute, trainee.checkpointing, processes, strict)
         rows_learn = any(sample.input_ids != empty_ids for sample in batch)
-        _add_up(processes, trainee, [loss] if preservation is None else [loss, preservation], rows_learn)
+        exchange.add_up([loss] if preservation is None else [loss, preservation], rows_learn)
         if lora_learns:
             torch.nn.utils.clip_grad_norm_(trainee.lora, LORA_MAX_GRAD_NORM)
             trainee.lora_optimizer.step()
@@ -177,17 +170,6 @@ def gradients(
     if window is not None:
         window.backward()
     return loss, preservation
-
-
-def _add_up(processes: Processes, trainee: Trainee, losses: list[Tensor], rows_learn: bool) -> None:
-    """Add the processes' gradients and losses up, in place; without a placeholder in any prompt the rows have no gradient."""
-    # The last block's text stream ends unread: its LoRA has no gradient, in no process.
-    gradients_of = [parameter for parameter in trainee.lora if parameter.grad is not None]
-    if trainee.row_optimizer is not None and rows_learn:
-        rows = trainee.row_optimizer.rows
-        rows.grad = torch.zeros_like(rows) if rows.grad is None else rows.grad
-        gradients_of.append(rows)
-    processes.add_up([*losses, *(parameter.grad for parameter in gradients_of)])
 
 
 def draw_batch(

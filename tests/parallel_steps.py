@@ -1,11 +1,21 @@
-"""Started by torchrun from test_launch.py: trains for twenty steps and stores what this process then holds, in fp32."""
+"""Started by torchrun from test_launch.py: trains for twenty steps and stores what this process then holds, in fp32.
 
+Then it trains again while the last process runs out of memory, once and for good, and stores what that came to.
+"""
+
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 
+from placeholder import exchange, plan, trainer
+from placeholder import prepare as prepare_module
 from placeholder.config import TrainConfig
 from placeholder.models import BaseModel
 from placeholder.prepare import prepare
@@ -26,17 +36,68 @@ CONFIG = TrainConfig(
 
 
 def trained(dataset: Path, config: TrainConfig, base: BaseModel, processes: Processes) -> dict[str, torch.Tensor]:
-    """LoRA and rows after the steps, and the losses of all steps."""
+    """LoRA and rows after the steps, and of all steps the losses and the number of blocks recomputed."""
     training = prepare(dataset, config, base, log=lambda line: None)
-    steps = training.steps(config, processes)
-    losses = [torch.stack([step.loss, step.loss if step.preservation is None else step.preservation]) for step in steps]
+    losses, recomputed = [], []
+    for step in training.steps(config, processes):
+        losses.append(torch.stack([step.loss, step.loss if step.preservation is None else step.preservation]))
+        recomputed.append(step.recomputed)
     state = {str(number): parameter.detach().clone() for number, parameter in enumerate(training.trainee.lora)}
-    return state | {"rows": training.tokens.rows.detach().clone(), "losses": torch.stack(losses)}
+    state |= {"rows": training.tokens.rows.detach().clone(), "losses": torch.stack(losses)}
+    return state | {"recomputed": torch.tensor(recomputed)}
+
+
+@contextmanager
+def running_out(module, name: str, calls) -> Iterator[None]:
+    """Let a function run out of CUDA memory in the calls of these numbers."""
+    original, made = getattr(module, name), []
+
+    def called(*args, **options):
+        made.append(name)
+        if len(made) in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*args, **options)
+
+    setattr(module, name, called)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def message(work) -> str:
+    """What a failure says, after its kind."""
+    try:
+        work()
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    except ValueError as error:
+        return f"ValueError: {error}"
+    return "nothing"
+
+
+def main(dataset: Path, base: BaseModel, folder: Path) -> None:
+    prepare_module.load_tokenizer = cache(prepare_module.load_tokenizer)  # these two take longer than the steps
+    plan.training_needs = cache(plan.training_needs)
+    processes = Processes.from_environment()
+    last = processes.index == processes.count - 1
+    save_file(trained(dataset, CONFIG, base, processes), folder / f"{processes.index}.safetensors")
+    # The second preservation pass of the fourth step: gradients of the first passes are there already.
+    with running_out(trainer, "preservation_losses", {4} if last else ()):
+        save_file(trained(dataset, CONFIG, base, processes), folder / f"again-{processes.index}.safetensors")
+    told = {}
+    with running_out(trainer, "sample_losses", range(3, 1000) if last else ()):
+        told["every time"] = message(lambda: trained(dataset, CONFIG, base, processes))
+    lora = [torch.nn.Parameter(torch.zeros(2))]
+    with running_out(exchange.torch, "zeros", {1} if last else ()):
+        told["exchange"] = message(lambda: exchange.GradientExchange(processes, lora, None))
+    told["same"] = message(lambda: processes.check_same("options", CONFIG))
+    told["other"] = message(lambda: processes.check_same("a data set", "other" if last else "first"))
+    told["numbers"] = [processes.least(processes.index), processes.most(processes.index), *processes.gather([processes.index])]
+    (folder / f"{processes.index}.json").write_text(json.dumps(told))
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    processes = Processes.from_environment()
-    base = BaseModel(sys.argv[2], torch.device("cpu"), torch.float32)
-    state = trained(Path(sys.argv[1]), CONFIG, base, processes)
-    save_file(state, Path(sys.argv[3]) / f"{processes.index}.safetensors")
+    main(Path(sys.argv[1]), BaseModel(sys.argv[2], torch.device("cpu"), torch.float32), Path(sys.argv[3]))

@@ -1,5 +1,7 @@
 """Training in several processes: the same result as in one, lines in the log, nothing left behind."""
 
+import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from demo.server import ROOT, CogServer, data_url, from_data_url
 from placeholder import launch
 from placeholder.config import TrainConfig
+from placeholder.job import error_of, tell
 from placeholder.launch import finetune_on_all_gpus, wanted_processes
 from placeholder.models import MODEL_VARIABLE
 from placeholder.processes import Processes
@@ -50,11 +53,18 @@ def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_two_processes_train_what_one_trains_with_twice_the_batch(base, dataset, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = ["-m", "tests.parallel_steps", str(dataset), base.source, str(tmp_path)]
+@pytest.fixture(scope="module")
+def parallel(base, dataset, tmp_path_factory) -> Path:
+    """What two processes of tests/parallel_steps.py have left."""
+    folder = tmp_path_factory.mktemp("parallel")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--log-dir={os.devnull}"]
+    arguments = ["-m", "tests.parallel_steps", str(dataset), base.source, str(folder)]
     subprocess.run([*command, *arguments], cwd=ROOT, check=True, timeout=120)
-    first, second = (load_file(tmp_path / f"{index}.safetensors") for index in (0, 1))
+    return folder
+
+
+def test_two_processes_train_what_one_trains_with_twice_the_batch(parallel, base, dataset):
+    first, second = (load_file(parallel / f"{index}.safetensors") for index in (0, 1))
     alone = trained(dataset, replace(CONFIG, batch_size=2), base, Processes())
     assert alone.keys() == first.keys() == second.keys()
     for name, value in alone.items():
@@ -62,6 +72,32 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(base, dataset,
         torch.testing.assert_close(first[name], value, atol=1e-5, rtol=0)
     once = trained(dataset, CONFIG, base, Processes())
     assert (once["rows"] - alone["rows"]).abs().max() > 1e-4  # so that equal is not what anything would be
+
+
+def test_a_step_that_one_process_runs_out_of_memory_in_is_made_again_by_both(parallel):
+    plain = load_file(parallel / "0.safetensors")
+    for index in (0, 1):
+        again = load_file(parallel / f"again-{index}.safetensors")
+        assert again["recomputed"].tolist() == [0, 0, 0] + [1] * 17
+        assert all(torch.equal(value, plain[name]) for name, value in again.items() if name != "recomputed")
+
+
+def test_where_one_process_can_spare_no_more_memory_both_say_so(parallel):
+    first, second = (json.loads((parallel / f"{index}.json").read_text()) for index in (0, 1))
+    assert first["every time"] == "OutOfMemoryError: out of memory in another process, with every block recomputed"
+    assert second["every time"] == "OutOfMemoryError: CUDA out of memory"
+    assert first["exchange"] == "OutOfMemoryError: out of memory for the exchange of gradients, in another process"
+    assert second["exchange"] == "OutOfMemoryError: CUDA out of memory"
+
+
+def test_what_the_processes_were_given_has_to_be_the_same(parallel):
+    for index in (0, 1):
+        told = json.loads((parallel / f"{index}.json").read_text())
+        assert told["same"] == "nothing"
+        assert told["other"].startswith(
+            "ValueError: process 1 of this training has a data set other than process 0: give every"
+        )
+        assert told["numbers"] == [0, 1, 0, 1]
 
 
 def test_the_archive_is_written_once_with_one_drawn_seed_and_the_lines_reach_the_log(two_processes, dataset, tmp_path):
@@ -123,10 +159,10 @@ def test_a_cancelled_training_ends_its_processes_and_the_one_run_on_wandb(two_pr
 
 def test_the_first_error_is_the_one_that_counts(tmp_path):
     job = tmp_path / "job.json"
-    assert launch._error_of(job) is None
-    launch._tell(job, torch.OutOfMemoryError("CUDA out of memory"), 1)
-    launch._tell(job, ValueError("an echo"), 0)
-    found = launch._error_of(job)
+    assert error_of(job) is None
+    tell(job, torch.OutOfMemoryError("CUDA out of memory"), 1)
+    tell(job, ValueError("an echo"), 0)
+    found = error_of(job)
     assert type(found) is RuntimeError and str(found) == "CUDA out of memory"
 
 

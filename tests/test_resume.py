@@ -16,7 +16,7 @@ from demo.server import ROOT
 from placeholder import prepare as prepare_module
 from placeholder.checkpoint import FACTS_KEY, CheckpointFolder, read_checkpoint, stored_checkpoints
 from placeholder.finetune import Stop, StoppedError, finetune
-from placeholder.launch import Job
+from placeholder.job import Job
 from placeholder.memory import BlockCheckpointing
 from placeholder.models import MODEL_VARIABLE
 from placeholder.optimizers import RowOptimizer, lora_optimizer
