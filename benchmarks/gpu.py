@@ -24,13 +24,14 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.full_size import RandomBase
 from benchmarks.scale import step_flops
 from benchmarks.step import Inputs, Script
+from placeholder.batches import Example, Position
 from placeholder.config import TrainConfig
 from placeholder.latents import pack
 from placeholder.lora import add_lora
 from placeholder.memory import BlockCheckpointing, free_memory, peak_bytes, reset_peak
 from placeholder.models import BaseModel, load_transformer
 from placeholder.optimizers import lora_optimizer
-from placeholder.trainer import Example, Position, Trainee, training_steps
+from placeholder.trainer import Trainee, training_steps
 
 SIDES, TEXT_TOKENS, RANK, RATE = (512, 768, 1024), (32, 128, 256), 32, 1e-4
 WARM_UP, TIMED = 10, 30

@@ -29,15 +29,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.flops import flop_counter
 from demo.small_base import Size, new_text_encoder, scheduler
+from placeholder.batches import Example, Position, Sample
 from placeholder.compiling import compiled_blocks
 from placeholder.config import TrainConfig
 from placeholder.latents import pack
 from placeholder.lora import TARGET_MODULES, add_lora
+from placeholder.losses import sample_losses
 from placeholder.memory import BlockCheckpointing, saved_bytes
 from placeholder.optimizers import RowOptimizer, lora_optimizer, row_rms_limit
 from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
 from placeholder.prompts import PromptEmbeddings, prompt_template
-from placeholder.trainer import Example, Position, Sample, Trainee, sample_losses, training_steps
+from placeholder.trainer import Trainee, training_steps
 
 BLOCKS, HEADS, HEAD_WIDTH = 6, 4, 64
 GRID, TEXT_TOKENS, RANK, RATE = (16, 16), 32, 16, 1e-4

@@ -26,8 +26,9 @@ from placeholder.config import TrainConfig
 from placeholder.diagnostics import diagnose
 from placeholder.lora import scale_lora, without_lora
 from placeholder.models import BaseModel, load_text_encoder
-from placeholder.prepare import Training, prepare
+from placeholder.prepare import prepare
 from placeholder.prompts import prompt_ids
+from placeholder.training import Training
 
 TOKEN = "<zwx>"
 VOCABULARY_RMS = 0.02  # standard deviation of the small base's own embedding rows at their start

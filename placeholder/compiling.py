@@ -16,11 +16,13 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from placeholder.attention import RealRotaryAttention, real_rotations
+from placeholder.batches import Example, Sample
 from placeholder.config import TrainConfig
 from placeholder.flow import MIDDLE_SIGMA
+from placeholder.losses import sample_losses
 from placeholder.memory import BlockCheckpointing, plain_calls
 from placeholder.payback import batch_sizes
-from placeholder.trainer import Example, Sample, Trainee, sample_losses
+from placeholder.trainer import Trainee
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 PREFIX = "placeholder-compile-"

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from placeholder.batches import Example, Sample, draw_sample
 from placeholder.lora import without_lora
+from placeholder.losses import sample_losses
 from placeholder.placeholder_token import PlaceholderTokens
-from placeholder.trainer import Example, Sample, Trainee, draw_sample, sample_losses
+from placeholder.trainer import Trainee
 
 SAMPLES = 16
 SEED = 0

@@ -10,6 +10,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from placeholder import tracking
+from placeholder.batches import Example
 from placeholder.checkpoint import Checkpoint, CheckpointFolder
 from placeholder.checks import MAX_SEED
 from placeholder.compiling import compiled_steps
@@ -17,17 +18,18 @@ from placeholder.config import TrainConfig
 from placeholder.diagnostics import Diagnostics, diagnose
 from placeholder.flow import MIDDLE_SIGMA
 from placeholder.lora import load_lora, lora_metadata, lora_state_dict, unload_lora
+from placeholder.losses import predict_velocity
 from placeholder.memory import peak_bytes, reset_peak
 from placeholder.meta import modelspec, training_meta
 from placeholder.models import BaseModel
-from placeholder.prepare import Log, Training, prepare
-from placeholder.processes import Processes
+from placeholder.prepare import Log, prepare
+from placeholder.processes import ALONE, Processes
 from placeholder.prompts import PromptEmbeddings
 from placeholder.record import Record
 from placeholder.report import Report
 from placeholder.resume import config_of, read_start, resume_path
 from placeholder.timing import Timing
-from placeholder.trainer import ALONE, Example, predict_velocity
+from placeholder.training import Training
 from placeholder.training_state import capture
 from placeholder.wandb_run import WandbRun
 from placeholder.weights import Weights, add_files, content_digest, read_weights, write_weights

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from placeholder.config import TrainConfig
-from placeholder.prepare import Training
+from placeholder.training import Training
 
 TIME_VARIABLE = "SOURCE_DATE_EPOCH"
 MEASURED = ("training_seconds", "compile_seconds", "expected_peak_gb", "peak_gb")  # figures that differ from run to run

@@ -9,8 +9,10 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from placeholder.batches import Example, draw_sample
 from placeholder.config import TrainConfig
 from placeholder.lora import add_lora
+from placeholder.losses import sample_losses
 from placeholder.memory import Footprint, measure
 from placeholder.models import BaseModel, text_encoder_shell, transformer_shell
 from placeholder.modulations import modulation_layers, row_bytes
@@ -19,7 +21,6 @@ from placeholder.placeholder_token import PlaceholderTokens
 from placeholder.prompts import PromptEmbeddings, prompt_template
 from placeholder.sight import seeing_bytes
 from placeholder.storage import STORAGES, Storage, stored_bytes
-from placeholder.trainer import Example, draw_sample, sample_losses
 
 
 @dataclass(frozen=True)

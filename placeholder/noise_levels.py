@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from placeholder.batches import Example, Position, draw_batch
 from placeholder.config import TrainConfig
 from placeholder.diagnostics import fixed_samples
 from placeholder.flow import MIDDLE_SIGMA
 from placeholder.models import BaseModel
 from placeholder.processes import Processes
 from placeholder.samples import Sampler
-from placeholder.trainer import Example, Position, draw_batch
 
 
 def levels_in_use(

@@ -4,11 +4,15 @@ A training that is made again, or resumed, decides the same.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers import QwenImageTransformer2DModel
+
+from placeholder.batches import Example
 from placeholder.config import TrainConfig
+from placeholder.prompts import prompt_template
 
 TIMES_COST = 2  # compiling has to save more than so many times the seconds that it takes
 
@@ -113,3 +117,21 @@ def step_flops(transformer: Mapping[str, Any], tokens: int, rank: int) -> float:
     attention = 4 * tokens**2 * width
     lora = 4 * 2 * 2 * rank * width * tokens
     return transformer["num_layers"] * (2 * linear + 3.5 * attention + 3 * lora)
+
+
+def payback_of(
+    config: TrainConfig,
+    examples: list[Example],
+    empty_ids: tuple[int, ...],
+    transformer: QwenImageTransformer2DModel,
+    log: Callable[[str], None],
+) -> Payback:
+    """Whether compiling would pay back, which the log says too."""
+
+    def length(ids: tuple[int, ...]) -> int:
+        return len(ids) - prompt_template()[2]
+
+    shapes = [(example.grid, length(example.input_ids), [length(ids) for ids in example.preserved]) for example in examples]
+    found = payback(config, shapes, length(empty_ids), transformer.config, transformer.device.type)
+    log(found.line(config.torch_compile))
+    return found

@@ -5,12 +5,14 @@ they are, and the new ids are spliced in; where a new id stands, its row is put 
 """
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.checks import shown
+from placeholder.config import TrainConfig
 
 MAX_TOKENS = 64  # of one training or one archive
 MAX_TOKEN_BYTES = 64  # its file in the archive has a percent-encoded name of at most three times as many
@@ -75,6 +77,21 @@ def initial_embeddings(
 ) -> dict[str, Tensor]:
     """Rows (vectors, width) for each token from N(0, std^2); std 0.0 gives exact zeros."""
     return {token: torch.randn(vectors, width, generator=generator) * std for token in tokens}
+
+
+def fresh_tokens(
+    config: TrainConfig, width: int, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator, log: Callable[[str], None]
+) -> PlaceholderTokens:
+    """A training's tokens with rows drawn from `generator`; the log tells their ids."""
+    embeddings = initial_embeddings(config.tokens, width, config.placeholder_init_std, generator, config.placeholder_vectors)
+    tokens = PlaceholderTokens(len(tokenizer), embeddings, width)
+    for token, ids in tokens.ids.items():
+        log(f"Placeholder token '{token}' registered with ID: {', '.join(map(str, ids))}")
+    if tokens.ids:
+        ids = [str(token_id) for token_ids in tokens.ids.values() for token_id in token_ids]
+        only = f"token {ids[0]} receives" if len(ids) == 1 else f"tokens {', '.join(ids)} receive"
+        log(f"Gradient mask active: only {only} updates")
+    return tokens
 
 
 def check_word(token: str) -> None:

@@ -1,11 +1,16 @@
 """How a training is fitted into memory, and what is said of one that does not fit, before any weight is loaded."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from torch import nn
 
 from placeholder.config import TrainConfig
 from placeholder.latents import PIXELS_A_TOKEN
-from placeholder.memory import KEPT_FREE
+from placeholder.memory import KEPT_FREE, BlockCheckpointing
 from placeholder.models import BaseModel
 from placeholder.needs import Need, training_needs
 
@@ -26,6 +31,31 @@ class Plan:
     def kept(self) -> int:
         """Bytes that are left alone."""
         return round(self.free * KEPT_FREE / (1 - KEPT_FREE))
+
+    def checkpointing(
+        self,
+        transformer: QwenImageTransformer2DModel,
+        lora: list[nn.Parameter],
+        states: int,
+        free: int,
+        log: Callable[[str], None],
+    ) -> BlockCheckpointing:
+        """As few recomputed blocks as a full batch of the largest crop allows where `free` bytes are free once all is loaded.
+
+        `states` is how many numbers the optimiser keeps for each parameter.
+        """
+        exchanged = (
+            1 if torch.distributed.is_initialized() else 0
+        )  # the gradients once more: memory reserved for their exchange
+        gradients_and_states = (1 + states + exchanged) * sum(p.nbytes for p in lora)
+        free -= self.kept + gradients_and_states
+        need = self.chosen
+        recomputed = need.footprint.blocks_to_recompute(free)
+        log(
+            f"Memory: {free / 1e9:.3g} GB free for activations, a step needs {need.footprint.total(0) / 1e9:.3g} GB: "
+            f"{recomputed} of {need.footprint.blocks} blocks are recomputed"
+        )
+        return BlockCheckpointing(transformer, recomputed)
 
     def lines(self) -> list[str]:
         """The plan as a table in GB."""

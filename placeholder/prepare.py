@@ -1,20 +1,18 @@
 """From a data set and a configuration to everything a training needs: examples, models in their places, optimisers."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import torch
-from diffusers import QwenImageTransformer2DModel
-from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from placeholder.batches import Example
 from placeholder.captioner import describe_photos
 from placeholder.captions import (
-    Caption,
     Prompts,
     check_autocaption,
     draft,
@@ -25,11 +23,11 @@ from placeholder.captions import (
 )
 from placeholder.checkpoint import Checkpoint
 from placeholder.config import TrainConfig
-from placeholder.dataset import DatasetReport, Photo, dataset_digest, read_dataset, thumbnail
+from placeholder.dataset import Photo, dataset_digest, read_dataset, thumbnail
 from placeholder.flow import shift_mu
 from placeholder.latents import PIXELS_A_TOKEN
 from placeholder.lora import add_lora
-from placeholder.memory import BlockCheckpointing, free_bytes, free_memory
+from placeholder.memory import free_bytes, free_memory
 from placeholder.models import (
     BaseModel,
     encode_picture,
@@ -43,50 +41,21 @@ from placeholder.models import (
 )
 from placeholder.noise_levels import levels_in_use
 from placeholder.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms_limit
-from placeholder.payback import Payback, payback
-from placeholder.placeholder_token import PlaceholderTokens, check_tokens, initial_embeddings
+from placeholder.payback import payback_of
+from placeholder.placeholder_token import check_tokens, fresh_tokens
 from placeholder.plan import Plan, plan_training
-from placeholder.processes import Processes
-from placeholder.prompts import EMPTY_PROMPT, PromptEmbeddings, prompt_ids, prompt_template
+from placeholder.processes import ALONE, Processes
+from placeholder.prompts import EMPTY_PROMPT, PromptEmbeddings, prompt_ids
 from placeholder.resume import apply_start, check_dataset, check_storage, start_position, stored_descriptions
 from placeholder.samples import grid_prompts
 from placeholder.sight import check_sight, load_with_sight
 from placeholder.timing import Timing
-from placeholder.trainer import ALONE, Example, Position, Step, Trainee, training_steps
+from placeholder.trainer import Trainee
+from placeholder.training import Training
 from placeholder.weights import Weights
 
 Log = Callable[[str], None]
 THUMBNAILS, THUMBNAIL_SIDE = 64, 128  # how many of the data set's pictures the report shows, and their pixels
-
-
-@dataclass(frozen=True)
-class Training:
-    """A training that is ready to start. `initial_rows` is a copy of the token rows (R, D) before the first step.
-
-    For the report: the `captions` as trained, `thumbnails` of the first pictures, and the ids of the `prompts` that it shows
-    pictures of. `descriptions` are what autocaption found to say, for checkpoints.
-    """
-
-    trainee: Trainee
-    examples: list[Example]
-    empty_ids: tuple[int, ...]
-    position: Position
-    tokenizer: PreTrainedTokenizerBase
-    tokens: PlaceholderTokens
-    initial_rows: Tensor
-    prompt_embeds: PromptEmbeddings
-    report: DatasetReport
-    dataset_digest: str
-    plan: Plan
-    payback: Payback
-    captions: list[Caption]
-    descriptions: list[str]
-    thumbnails: list[Image.Image]
-    prompts: dict[str, tuple[int, ...]]
-
-    def steps(self, config: TrainConfig, processes: Processes = ALONE) -> Iterator[Step]:
-        """The training's steps; `config` is what it was prepared with."""
-        return training_steps(self.trainee, self.examples, self.empty_ids, config, self.position, processes)
 
 
 def prepare(
@@ -126,7 +95,7 @@ def prepare(
         check_dataset(start, digest)
 
     generator = torch.Generator().manual_seed(config.seed)
-    tokens = _tokens(config, base, tokenizer, generator, log)
+    tokens = fresh_tokens(config, text_width(base), tokenizer, generator, log).to(base.device)
     empty_ids = prompt_ids(tokenizer, tokens, EMPTY_PROMPT)
     prompts = prompts_of(captions, config, tokenizer, tokens, say)
     longest = max(prompts.longest, draft_length(config, tokenizer, tokens) if waiting else 0)
@@ -183,7 +152,7 @@ def prepare(
         report,
         digest,
         plan,
-        _payback(config, examples, empty_ids, trainee.transformer, log),
+        payback_of(config, examples, empty_ids, trainee.transformer, log),
         captions=captions,
         descriptions=descriptions or [],
         thumbnails=[thumbnail(photo, THUMBNAIL_SIDE) for photo in photos[:THUMBNAILS] if config.report],
@@ -210,22 +179,6 @@ def _seeing_text_encoder(
     with timing.part("captions"):
         descriptions = describe_photos(whole, tokenizer, photos, config, processes, log)
     return language_model(whole, base, config.quantize_te), descriptions
-
-
-def _tokens(
-    config: TrainConfig, base: BaseModel, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator, log: Log
-) -> PlaceholderTokens:
-    """The placeholder tokens with their fresh rows, on the device."""
-    width = text_width(base)
-    embeddings = initial_embeddings(config.tokens, width, config.placeholder_init_std, generator, config.placeholder_vectors)
-    tokens = PlaceholderTokens(len(tokenizer), embeddings, width).to(base.device)
-    for token, ids in tokens.ids.items():
-        log(f"Placeholder token '{token}' registered with ID: {', '.join(map(str, ids))}")
-    if tokens.ids:
-        ids = [str(token_id) for token_ids in tokens.ids.values() for token_id in token_ids]
-        only = f"token {ids[0]} receives" if len(ids) == 1 else f"tokens {', '.join(ids)} receive"
-        log(f"Gradient mask active: only {only} updates")
-    return tokens
 
 
 def _grid(pixels: Tensor) -> tuple[int, int]:
@@ -268,39 +221,5 @@ def _trainee(
     if config.optimizer == "prodigy":
         log("Prodigy finds the LoRA's step size itself: learning_rate is not used")
     optimizer = lora_optimizer(config.optimizer, lora, config.learning_rate)
-    checkpointing = _checkpointing(config, plan, transformer, lora, log)
+    checkpointing = plan.checkpointing(transformer, lora, STATES[config.optimizer], free_bytes(transformer.device), log)
     return Trainee(transformer, prompt_embeds, lora, optimizer, checkpointing, row_optimizer)
-
-
-def _payback(
-    config: TrainConfig,
-    examples: list[Example],
-    empty_ids: tuple[int, ...],
-    transformer: QwenImageTransformer2DModel,
-    log: Log,
-) -> Payback:
-    """Whether compiling would pay back, which the log says too."""
-
-    def length(ids: tuple[int, ...]) -> int:
-        return len(ids) - prompt_template()[2]
-
-    shapes = [(example.grid, length(example.input_ids), [length(ids) for ids in example.preserved]) for example in examples]
-    found = payback(config, shapes, length(empty_ids), transformer.config, transformer.device.type)
-    log(found.line(config.torch_compile))
-    return found
-
-
-def _checkpointing(
-    config: TrainConfig, plan: Plan, transformer: QwenImageTransformer2DModel, lora: list[nn.Parameter], log: Log
-) -> BlockCheckpointing:
-    """As few recomputed blocks as a full batch of the largest crop allows, in the memory that is free now."""
-    exchanged = 1 if torch.distributed.is_initialized() else 0  # the gradients once more: memory reserved for their exchange
-    gradients_and_states = (1 + STATES[config.optimizer] + exchanged) * sum(p.nbytes for p in lora)
-    free = free_bytes(transformer.device) - plan.kept - gradients_and_states
-    need = plan.chosen
-    recomputed = need.footprint.blocks_to_recompute(free)
-    log(
-        f"Memory: {free / 1e9:.3g} GB free for activations, a step needs {need.footprint.total(0) / 1e9:.3g} GB: "
-        f"{recomputed} of {need.footprint.blocks} blocks are recomputed"
-    )
-    return BlockCheckpointing(transformer, recomputed)

@@ -123,3 +123,6 @@ def _together() -> Iterator[None]:
         raise LostProcessError(
             f"another process of this training has ended or is out of reach, see the log of its machine ({reason})"
         ) from error
+
+
+ALONE = Processes()

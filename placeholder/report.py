@@ -17,10 +17,11 @@ from placeholder.figures import Panel, draw_grid, draw_panels
 from placeholder.meta import fixed_time
 from placeholder.models import DEFAULT_MODEL, BaseModel, transformer_shell
 from placeholder.page import Contents, page
-from placeholder.prepare import Log, Training
+from placeholder.prepare import Log
 from placeholder.record import Point
 from placeholder.samples import GUIDANCE, SEED, STEPS, InterruptedDrawing, Sampler, sample_prompts
 from placeholder.timing import Timing
+from placeholder.training import Training
 
 FOLDER = "report"
 QUALITY = 85  # of JPEG; Cog hands archives over as base64

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from peft import set_peft_model_state_dict
 
+from placeholder.batches import Position
 from placeholder.checkpoint import Checkpoint, is_checkpoint, read_checkpoint, stored_checkpoints
 from placeholder.checks import shown
 from placeholder.config import TrainConfig
 from placeholder.lora import ADAPTER, lora_state_dict
 from placeholder.placeholder_token import PlaceholderTokens
-from placeholder.trainer import Position, Trainee
+from placeholder.trainer import Trainee
 from placeholder.training_state import restore, restore_position
 from placeholder.weights import Weights, read_weights
 

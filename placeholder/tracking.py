@@ -9,9 +9,9 @@ from typing import Any
 
 from placeholder.config import TrainConfig
 from placeholder.figures import draw_grid
-from placeholder.prepare import Training
 from placeholder.record import Record
 from placeholder.report import Report, jpeg
+from placeholder.training import Training
 from placeholder.wandb_run import WandbRun
 from placeholder.weights import embedding_name
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from placeholder.trainer import Position, Trainee
+from placeholder.batches import Position
+from placeholder.trainer import Trainee
 
 POSITION = ("step", "upcoming", "generator")
 

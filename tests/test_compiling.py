@@ -22,10 +22,10 @@ from placeholder.checkpoint import Checkpoint
 from placeholder.compiling import CACHE_VARIABLE, MAX_COMPILATIONS, PREFIX, compiled_blocks
 from placeholder.config import TrainConfig
 from placeholder.lora import add_lora, without_lora
+from placeholder.losses import predict_velocity
 from placeholder.memory import BlockCheckpointing, plain_calls
 from placeholder.modulations import tabulate
 from placeholder.resume import RECORDED, config_of
-from placeholder.trainer import predict_velocity
 from placeholder.weights import LORA_NAME
 from tests.conftest import SHORT
 from tests.samples import train, write_dataset

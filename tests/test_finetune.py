@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 
 from placeholder import finetune as finetune_module
 from placeholder import prepare as prepare_module
+from placeholder.batches import Example
 from placeholder.config import YAML_SECTIONS, TrainConfig, train_config
 from placeholder.finetune import prove_archive
 from placeholder.lora import B, add_lora
@@ -24,7 +25,7 @@ from placeholder.optimizers import row_rms_limit
 from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
 from placeholder.prompts import PromptEmbeddings, prompt_ids
 from placeholder.record import Record
-from placeholder.trainer import Example, Step
+from placeholder.trainer import Step
 from placeholder.weights import LORA_NAME, Weights, read_weights
 from tests.conftest import SHORT
 from tests.samples import Run, read_zip, train, write_dataset, write_zip

@@ -9,8 +9,8 @@ from diffusers import QwenImagePipeline
 from safetensors.torch import save_file
 
 from placeholder.lora import A, B, add_lora, fold_scale, load_lora, lora_metadata, lora_state_dict, scale_lora, unload_lora
+from placeholder.losses import predict_velocity
 from placeholder.models import load_transformer
-from placeholder.trainer import predict_velocity
 
 MODULES = [
     f"transformer_blocks.{block}.attn.{name}"

@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
+from placeholder.batches import draw_sample
 from placeholder.config import TrainConfig
 from placeholder.dataset import read_dataset
 from placeholder.flow import flow_loss
+from placeholder.losses import sample_losses
 from placeholder.prepare import prepare
-from placeholder.trainer import draw_sample, sample_losses
 from tests.samples import encoded, picture, write_zip
 
 

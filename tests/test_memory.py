@@ -6,8 +6,8 @@ import torch
 from demo.small_base import Size, new_transformer
 from placeholder import prepare as prepare_module
 from placeholder.lora import add_lora
+from placeholder.losses import predict_velocity
 from placeholder.memory import BlockCheckpointing, Footprint, free_bytes, measure, saved_bytes
-from placeholder.trainer import predict_velocity
 from placeholder.weights import LORA_NAME
 from tests.samples import train
 

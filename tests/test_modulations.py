@@ -10,14 +10,14 @@ from placeholder.checkpoint import CheckpointFolder
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.lora import add_lora
+from placeholder.losses import predict_velocity
 from placeholder.memory import BlockCheckpointing
 from placeholder.models import load_transformer
 from placeholder.modulations import modulation_layers
 from placeholder.needs import training_needs
 from placeholder.noise_levels import levels_in_use
 from placeholder.prepare import prepare
-from placeholder.processes import Processes
-from placeholder.trainer import ALONE, predict_velocity
+from placeholder.processes import ALONE, Processes
 from placeholder.weights import LORA_NAME, embedding_name
 from tests.conftest import SHORT
 from tests.samples import train

@@ -8,15 +8,18 @@ import torch
 
 from benchmarks.full_size import FULL_TEXT_ENCODER, RandomBase
 from placeholder import prepare as prepare_module
+from placeholder.batches import draw_sample
 from placeholder.config import TrainConfig
+from placeholder.losses import sample_losses
 from placeholder.memory import measure
 from placeholder.models import BaseModel
 from placeholder.needs import training_needs
 from placeholder.noise_levels import levels_in_use
 from placeholder.plan import plan_training
-from placeholder.prepare import Training, prepare
+from placeholder.prepare import prepare
+from placeholder.processes import ALONE
 from placeholder.sight import seeing_bytes
-from placeholder.trainer import ALONE, draw_sample, sample_losses
+from placeholder.training import Training
 from placeholder.weights import LORA_NAME
 from tests.conftest import SHORT
 from tests.peak import PeakBytes

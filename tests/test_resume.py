@@ -14,13 +14,14 @@ import torch
 
 from demo.server import ROOT
 from placeholder import prepare as prepare_module
+from placeholder.batches import Position
 from placeholder.checkpoint import FACTS_KEY, CheckpointFolder, read_checkpoint, stored_checkpoints
 from placeholder.finetune import Stop, StoppedError, finetune
 from placeholder.job import Job
 from placeholder.memory import BlockCheckpointing
 from placeholder.models import MODEL_VARIABLE
 from placeholder.optimizers import RowOptimizer, lora_optimizer
-from placeholder.trainer import Position, Trainee
+from placeholder.trainer import Trainee
 from placeholder.training_state import capture, restore
 from tests.samples import Run, write_dataset
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torchao.quantization import Int8Tensor
 
+from placeholder.losses import predict_velocity
 from placeholder.memory import storages
 from placeholder.models import load_transformer
 from placeholder.storage import stored_bytes
-from placeholder.trainer import predict_velocity
 
 
 def real_bytes(module: torch.nn.Module) -> int:

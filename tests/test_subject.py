@@ -17,7 +17,8 @@ from placeholder.config import TrainConfig
 from placeholder.diagnostics import diagnose, rows_as
 from placeholder.lora import without_lora
 from placeholder.models import BaseModel
-from placeholder.prepare import Training, prepare
+from placeholder.prepare import prepare
+from placeholder.training import Training
 
 CONFIG = TrainConfig(
     steps=300,

@@ -8,26 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from placeholder import trainer as trainer_module
+from placeholder.batches import Example, Position, Sample, draw_sample, grouped
 from placeholder.config import TrainConfig
 from placeholder.determinism import deterministic
 from placeholder.lora import add_lora, without_lora
+from placeholder.losses import predict_velocity, preservation_losses, sample_losses
 from placeholder.memory import BlockCheckpointing
 from placeholder.models import BaseModel, encode_picture, load_text_encoder, load_transformer, load_vae
 from placeholder.optimizers import RowOptimizer, lora_optimizer
 from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
 from placeholder.prompts import PromptEmbeddings, prompt_ids
-from placeholder.trainer import (
-    Example,
-    Position,
-    Sample,
-    Trainee,
-    draw_sample,
-    grouped,
-    predict_velocity,
-    preservation_losses,
-    sample_losses,
-    training_steps,
-)
+from placeholder.trainer import Trainee, training_steps
 from tests.samples import picture
 
 CAPTIONS = ["a photo of <zwx>", "<zwx> in a garden, at noon", "a close portrait of <zwx>"]
