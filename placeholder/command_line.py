@@ -125,6 +125,7 @@ def predict(given: dict[str, Any], console: Console) -> Path:
     request = picture_request(inputs)
     output = output_path(given.get("output", f"output.{request.output_format}"), given.get("overwrite", False))
 
+    from placeholder.fast import load_fast_lora
     from placeholder.files import local_file
     from placeholder.generate import ImageGenerator, save_image
     from placeholder.models import BaseModel
@@ -135,7 +136,9 @@ def predict(given: dict[str, Any], console: Console) -> Path:
         archives = [kept.enter_context(local_file(str(path))) if path else None for path in paths]
         for archive in filter(None, archives):
             read_weights(archive)  # what is wrong with it is said before the base model is loaded
-        image = ImageGenerator(BaseModel.from_environment(), console).generate(request, *archives)
+        base = BaseModel.from_environment()
+        fast = load_fast_lora(base, console) if request.go_fast else None
+        image = ImageGenerator(base, console, fast).generate(request, *archives)
         folder = kept.enter_context(tempfile.TemporaryDirectory(prefix=".placeholder-", dir=output.parent))
         save_image(image, request, Path(folder)).replace(output)
     return output

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from httpx2 import HTTPError
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 from tqdm import tqdm
+
+from placeholder.labels import reason
 
 Log = Callable[[str], None]
 # Weights as safetensors and what describes them; nothing that could hold code or a pickle.
@@ -50,6 +53,15 @@ def fetch(source: str, log: Log, endpoint: str | None = None, revision: str | No
     except RevisionNotFoundError as error:
         raise ValueError(f"{source} has no revision {revision!r}: give one of its commits, tags or branches") from error
     log(f"Base model: complete, commit {Path(folder).name}")
+
+
+def fetch_file(source: str, name: str, revision: str, log: Log, endpoint: str | None = None) -> Path:
+    """A single file of the hub's repository `source`, from the cache where it is there. Raises ValueError where it cannot be had."""
+    log(f"Fetching {name} of {source} at {revision} unless it is there")
+    try:
+        return Path(hf_hub_download(source, name, revision=revision, endpoint=endpoint, tqdm_class=_logged(log)))
+    except (HTTPError, OSError, ValueError) as error:  # of the hub, of the connection or the disk, of the names
+        raise ValueError(f"{name} of {source} at {revision} could not be fetched ({reason(error)})") from error
 
 
 def cached_commit(source: str, revision: str | None) -> str | None:

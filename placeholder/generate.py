@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from placeholder.checks import MAX_SEED, shown
 from placeholder.failures import plain_failures
+from placeholder.fast import SCHEDULE, FastLora, line_of
 from placeholder.hooks import cache_first_block, stop_caching, stop_streaming, stream
-from placeholder.lora import ADAPTER, EXTRA_ADAPTER, load_lora, overwrite_lora, scale_loras, unload_lora
+from placeholder.lora import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora, scale_loras, unload_lora
 from placeholder.models import BaseModel, load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
 from placeholder.placeholder_token import PlaceholderTokens, archive_tokens, check_tokens
 from placeholder.placement import placement_of
@@ -34,10 +35,14 @@ PILLOW_FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 
 
 class ImageGenerator:
-    """The base model in memory, and at most one weights archive applied to it at a time, or one and an extra one."""
+    """The base model in memory, and at most one weights archive applied to it at a time, or one and an extra one.
 
-    def __init__(self, base: BaseModel, log: Log = print):
+    `fast` is what a request with `go_fast` is drawn with; without it such a request gets the first-block cache.
+    """
+
+    def __init__(self, base: BaseModel, log: Log = print, fast: FastLora | None = None):
         self.log = log
+        self.fast = fast
         self.base = base
         base.fetch(log)
         self.tokenizer = load_tokenizer(base)
@@ -56,6 +61,7 @@ class ImageGenerator:
         # Stretching the schedule so that its last step is at shift_terminal divides 0 by 0 where the last step is the first.
         scheduler = self.pipeline.scheduler
         self.schedulers = (scheduler, type(scheduler).from_config(scheduler.config, shift_terminal=None))
+        self.fast_scheduler = type(scheduler).from_config(scheduler.config, **SCHEDULE)
         self.pipeline.set_progress_bar_config(disable=True)  # its line is rewritten in place, which logs do not show
         self.archives: OrderedDict[str, Weights] = OrderedDict()  # by digest, the least recently used first
         self.embeddings = lru_cache(maxsize=PROMPTS_KEPT)(self._encode)
@@ -70,25 +76,37 @@ class ImageGenerator:
         Raises ValueError when the weights cannot be used and RuntimeError when the memory does not suffice. Whatever ends a
         request early, also an interruption, leaves nothing that the next one would show.
         """
-        self.load(weights, extra)
-        if self.applied:
-            scales = {ADAPTER: request.lora_scale, EXTRA_ADAPTER: request.extra_lora_scale}
-            scale_loras(self.pipeline.transformer, {adapter: scales[adapter] for adapter, _ in self.applied})
+        fast = self.fast if request.go_fast else None
+        self.load(weights, extra, fast)
+        scales = {ADAPTER: request.lora_scale, EXTRA_ADAPTER: request.extra_lora_scale}
+        active = {adapter: scales[adapter] for adapter, _ in self.applied} | ({FAST_ADAPTER: 1.0} if fast else {})
+        if active:
+            scale_loras(self.pipeline.transformer, active)
         for subject in self.subjects:
             if subject and not any(token in request.prompt for token in subject):
                 named = " or ".join(subject)
                 self.log(f"Warning: the prompt does not name {named}, so the trained subject may not appear")
-        return self._render(request)
+        return self._render(request, fast)
 
-    def load(self, path: Path | None, extra: Path | None = None) -> None:
-        """Apply an archive, and an extra one, unless those applied have the same content; nothing of earlier ones remains."""
+    def load(self, path: Path | None, extra: Path | None = None, fast: FastLora | None = None) -> None:
+        """Apply an archive, and an extra one, unless those applied have the same content; nothing of earlier ones remains.
+
+        The step-distilled LoRA is put beside them. It stays, passed over, until no archive is asked for or other layers.
+        """
         paths = {adapter: given for adapter, given in ((ADAPTER, path), (EXTRA_ADAPTER, extra)) if given}
-        if not paths:
+        if not paths and not fast:
             self.unload()
             return
         wanted = tuple((adapter, content_digest(given)) for adapter, given in paths.items())
-        if wanted == self.applied:
-            return
+        if wanted != self.applied:
+            self._apply(paths, wanted)
+        if fast and not self.fast_on:
+            self.applied = INCOMPLETE
+            load_lora(self.pipeline.transformer, fast.lora, FAST_ADAPTER)
+            self.fast_on = True
+            self.applied = wanted
+
+    def _apply(self, paths: dict[str, Path], wanted: Applied) -> None:
         parts = [self._read(paths[adapter], digest) for adapter, digest in wanted]
         tokens = self._tokens(*parts)
         if not self._overwrite(wanted, parts):
@@ -124,7 +142,7 @@ class ImageGenerator:
 
     def unload(self) -> None:
         """Back to the base model alone, bit for bit."""
-        if not self.applied:
+        if not self.applied and not self.fast_on:
             return
         transformer, restream = self.pipeline.transformer, self.streamed and self.applied == INCOMPLETE
         self.applied = INCOMPLETE
@@ -136,7 +154,7 @@ class ImageGenerator:
         self._plain()
 
     def _plain(self) -> None:
-        self.tokens, self.subjects = self._tokens(), []
+        self.tokens, self.subjects, self.fast_on = self._tokens(), [], False
         self.applied: Applied = ()  # last, so that an interruption here is undone by the next request
 
     def _tokens(self, *parts: Weights) -> PlaceholderTokens:
@@ -164,7 +182,10 @@ class ImageGenerator:
         input_ids = torch.tensor([prompt_ids(self.tokenizer, self.tokens, prompt)], device=self.base.device)
         return encode_prompts(self.text_encoder, self.tokens, input_ids)
 
-    def _render(self, request: Request) -> Image.Image:
+    def _render(self, request: Request, fast: FastLora | None) -> Image.Image:
+        if request.go_fast:
+            self.log(line_of(fast))
+        request = fast.ask(request) if fast else request
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         self.log(f"Seed: {seed}{' (drawn)' if request.seed is None else ''}, size: {request.width}x{request.height}")
         negative = self.embeddings(request.negative_prompt, self.applied) if request.guidance > 1 else None
@@ -175,10 +196,10 @@ class ImageGenerator:
             self.log(tqdm.format_meter(index + 1, request.steps, time.monotonic() - start, ascii=" #"))
             return kept
 
-        self.pipeline.scheduler = self.schedulers[request.steps == 1]
+        self.pipeline.scheduler = self.fast_scheduler if fast else self.schedulers[request.steps == 1]
         self._stop_caching()
         try:
-            if request.go_fast:
+            if request.go_fast and not fast:
                 self.caching = True
                 cache_first_block(self.pipeline.transformer)
             return self.pipeline(

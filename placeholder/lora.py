@@ -21,6 +21,7 @@ from placeholder.training_layers import prepare_layers
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 ADAPTER = "default"
 EXTRA_ADAPTER = "extra"  # a second LoRA beside the first, in predictions
+FAST_ADAPTER = "fast"  # a step-distilled LoRA beside them
 PREFIX = "transformer."
 A, B = ".lora_A.weight", ".lora_B.weight"
 MAX_RANK = 2048  # eight times what a training takes
@@ -106,11 +107,7 @@ def load_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor]
     Raises ValueError unless every key names a linear layer of this transformer and fits it. What PEFT then holds is compared
     with what was given, because a key that is not applied raises nothing there.
     """
-    if not state:
-        raise ValueError("the LoRA holds no weights")
-    layers = _linear_layers(transformer)
-    for key, value in state.items():
-        _check_key(layers, key, value, state)
+    check_lora(transformer, state)
     prefixed = {PREFIX + key: value for key, value in state.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # PEFT's, about the second of two adapters
@@ -124,6 +121,15 @@ def load_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor]
     if wrong:
         unload_lora(transformer)
         raise RuntimeError(f"{len(wrong)} LoRA weights were not applied, among them {min(wrong)}")
+
+
+def check_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor]) -> None:
+    """Raise ValueError unless a stored LoRA can be put on this transformer, of which the shapes alone are read."""
+    if not state:
+        raise ValueError("the LoRA holds no weights")
+    layers = _linear_layers(transformer)
+    for key, value in state.items():
+        _check_key(layers, key, value, state)
 
 
 def overwrite_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor]) -> bool:

@@ -130,6 +130,22 @@ def test_a_revision_that_is_not_there_gets_its_sentence(hub):
         download.fetch("some/model", lambda line: None, hub, "v9")
 
 
+def test_a_single_file_is_fetched_once_at_its_revision(hub, tmp_path):
+    log: list[str] = []
+    for _ in range(2):
+        path = download.fetch_file("some/model", "transformer/weights.safetensors", COMMIT, log.append, hub)
+        assert path.read_bytes() == FILES["transformer/weights.safetensors"]
+        assert path.is_relative_to(tmp_path / "cache" / "models--some--model" / "snapshots" / COMMIT)
+    assert Hub.asked.count("transformer/weights.safetensors") == 2  # the headers, then the content; nothing the second time
+    assert log[0] == f"Fetching transformer/weights.safetensors of some/model at {COMMIT} unless it is there"
+
+
+def test_a_single_file_that_cannot_be_had_gets_its_sentence(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="x.safetensors of some/model at v1 could not be fetched"):
+        download.fetch_file("some/model", "x.safetensors", "v1", lambda line: None, hub)
+
+
 def test_no_bar_is_drawn_anywhere(hub, capfd):
     download.fetch("some/model", lambda line: None, hub)
     assert Path(capfd.readouterr().err or "none").name == "none"

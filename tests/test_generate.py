@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from placeholder import generate as generate_module
+from placeholder.fast import FastLora
 from placeholder.generate import ImageGenerator, save_image
 from placeholder.lora import PREFIX, load_lora, overwrite_lora
 from placeholder.models import load_text_encoder
@@ -42,9 +43,9 @@ NAMED = replace(PLAIN, prompt="a photo of <zwx>")
 class Drawer:
     """A generator whose pictures are arrays, and its log."""
 
-    def __init__(self, base):
+    def __init__(self, base, fast: FastLora | None = None):
         self.log: list[str] = []
-        self.generator = ImageGenerator(base, self.log.append)
+        self.generator = ImageGenerator(base, self.log.append, fast)
 
     def __call__(self, request: Request, weights: Path | None = None, extra: Path | None = None) -> np.ndarray:
         self.log.clear()
