@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test fuzz lint format study two-tokens bench bench-gpu interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways lock clean
+.PHONY: setup demo test fuzz lint format study two-tokens distil bench bench-gpu interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways lock clean
 
 setup: .venv/installed
 
@@ -64,6 +64,11 @@ study: setup
 # Two tokens in one training, both drawn in one picture, on the small base model; writes docs/two-tokens.json and .png.
 two-tokens: setup
 	$(BIN)/python -m demo.two_tokens
+
+# Distil a LoRA of 8 steps for the small base model, which go_fast then draws with, and judge it; docs/go-fast.md.
+distil: setup
+	$(BIN)/python -m demo.distil
+	$(BIN)/python -m demo.distil_check
 
 # The training step and a whole training on one CPU thread, beside diffusers' script, and switching archives; writes into benchmarks.
 bench: setup

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from demo import photos, subject
+from demo import distil, photos, subject
 from demo.server import ROOT, CogServer, data_url, from_data_url
 from demo.small_base import build_small_base
 from demo.world import TRIGGER, render, subject_scene
+from placeholder.fast import FAST_VARIABLE
 
 OUTPUT = ROOT / "demo-output"
 TOKEN = "<zwx>"
@@ -47,7 +48,7 @@ def main() -> None:
             logs[name] = answer["logs"]
             archives[name] = OUTPUT / f"weights-{name}.zip"
             archives[name].write_bytes(from_data_url(answer["output"]["weights"]))
-    with CogServer("predict", env, log) as server:
+    with CogServer("predict", env | {FAST_VARIABLE: str(distil.STORED)}, log) as server:
         rows = picture_rows(server, archives)
     contact_sheet(rows, {name: curves(text) for name, text in logs.items()}).save(OUTPUT / "contact-sheet.png")
     print(f"{TITLE}\nThe contact sheet, the pictures, the archives, the data sets and the server's log are in {OUTPUT}")
@@ -56,8 +57,8 @@ def main() -> None:
 def picture_rows(server: CogServer, archives: dict[str, Path]) -> list[tuple[str, list[Image.Image], list[str]]]:
     """Rows of the contact sheet: a title, pictures, and what stands under each."""
 
-    def draw(archive: str | None, prompts: list[str]) -> tuple[list[Image.Image], list[str]]:
-        return [picture(server, prompt, archives[archive] if archive else None) for prompt in prompts], prompts
+    def draw(archive: str | None, prompts: list[str], go_fast: bool = False) -> tuple[list[Image.Image], list[str]]:
+        return [picture(server, prompt, archives[archive] if archive else None, go_fast) for prompt in prompts], prompts
 
     named, house = subject.named(TOKEN), subject.CLASS_WORD
     seen = [f"a photo of {named} on a {background} background" for background in ("blue", "green", "black", "pink")]
@@ -73,6 +74,7 @@ def picture_rows(server: CogServer, archives: dict[str, Path]) -> list[tuple[str
         ("base model: the token", *draw(None, seen)),
         ("trained token, seen", *draw("zero-prior", seen)),
         ("trained token, unseen", *draw("zero-prior", unseen)),
+        ("trained token, go_fast", *draw("zero-prior", seen[:2] + unseen[:2], go_fast=True)),
         ("base model: other words", *draw(None, others)),
         ("trained token: other words", *draw("zero-prior", others)),
         ("base model: TOK", *draw(None, trigger)),
@@ -87,11 +89,13 @@ def picture_rows(server: CogServer, archives: dict[str, Path]) -> list[tuple[str
     ]
 
 
-def picture(server: CogServer, prompt: str, archive: Path | None) -> Image.Image:
+def picture(server: CogServer, prompt: str, archive: Path | None, go_fast: bool) -> Image.Image:
     """One picture from the server, with the archive or without; kept as a file too."""
     weights = {"replicate_weights": data_url(archive)} if archive else {}
-    content = from_data_url(succeeded(server.ask({"prompt": prompt, **PICTURE, **weights}))["output"])
-    name = re.sub(r"[^a-zA-Z]+", "-", f"{archive.stem if archive else 'base'} {prompt}").strip("-")
+    content = from_data_url(succeeded(server.ask({"prompt": prompt, "go_fast": go_fast, **PICTURE, **weights}))["output"])
+    name = re.sub(r"[^a-zA-Z]+", "-", f"{archive.stem if archive else 'base'} {prompt}{' go fast' if go_fast else ''}").strip(
+        "-"
+    )
     (OUTPUT / f"{name}.png").write_bytes(content)
     return Image.open(io.BytesIO(content)).convert("RGB")
 
