@@ -14,6 +14,7 @@ import torch._functorch.config
 import torch.fx.experimental._config
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from placeholder.attention import RealRotaryAttention, real_rotations
 from placeholder.batches import Example, Sample
@@ -113,7 +114,7 @@ def compiled_blocks(
     """Let the blocks run compiled for a while; afterwards they, this process and its temporary folder are as before."""
     processors = [block.attn.processor for block in transformer.transformer_blocks]
     hooks = [parameter.register_post_accumulate_grad_hook(_drop) for parameter in _unread(transformer)]
-    with _cache_folder(), _settings():
+    with _cache_folder(), _settings(any(map(is_traceable_wrapper_subclass, transformer.parameters()))):
         try:
             for block in transformer.transformer_blocks:
                 block.attn.processor = RealRotaryAttention()
@@ -186,12 +187,16 @@ def warm_up(
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
-    """Sizes that happen to be the same are not taken for one; a backward pass is compiled with its forward pass, so that it fails there."""
+def _settings(packed: bool) -> Iterator[None]:
+    """Sizes that happen to be the same are not taken for one; a backward pass is compiled with its forward pass, so that it fails there.
+
+    Where weights are `packed`, what a matrix product of the backward pass reads may be computed again: they would be kept unpacked.
+    """
     with (
         torch.fx.experimental._config.patch(use_duck_shape=False),
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
         torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS),
+        torch._functorch.config.patch(ban_recompute_materialized_backward=not packed),
     ):
         yield
 

@@ -23,9 +23,10 @@ from placeholder.compiling import CACHE_VARIABLE, MAX_COMPILATIONS, PREFIX, comp
 from placeholder.config import TrainConfig
 from placeholder.lora import add_lora, without_lora
 from placeholder.losses import predict_velocity
-from placeholder.memory import BlockCheckpointing, plain_calls
+from placeholder.memory import BlockCheckpointing, plain_calls, saved_bytes
 from placeholder.modulations import tabulate
 from placeholder.resume import RECORDED, config_of
+from placeholder.storage import store
 from placeholder.weights import LORA_NAME
 from tests.conftest import SHORT
 from tests.samples import train, write_dataset
@@ -275,3 +276,23 @@ def test_processes_of_their_own_keep_what_they_compile_in_the_folder_of_their_jo
     assert [Path(line).parent for line in log] == [tmp_path]
     monkeypatch.setenv(CACHE_VARIABLE, "/kept")
     assert launch._run(1, tmp_path / "job.json", log.append, {}) == 0 and log[-1] == "/kept"
+
+
+@pytest.mark.parametrize("storage", ["full", "int8"])
+def test_compiled_blocks_keep_no_more_than_the_plan_counts(storage, monkeypatch):
+    """It counts uncompiled blocks; the compiler would keep 8-bit weights unpacked."""
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, options, **given: whole(*args, **given, backend="aot_eager"))
+    transformer = new_transformer(Size(text_width=32, text_layers=1, blocks=3, heads=2, vae_width=8)).requires_grad_(False)
+    store(transformer.transformer_blocks, storage, torch.float32, torch.device("cpu"))
+    add_lora(transformer, 4, seed=0)
+    checkpointing = BlockCheckpointing(transformer, 0)
+    inputs = torch.randn(1, 256, 64), torch.full((1,), 0.5), torch.randn(1, 20, 32), (16, 16)
+
+    def loss() -> torch.Tensor:
+        return predict_velocity(transformer, *inputs).square().mean()
+
+    uncompiled = saved_bytes(loss, transformer.parameters())
+    with compiled_blocks(transformer, checkpointing, True, pytest.fail):
+        loss().backward()
+        assert saved_bytes(loss, transformer.parameters()) < uncompiled
