@@ -66,7 +66,7 @@ def arms(model: QwenImageTransformer2DModel, lora: list[nn.Parameter], side: int
     """The three loops on one transformer and one LoRA, which all of them train on."""
     inputs = random_inputs(side, text_tokens, model)
     script = GpuScript(inputs, model, lora, "bf16" if model.dtype == torch.bfloat16 else "no")
-    example = Example(pack(inputs.latents)[0], (side // 16, side // 16), 0.5, ())
+    example = Example(pack(inputs.latents)[0].cpu(), (side // 16, side // 16), 0.5, ())
     checkpointing = BlockCheckpointing(model, 0)
     trainee = Trainee(model, lambda prompts: inputs.embeds, lora, lora_optimizer("adamw", lora, RATE), checkpointing)
     config = TrainConfig(steps=10**9, learning_rate=RATE, caption_dropout=0.0)
@@ -152,7 +152,9 @@ def run(base: BaseModel, sides: tuple[int, ...], lengths: tuple[int, ...], warm_
             found.append(entry)
             print(json.dumps(entry), flush=True)
     found[-1]["attention_kernels"] = attention_kernels(candidates["ours"])
-    found[-1]["synchronisations"] = {name: synchronisations(arm) for name, arm in candidates.items()}
+    found[-1]["synchronisations"] = {
+        name: synchronisations(arm) for name, arm in candidates.items() if "ms" in entry["arms"][name]
+    }
     return found
 
 

@@ -180,7 +180,8 @@ class Ours:
 
     def loss(self, noise: Tensor, sigma: Tensor) -> Tensor:
         """The loss for packed noise (L, 64) and a noise level ()."""
-        sample = Sample(self.example, self.example.input_ids, noise, sigma)
+        sample = Sample(self.example, self.example.input_ids, sigma, noise_seed=0)
+        vars(sample)["noise"] = noise  # in the place of its own
         return sample_losses(self.transformer, self.prompt_embeds, [sample]).mean()
 
     def halfway(self) -> Tensor:

@@ -1,6 +1,7 @@
 """What a step is made on: pictures as examples, and the batches that are drawn of them with their noise."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -8,6 +9,8 @@ from torch import Tensor
 from placeholder.config import TrainConfig
 from placeholder.flow import sample_sigma
 from placeholder.processes import Processes
+
+MAX_NOISE_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Sample:
-    """One element of a batch: an example with the prompt, noise (L, C) and noise level () drawn for it."""
+    """One element of a batch: an example with the prompt, the noise level () and the seed of the noise drawn for it.
+
+    The noise itself is made where it is needed: not in the other processes, nor to look ahead.
+    """
 
     example: Example
     input_ids: tuple[int, ...]
-    noise: Tensor
     sigma: Tensor
+    noise_seed: int
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """Standard normal noise, fp32 (L, C)."""
+        return torch.randn(self.example.latents.shape, generator=torch.Generator().manual_seed(self.noise_seed))
 
 
 @dataclass
@@ -74,11 +85,11 @@ def draw_batch(
 
 
 def draw_sample(example: Example, empty_ids: tuple[int, ...], caption_dropout: float, generator: torch.Generator) -> Sample:
-    """Draw noise, noise level and, with probability `caption_dropout`, the empty prompt."""
+    """Draw the noise level, the noise's seed and, with probability `caption_dropout`, the empty prompt."""
     dropped = torch.rand((), generator=generator).item() < caption_dropout
     sigma = sample_sigma(example.mu, generator)
-    noise = torch.randn(example.latents.shape, generator=generator)
-    return Sample(example, empty_ids if dropped else example.input_ids, noise, sigma)
+    noise_seed = int(torch.randint(MAX_NOISE_SEED, (), generator=generator))
+    return Sample(example, empty_ids if dropped else example.input_ids, sigma, noise_seed)
 
 
 def grouped(batch: list[Sample]) -> list[list[Sample]]:

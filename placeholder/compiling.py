@@ -178,7 +178,7 @@ def warm_up(
     recomputed, trainee.checkpointing.recomputed = trainee.checkpointing.recomputed, trainee.checkpointing.blocks
     for size in batch_sizes(config, one_shape):
         for ids in kinds.values():
-            sample = Sample(example, ids, torch.zeros_like(example.latents), torch.tensor(MIDDLE_SIGMA))
+            sample = Sample(example, ids, torch.tensor(MIDDLE_SIGMA), 0)
             sample_losses(trainee.transformer, trainee.prompt_embeds, [sample] * size).sum().backward()
     trainee.checkpointing.recomputed = recomputed
     trainee.lora_optimizer.zero_grad(set_to_none=True)

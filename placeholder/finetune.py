@@ -164,6 +164,7 @@ def _save(checkpoints: CheckpointFolder, training: Training, facts: dict[str, An
     step = training.position.step
     tensors, state = capture(training.trainee, training.position)
     facts |= {"dataset_digest": training.dataset_digest, "transformer_storage": training.plan.chosen.storage}
+    facts |= {"modulations_tabled": training.plan.chosen.tabled}
     facts |= {"descriptions": training.descriptions}
     try:
         checkpoints.write(step, tensors, facts | {"step": step, "state": state})

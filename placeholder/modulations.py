@@ -54,6 +54,11 @@ def modulation_layers(transformer: QwenImageTransformer2DModel) -> Iterator[nn.L
     return (getattr(block, name)[1] for block in transformer.transformer_blocks for name in STREAMS)
 
 
+def depend_on_noise_alone(transformer: QwenImageTransformer2DModel) -> bool:
+    """Whether the modulations do, as in Qwen-Image; in models that edit pictures they depend on more."""
+    return not (transformer.config.zero_cond_t or transformer.config.use_additional_t_cond)
+
+
 def row_bytes(transformer: QwenImageTransformer2DModel) -> int:
     """Bytes of the table for one noise level."""
     layer = next(modulation_layers(transformer))

@@ -15,7 +15,7 @@ from placeholder.lora import add_lora
 from placeholder.losses import sample_losses
 from placeholder.memory import Footprint, measure
 from placeholder.models import BaseModel, text_encoder_shell, transformer_shell
-from placeholder.modulations import modulation_layers, row_bytes
+from placeholder.modulations import depend_on_noise_alone, modulation_layers, row_bytes
 from placeholder.optimizers import STATES
 from placeholder.placeholder_token import PlaceholderTokens
 from placeholder.prompts import PromptEmbeddings, prompt_template
@@ -85,7 +85,7 @@ def training_needs(
     copies = 1 + STATES[config.optimizer] + (processes > 1)  # the gradients once more: memory reserved for their exchange
     lora = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
     needs = []
-    for storage, tabled in _variants(base.device):
+    for storage, tabled in _variants(base.device, transformer):
         needs.append(
             Need(
                 storage,
@@ -100,9 +100,9 @@ def training_needs(
     return tuple(needs)
 
 
-def _variants(device: torch.device) -> list[tuple[Storage, bool]]:
+def _variants(device: torch.device, transformer: QwenImageTransformer2DModel) -> list[tuple[Storage, bool]]:
     """Storages and whether the modulations are tabled; on a CPU a table would lie in the same memory."""
-    if device.type == "cpu":
+    if device.type == "cpu" or not depend_on_noise_alone(transformer):
         return [(storage, False) for storage in STORAGES]
     return [("full", False), *((storage, True) for storage in STORAGES)]
 

@@ -32,6 +32,11 @@ class Plan:
         """Bytes that are left alone."""
         return round(self.free * KEPT_FREE / (1 - KEPT_FREE))
 
+    def as_before(self, tabled: bool | None) -> "Plan":
+        """With a table of the modulations, or without one, as the training was begun that is resumed, where that fits too."""
+        alike = [need for need in self.needs if (need.storage, need.tabled) == (self.chosen.storage, tabled)]
+        return replace(self, chosen=alike[0]) if alike and alike[0].fits(self.free) else self
+
     def checkpointing(
         self,
         transformer: QwenImageTransformer2DModel,

@@ -46,7 +46,7 @@ from placeholder.placeholder_token import check_tokens, fresh_tokens
 from placeholder.plan import Plan, plan_training
 from placeholder.processes import ALONE, Processes
 from placeholder.prompts import EMPTY_PROMPT, PromptEmbeddings, prompt_ids
-from placeholder.resume import apply_start, check_dataset, check_storage, start_position, stored_descriptions
+from placeholder.resume import apply_start, check_dataset, check_storage, start_position, stored_descriptions, stored_table
 from placeholder.samples import grid_prompts
 from placeholder.sight import check_sight, load_with_sight
 from placeholder.timing import Timing
@@ -102,6 +102,7 @@ def prepare(
     largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
     free = processes.least(free_bytes(base.device))
     plan = plan_training(base, replace(config, autocaption=drafted), largest, longest, free, processes.count)
+    plan = plan.as_before(stored_table(start))
     check_storage(start, plan.chosen.storage)
     for line in plan.lines():
         log(line)
@@ -134,8 +135,8 @@ def prepare(
     free_memory()  # the VAE too
 
     examples, position = _examples(latents, prompts, photos, base), start_position(start, generator)
-    levels = levels_in_use(base, config, examples, empty_ids, position, processes) if plan.chosen.tabled else None
     with timing.part("load"):
+        levels = levels_in_use(base, config, examples, empty_ids, position, processes) if plan.chosen.tabled else None
         trainee = _trainee(config, plan, base, levels, prompt_embeds, row_optimizer, log)
     initial_rows = tokens.rows.detach().clone()
     if start is not None:
@@ -187,9 +188,9 @@ def _grid(pixels: Tensor) -> tuple[int, int]:
 
 
 def _latents(photos: list[Photo], base: BaseModel, log: Log) -> list[list[tuple[Tensor, tuple[int, int]]]]:
-    """For each picture its crops as packed latents with their height and width in tokens."""
+    """For each picture its crops as packed latents, in the host's memory, with their height and width in tokens."""
     vae = load_vae(base, torch.float32)
-    latents = [[(encode_picture(vae, pixels), _grid(pixels)) for pixels in photo.crops] for photo in photos]
+    latents = [[(encode_picture(vae, pixels).cpu(), _grid(pixels)) for pixels in photo.crops] for photo in photos]
     log(f"Latents: {sum(map(len, latents))} crops cached")
     return latents
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from placeholder.checks import MAX_SEED, choice, flag, number, text, whole
-from placeholder.latents import PIXELS_A_TOKEN
 
 # The sizes of the hosted qwen/qwen-image-lora, in pixels, width first.
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
@@ -28,6 +27,7 @@ SIZES: dict[str, dict[str, tuple[int, int]]] = {
     },
 }
 OUTPUT_FORMATS = ("webp", "jpg", "png")
+SIDE_MULTIPLE = 16  # latents.PIXELS_A_TOKEN, without loading torch for it
 MIN_SIDE, MAX_SIDE = 64, 2048
 MAX_STEPS = 200
 # The suffix that Qwen-Image's model card appends to English prompts.
@@ -89,7 +89,7 @@ def _size(inputs: dict[str, Any]) -> tuple[int, int]:
     if width is None or height is None:
         raise ValueError(f"width is {width} and height is {height}: give both, or neither and an aspect_ratio")
     sides = (whole(name, inputs[name], MIN_SIDE, MAX_SIDE) for name in ("width", "height"))
-    width, height = (side // PIXELS_A_TOKEN * PIXELS_A_TOKEN for side in sides)
+    width, height = (side // SIDE_MULTIPLE * SIDE_MULTIPLE for side in sides)
     return width, height
 
 

@@ -98,6 +98,12 @@ def stored_descriptions(start: Checkpoint | Weights | None, count: int) -> list[
     return found
 
 
+def stored_table(start: Checkpoint | Weights | None) -> bool | None:
+    """Whether a checkpoint was made with the modulations as a table; None without a checkpoint, and for one that does not say."""
+    found = start.facts.get("modulations_tabled") if isinstance(start, Checkpoint) else None
+    return found if isinstance(found, bool) else None
+
+
 def check_storage(start: Checkpoint | Weights | None, storage: str) -> None:
     """Raise ValueError where a checkpoint was made with the transformer stored otherwise, which `quantize` leaves to the memory."""
     if isinstance(start, Checkpoint) and (stored := start.facts.get("transformer_storage")) != storage:

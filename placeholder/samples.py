@@ -79,12 +79,16 @@ class Sampler:
 
     @classmethod
     def noise_levels(cls, base: BaseModel, config: TrainConfig) -> Tensor:
-        """The noise levels (STEPS,) at which the transformer is asked for a picture, in its dtype, as QwenImagePipeline has them."""
+        """The noise levels at which the transformer is asked for a picture, in its dtype, as QwenImagePipeline has them.
+
+        In bf16 these are two for a step: the pipeline rounds timesteps to the latents' dtype before it divides them, and under CUDA's
+        autocast guidance makes the latents fp32 (it takes norms, which are fp32 there).
+        """
         scheduler, side = load_scheduler(base), cls.side_of(config) // PIXELS_A_TOKEN
         sigmas = np.linspace(1.0, 1 / STEPS, STEPS)
         mu = shift_mu(side * side, *shift_constants(base))
-        timesteps, _ = retrieve_timesteps(scheduler, device=base.device, sigmas=sigmas, mu=mu)
-        return (timesteps.to(base.dtype) / scheduler.config.num_train_timesteps).cpu()  # divided where the pipeline divides
+        timesteps, _ = retrieve_timesteps(scheduler, sigmas=sigmas, mu=mu)
+        return torch.cat([(timesteps.to(dtype) / 1000).to(base.dtype) for dtype in (base.dtype, torch.float32)])
 
     def draw(self, prompts: Sequence[str]) -> list[Image.Image]:
         """A picture of each prompt."""

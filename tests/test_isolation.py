@@ -243,10 +243,15 @@ def test_cancelled_at_random_moments_the_server_goes_on_as_if_undisturbed(base, 
         start = time.monotonic()
         server.ask(inputs[0] | {"steps": 200})
         whole = time.monotonic() - start  # a picture that is over cannot be cancelled
+        over = 0
         for number in range(10):
             server.start(f"cancelled-{number}", inputs[number % 3] | {"steps": 200, "go_fast": False})
             time.sleep(choose.uniform(0, whole / 2))
-            server.cancel(f"cancelled-{number}")
+            try:
+                server.cancel(f"cancelled-{number}")
+            except requests.HTTPError as error:  # on a machine that has become faster since the picture was timed
+                assert error.response.status_code == 404
+                over += 1
             start = time.monotonic()
             while requests.get(f"{server.url}/health-check", timeout=5).json()["status"] != "READY":
                 assert time.monotonic() - start < 6  # other tests run beside this one
@@ -256,4 +261,4 @@ def test_cancelled_at_random_moments_the_server_goes_on_as_if_undisturbed(base, 
             assert answer["status"] == "succeeded", answer
             drawn = np.asarray(Image.open(io.BytesIO(from_data_url(answer["output"]))))
             assert np.array_equal(drawn, expected[(number + 1) % 3])
-    assert ours() == []
+    assert ours() == [] and over < 5

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from placeholder import needs as needs_module
 from placeholder import prepare as prepare_module
 from placeholder.checkpoint import CheckpointFolder
 from placeholder.config import TrainConfig
@@ -16,6 +17,7 @@ from placeholder.models import load_transformer
 from placeholder.modulations import modulation_layers
 from placeholder.needs import training_needs
 from placeholder.noise_levels import levels_in_use
+from placeholder.plan import plan_training
 from placeholder.prepare import prepare
 from placeholder.processes import ALONE, Processes
 from placeholder.weights import LORA_NAME, embedding_name
@@ -134,6 +136,19 @@ def test_a_training_learns_the_same_and_draws_the_same_beside_it(base, dataset, 
         assert tabled.entry("report/grid.jpg") == plain.entry("report/grid.jpg")
 
 
+@pytest.mark.parametrize("fp32_norms", [False, True])
+def test_a_training_in_bf16_draws_as_on_a_gpu(base, dataset, tmp_path, monkeypatch, fp32_norms):
+    """Under CUDA's autocast norms are fp32; with them the latents of a guided picture, and from then on the timesteps."""
+    tabled_plans(monkeypatch)
+    if fp32_norms:
+        norm = torch.norm
+        monkeypatch.setattr(torch, "norm", lambda x, *given, **options: norm(x.float(), *given, **options))
+    options = {"report": True, "resolution": (128,), "steps": 3} | TOKEN
+    run = train(dataset, TrainConfig(**SHORT | options), tmp_path / "bf16.zip", replace(base, dtype=torch.bfloat16))
+    assert [line for line in run.log if "not drawn" in line] == []
+    assert run.entry("report/grid.jpg")
+
+
 def test_a_resumed_training_knows_the_levels_that_are_left(base, dataset, tmp_path, monkeypatch):
     tabled_plans(monkeypatch)
     config = TrainConfig(**SHORT | TOKEN)
@@ -148,6 +163,32 @@ def test_a_resumed_training_knows_the_levels_that_are_left(base, dataset, tmp_pa
     assert all(torch.equal(value, found[key]) for key, value in whole.tensors(LORA_NAME).items())
     levels = [int(line.split("table of ")[1].split()[0]) for line in [*whole.log, *log] if line.startswith("Modulations")]
     assert levels[1] == levels[0] - 10  # one a step
+
+
+def test_a_resumed_training_has_a_table_where_it_had_one(base):
+    on_gpu, config = replace(base, device=torch.device("cuda")), TrainConfig(**SHORT)
+    plan = plan_training(on_gpu, config, GRID, PROMPT, 10**9)
+    assert not plan.chosen.tabled  # nothing would have to be recomputed
+    assert plan.as_before(True).chosen.tabled
+    assert not plan.as_before(False).chosen.tabled and plan.as_before(None) == plan
+    without, with_table, *_ = needs = tuple(replace(need, encoding=0) for need in plan.needs)
+    scarce = replace(plan, needs=needs, free=with_table.peak(2), chosen=with_table)
+    assert with_table.tabled and not without.tabled
+    assert scarce.as_before(False).chosen.tabled  # it does not fit without
+
+
+def test_a_model_whose_modulations_depend_on_more_has_no_table(base, monkeypatch):
+    on_gpu, config = replace(base, device=torch.device("cuda")), TrainConfig(**SHORT)
+    shell = needs_module.transformer_shell
+
+    def editing(given):
+        found = shell(given)
+        found.register_to_config(zero_cond_t=True)
+        return found
+
+    monkeypatch.setattr(needs_module, "transformer_shell", editing)
+    found = needs_module.training_needs(on_gpu, config, GRID, PROMPT)
+    assert [need.name for need in found] == ["full", "int8", "nf4"]
 
 
 def test_the_levels_are_drawn_by_a_copy_and_are_few_in_bf16(base, dataset):

@@ -185,7 +185,7 @@ def test_a_batch_of_mixed_shapes_and_lengths_has_the_mean_gradient_of_its_sample
 
 
 def test_samples_are_stacked_only_with_those_of_their_shape_and_length(parts):
-    batch = [Sample(example, example.input_ids, Tensor(), Tensor()) for example in (*parts.examples, parts.examples[0])]
+    batch = [Sample(example, example.input_ids, Tensor(), 0) for example in (*parts.examples, parts.examples[0])]
     groups = grouped(batch)
     assert sorted(map(len, groups)) == [1, 1, 2]
     assert sorted(id(sample) for group in groups for sample in group) == sorted(map(id, batch))
