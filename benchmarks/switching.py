@@ -1,4 +1,4 @@
-"""What it costs a running predictor to switch between archives, beside a cold start, on the small base model.
+"""What it costs a running predictor to switch between archives, beside a cold start, and to draw with one, on the small base model.
 
 `make bench` writes benchmarks/switching.json. Two archives are trained for two steps each first; their quality does not matter.
 """
@@ -18,9 +18,14 @@ from demo.world import TRIGGER
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
-from placeholder.models import BaseModel
+from placeholder.layers import add_by_product
+from placeholder.lora import ADAPTER, load_lora, unload_lora
+from placeholder.losses import predict_velocity
+from placeholder.models import BaseModel, load_transformer
+from placeholder.weights import read_weights
 
-ROUNDS = 10
+ROUNDS, PASSES = 10, 9
+GRID, PROMPT = (16, 16), 32  # of a pass: tokens of the picture, and of the prompt
 TOKEN = "<zwx>"
 SHORT = TrainConfig(steps=2, rank=16, resolution=(64,), learning_rate=1e-2, seed=0, report=False)
 
@@ -70,12 +75,56 @@ def measure(base: BaseModel, archives: list[Path]) -> dict[str, float]:
     }
 
 
+def passes(base: BaseModel, archive: Path) -> dict[str, float]:
+    """Medians of a forward pass without a LoRA, with one as PEFT adds it, as predictions add it, and merged; the merge's time.
+
+    In turns. `left_by_merging` is the largest difference of a prediction after the LoRA was merged and taken out again.
+    """
+    transformer = load_transformer(base)
+    lora = read_weights(archive).lora
+    generator = torch.Generator().manual_seed(0)
+    inputs = (
+        torch.randn(1, GRID[0] * GRID[1], transformer.config.in_channels, generator=generator),
+        torch.full((1,), 0.5),
+        torch.randn(1, PROMPT, transformer.config.joint_attention_dim, generator=generator),
+        GRID,
+    )
+
+    @torch.no_grad()
+    def timed() -> float:
+        return statistics.median(seconds(predict_velocity, transformer, *inputs) for _ in range(PASSES))
+
+    with torch.no_grad():
+        before = predict_velocity(transformer, *inputs)
+    found: dict[str, list[float]] = {
+        "pass_s": [],
+        "pass_peft_s": [],
+        "pass_by_product_s": [],
+        "pass_merged_s": [],
+        "merge_s": [],
+    }
+    for _ in range(ROUNDS):
+        found["pass_s"].append(timed())
+        load_lora(transformer, lora)
+        found["pass_peft_s"].append(timed())
+        found["merge_s"].append(seconds(transformer.fuse_lora))
+        found["pass_merged_s"].append(timed())
+        transformer.unfuse_lora()
+        add_by_product(transformer, ADAPTER)
+        found["pass_by_product_s"].append(timed())
+        unload_lora(transformer)
+    with torch.no_grad():
+        left = (predict_velocity(transformer, *inputs) - before).abs().max().item()
+    return {name: statistics.median(values) for name, values in found.items()} | {"left_by_merging": left}
+
+
 def main() -> None:
     """Measure and write the result."""
     torch.set_num_threads(1)
     base = BaseModel(str(build_small_base()), torch.device("cpu"), torch.float32)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(base, trained_archives(base, Path(folder)))
+        archives = trained_archives(base, Path(folder))
+        found = measure(base, archives) | passes(base, archives[1])
     found["switch_share"] = found["switch_s"] / found["cold_start_s"]
     (Path(__file__).parent / "switching.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))

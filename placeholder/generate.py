@@ -17,6 +17,7 @@ from placeholder.checks import MAX_SEED, shown
 from placeholder.failures import plain_failures
 from placeholder.fast import SCHEDULE, FastLora, line_of
 from placeholder.hooks import cache_first_block, stop_caching, stop_streaming, stream
+from placeholder.layers import add_by_product
 from placeholder.lora import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora, scale_loras, unload_lora
 from placeholder.models import BaseModel, load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
 from placeholder.placeholder_token import PlaceholderTokens, archive_tokens, check_tokens
@@ -102,7 +103,7 @@ class ImageGenerator:
             self._apply(paths, wanted)
         if fast and not self.fast_on:
             self.applied = INCOMPLETE
-            load_lora(self.pipeline.transformer, fast.lora, FAST_ADAPTER)
+            self._put_on(fast.lora, FAST_ADAPTER)
             self.fast_on = True
             self.applied = wanted
 
@@ -113,7 +114,7 @@ class ImageGenerator:
             self.unload()
             self.applied = INCOMPLETE  # so that an interruption here is undone by the next request
             for adapter, part in zip(paths, parts, strict=True):
-                load_lora(self.pipeline.transformer, part.lora, adapter)
+                self._put_on(part.lora, adapter)
         self.tokens, self.subjects = tokens, [tuple(part.embeddings) for part in parts]
         self.applied = wanted
         for token, ids in tokens.ids.items():
@@ -121,6 +122,11 @@ class ImageGenerator:
         for adapter, part in zip(paths, parts, strict=True):
             name = "Weights" if adapter == ADAPTER else "Extra weights"
             self.log(f"{name} applied: {len(part.lora)} LoRA tensors, {len(part.embeddings)} embeddings")
+
+    def _put_on(self, lora: dict[str, Tensor], adapter: str) -> None:
+        load_lora(self.pipeline.transformer, lora, adapter)
+        if not self.streamed:  # streaming brings weights to the device where their layers are called
+            add_by_product(self.pipeline.transformer, adapter)
 
     def _overwrite(self, wanted: Applied, parts: list[Weights]) -> bool:
         """Put the one LoRA that is wanted into the layers of the one that is applied, where these are the same."""

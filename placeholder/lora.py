@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from placeholder.labels import quoted
-from placeholder.training_layers import prepare_layers
+from placeholder.layers import prepare_layers
 
 # Attention of both streams. With the feed-forward layers the archive more than doubles, and Cog hands archives over as base64.
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]

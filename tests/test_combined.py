@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load, save
 
 from placeholder import generate as generate_module
@@ -255,13 +256,21 @@ def test_an_interruption_between_the_two_is_undone_by_the_next_request(base, zer
     assert np.array_equal(drawer(BOTH, zero_prior.archive, extra), expected)
 
 
-def test_streaming_changes_no_pixel_of_a_picture_with_two_archives(draw, base, zero_prior, extra, monkeypatch):
-    expected = [draw(BOTH, zero_prior.archive, extra), draw(PLAIN)]
+def test_streaming_changes_a_picture_with_two_archives_by_rounding_alone(draw, base, zero_prior, extra, monkeypatch):
+    def added_by_product(drawer: Drawer) -> set[bool]:
+        layers = (module for module in drawer.generator.pipeline.transformer.modules() if isinstance(module, LoraLayer))
+        return {len(layer.lora_variant) == len(layer.lora_A) for layer in layers}
+
+    expected = [draw(BOTH, zero_prior.archive, extra)]
+    assert added_by_product(draw) == {True}
+    expected.append(draw(PLAIN))
     monkeypatch.setattr(placement_module, "free_bytes", lambda device: 1)
     streaming = Drawer(base)
     assert streaming.generator.streamed
     for _ in range(2):
-        assert np.array_equal(streaming(BOTH, zero_prior.archive, extra), expected[0])
+        # Streamed layers add their LoRA by another way: PEFT's, which calls the layers that bring their weights.
+        assert np.abs(streaming(BOTH, zero_prior.archive, extra).astype(int) - expected[0]).max() <= 1
+        assert added_by_product(streaming) == {False}
         assert np.array_equal(streaming(PLAIN), expected[1])
 
 

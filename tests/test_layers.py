@@ -6,10 +6,10 @@ from diffusers.models.normalization import RMSNorm
 from peft.tuners.lora.layer import LoraLayer
 
 from demo.small_base import TINY_SIZE, new_components
+from placeholder.layers import prepare_layers
 from placeholder.lora import ADAPTER, add_lora, without_lora
 from placeholder.memory import saved_bytes
 from placeholder.storage import store
-from placeholder.training_layers import prepare_layers
 
 
 @pytest.fixture

@@ -13,14 +13,20 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
+def add_by_product(transformer: nn.Module, adapter: str) -> None:
+    """Let the layers of an adapter without dropout add their LoRA as below. Its weights are read without calling its layers."""
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+            module.lora_variant[adapter] = AddedByProduct()
+
+
 def prepare_layers(transformer: nn.Module, adapter: str) -> None:
     """Let LoRA layers, layers in 8 bits and norms compute as below; for frozen norms and an adapter without dropout."""
+    add_by_product(transformer, adapter)
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             # Autocast brings weight and input together; PEFT would keep an fp32 copy of each input for the backward pass.
             module.cast_input_dtype_enabled = False
-        if isinstance(module, LoraLayer):
-            module.lora_variant[adapter] = AddedByProduct()
         elif isinstance(module, nn.Linear) and is_traceable_wrapper_subclass(module.weight):  # torchao's, in 8 bits
             module.forward = MethodType(_int8_linear, module)
         elif type(module) is nn.LayerNorm:
