@@ -19,6 +19,7 @@ from placeholder.optimizers import RowOptimizer, lora_optimizer
 from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
 from placeholder.prompts import PromptEmbeddings, prompt_ids
 from placeholder.trainer import Trainee, training_steps
+from tests.peak import PeakBytes
 from tests.samples import picture
 
 CAPTIONS = ["a photo of <zwx>", "<zwx> in a garden, at noon", "a close portrait of <zwx>"]
@@ -464,3 +465,15 @@ def test_an_error_of_another_kind_ends_the_steps(parts, monkeypatch):
     monkeypatch.setattr(trainer_module, "sample_losses", failing)
     with deterministic(torch.device("cuda")), pytest.raises(RuntimeError, match="shapes do not fit"):
         next(parts.steps(1))
+
+
+def test_a_step_never_holds_a_gradient_of_the_vocabularys_size(parts):
+    """The vocabulary is the real one, of 152,064 rows, on a model so small that its matrix outweighs all else."""
+    config = {"row_optimizer": RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT), "batch_size": 2}
+    steps = parts.steps(2, **config)
+    next(steps)
+    with PeakBytes() as counted:
+        next(steps)
+    matrix = parts.prompt_embeds.text_encoder.embed_tokens.weight
+    assert config["row_optimizer"].steps == 2  # the row learned
+    assert counted.peak < matrix.nbytes / 4, (counted.peak, matrix.nbytes)
