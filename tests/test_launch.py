@@ -179,29 +179,6 @@ def test_any_other_number_of_processes_gets_its_sentence(value, monkeypatch):
         wanted_processes()
 
 
-def test_a_training_through_the_server_uses_the_processes(base, dataset, tmp_path):
-    env = {MODEL_VARIABLE: base.source, launch.PROCESSES_VARIABLE: "2"}
-    with CogServer("train", env, tmp_path / "server.log") as server:
-        answer = server.ask(
-            {
-                "dataset": data_url(dataset),
-                "steps": 15,
-                "rank": 4,
-                "resolution": "64",
-                "learning_rate": 1e-2,
-                "seed": 1,
-                "sample_every": 10,
-            }
-        )
-    assert answer["status"] == "succeeded", answer
-    assert "100%|##########| 15/15 [" in answer["logs"]
-    archive = Path(tmp_path / "weights.zip")
-    archive.write_bytes(from_data_url(answer["output"]["weights"]))
-    assert read_weights(archive).meta["processes"] == 2
-    assert {"report/index.html", "report/samples/step-000010-1.jpg"} <= set(read_zip(archive))
-    assert answer["logs"].count("Samples of step 10: 1 drawn") == 1
-
-
 def trainers(server: CogServer) -> list[float]:
     """Seconds of work that each training process below the server's has done, the launcher's among them."""
     found = []
@@ -221,12 +198,19 @@ def wait_for(condition) -> float:
     return time.monotonic() - start
 
 
-def test_a_cancel_through_the_server_ends_the_processes_and_the_next_training_works(base, dataset, tmp_path):
+def test_a_cancel_through_the_server_ends_the_processes_and_the_next_training_uses_as_many(base, dataset, tmp_path):
     env = {MODEL_VARIABLE: base.source, launch.PROCESSES_VARIABLE: "2"}
-    inputs = {"dataset": data_url(dataset), "rank": 4, "resolution": "64", "seed": 1, "report": False}
+    inputs = {"dataset": data_url(dataset), "rank": 4, "resolution": "64", "seed": 1}
     with CogServer("train", env, tmp_path / "server.log") as server:
-        server.start("long", inputs | {"steps": 20000})
+        server.start("long", inputs | {"steps": 20000, "report": False})
         wait_for(lambda: len(trainers(server)) == 3 and sorted(trainers(server))[1] > 8)  # imported, and well under way
         server.cancel("long")
         assert wait_for(lambda: not trainers(server)) < 10
-        assert server.ask(inputs | {"steps": 2})["status"] == "succeeded"
+        answer = server.ask(inputs | {"steps": 15, "learning_rate": 1e-2, "sample_every": 10})
+    assert answer["status"] == "succeeded", answer
+    assert "100%|##########| 15/15 [" in answer["logs"]
+    archive = Path(tmp_path / "weights.zip")
+    archive.write_bytes(from_data_url(answer["output"]["weights"]))
+    assert read_weights(archive).meta["processes"] == 2
+    assert {"report/index.html", "report/samples/step-000010-1.jpg"} <= set(read_zip(archive))
+    assert answer["logs"].count("Samples of step 10: 1 drawn") == 1
