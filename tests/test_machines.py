@@ -24,17 +24,9 @@ from placeholder.models import MODEL_VARIABLE
 from placeholder.processes import LostProcessError, Processes, _together
 from placeholder.weights import read_weights
 from placeholder.worker import LAUNCHER_VARIABLE, Ending
+from tests.conftest import SHORT
 
-CONFIG = TrainConfig(
-    steps=8,
-    rank=4,
-    resolution=(64,),
-    learning_rate=1e-2,
-    seed=1,
-    train_placeholder_token=True,
-    placeholder_token=("<zwx>",),
-    report=False,
-)
+CONFIG = TrainConfig(**SHORT | {"steps": 8}, train_placeholder_token=True, placeholder_token=("<zwx>",))
 
 
 def free_port() -> int:
