@@ -1,4 +1,4 @@
-"""How the transformer's layers compute while a LoRA on them is trained: the same numbers up to rounding, with less kept and moved."""
+"""How the transformer's layers compute with a LoRA on them, most of it in training: the same numbers up to rounding, with less kept and moved."""
 
 from types import MethodType
 from typing import Any

@@ -30,13 +30,14 @@ TOKEN = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",)}
 GRID, PROMPT = (4, 4), 34 + 10
 
 
-def tabled_plans(monkeypatch) -> None:
-    """Let trainings table their modulations, as they do on a GPU."""
+def tabled_plans(monkeypatch, chosen: bool = True) -> None:
+    """Let trainings table their modulations, as they do on a GPU, or let them have the choice alone."""
     planned = prepare_module.plan_training
 
     def with_table(*given):
         plan = planned(*given)
-        return replace(plan, chosen=replace(plan.chosen, tabled=True))
+        tabled = replace(plan.chosen, tabled=True)
+        return replace(plan, needs=(*plan.needs, tabled), chosen=tabled if chosen else plan.chosen)
 
     monkeypatch.setattr(prepare_module, "plan_training", with_table)
 
@@ -155,6 +156,8 @@ def test_a_resumed_training_knows_the_levels_that_are_left(base, dataset, tmp_pa
     whole = train(dataset, config, tmp_path / "whole.zip", base)
     folder = CheckpointFolder(tmp_path / "checkpoints", 10)
     finetune(dataset, config, tmp_path / "first.zip", base, log=lambda line: None, checkpoints=folder)
+    monkeypatch.undo()
+    tabled_plans(monkeypatch, chosen=False)  # the checkpoint says that it had one
     log: list[str] = []
     again = tmp_path / "again.zip"
     finetune(dataset, config, again, base, log.append, resume_from=folder.path)
