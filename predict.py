@@ -6,12 +6,12 @@ from typing import Optional
 
 from cog import BasePredictor, Input, Path
 
-from placeholder.fast import load_fast_lora
-from placeholder.files import OutputFolder, local_file
 from placeholder.generate import ImageGenerator, save_image
-from placeholder.metrics import record
-from placeholder.models import BaseModel
-from placeholder.request import picture_request
+from placeholder.lora.distilled import load_fast_lora
+from placeholder.model.base import BaseModel
+from placeholder.request import image_request
+from placeholder.service.files import OutputFolder, local_file
+from placeholder.service.metrics import record
 
 OUTPUT = OutputFolder("placeholder-prediction-")
 
@@ -99,7 +99,7 @@ class Predictor(BasePredictor):
         inputs = dict(locals())
         del inputs["self"]
         weights, extra = inputs.pop("replicate_weights"), inputs.pop("extra_lora_weights")
-        request = picture_request(inputs)
+        request = image_request(inputs)
         with OUTPUT.fresh() as folder:
             image = self.generator.generate(
                 request,

@@ -5,13 +5,13 @@ from typing import Optional
 
 from cog import BaseModel, Input, Path, Secret
 
-from placeholder.checkpoint import CheckpointFolder
 from placeholder.config import train_config
-from placeholder.files import OutputFolder
-from placeholder.hub import HubRepository
-from placeholder.launch import finetune_on_all_gpus
-from placeholder.metrics import record
-from placeholder.wandb_target import WandbTarget
+from placeholder.report.hub import HubRepository
+from placeholder.report.wandb_target import WandbTarget
+from placeholder.service.files import OutputFolder
+from placeholder.service.launch import finetune_on_all_gpus
+from placeholder.service.metrics import record
+from placeholder.training.checkpoint import CheckpointFolder
 
 # What is not an option of TrainConfig: files, and where things go.
 WANDB = ("wandb_api_key", "wandb_project", "wandb_run", "wandb_entity")

@@ -24,13 +24,14 @@ from PIL import Image
 from torch import nn
 from transformers import Qwen2_5_VLConfig
 
-from demo.small_base import VOCABULARY_ROWS, qwen_tokenizer, scheduler
 from placeholder.config import TrainConfig
+from placeholder.devices import free_memory, reset_peak
 from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
-from placeholder.memory import free_memory, reset_peak
-from placeholder.models import BaseModel, default_dtype, load_transformer
+from placeholder.model.base import BaseModel
+from placeholder.model.loading import default_dtype, load_transformer
 from placeholder.request import Request
+from standin.small_base import VOCABULARY_ROWS, qwen_tokenizer, scheduler
 
 # config.json of Qwen/Qwen-Image, text_encoder. The defaults of the other classes are the full size.
 FULL_TEXT_ENCODER = {
@@ -79,7 +80,7 @@ class RandomBase(BaseModel):
 
 @torch.no_grad()
 def fill(module: nn.Module, name: str) -> nn.Module:
-    """Seeded noise in every matrix, kernel and bias; norms keep the scales they are initialised with."""
+    """Seeded noise in every matrix, kernel and bias; norms keep the scales they are initialized with."""
     device = next(module.parameters()).device
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     for parameter_name, parameter in module.named_parameters():
@@ -173,8 +174,8 @@ def _on_card(base: BaseModel, config: TrainConfig, gigabytes: int) -> dict[str, 
     try:
         with (
             tempfile.TemporaryDirectory() as name,
-            patch("placeholder.prepare.free_bytes", _free_on(gigabytes)),
-            patch("placeholder.prepare.load_transformer", load),
+            patch("placeholder.training.setup.free_bytes", _free_on(gigabytes)),
+            patch("placeholder.training.setup.load_transformer", load),
         ):
             dataset = write_dataset(Path(name) / "data.zip", config.resolution[0])
             meta = finetune(dataset, config, Path(name) / "weights.zip", base, log=lambda line: None)

@@ -24,14 +24,16 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.full_size import RandomBase
 from benchmarks.scale import step_flops
 from benchmarks.step import Inputs, Script
-from placeholder.batches import Example, Position
 from placeholder.config import TrainConfig
-from placeholder.latents import pack
-from placeholder.lora import add_lora
-from placeholder.memory import BlockCheckpointing, free_memory, peak_bytes, reset_peak
-from placeholder.models import BaseModel, load_transformer
-from placeholder.optimizers import lora_optimizer
-from placeholder.trainer import Trainee, training_steps
+from placeholder.devices import free_memory, peak_bytes, reset_peak
+from placeholder.lora.adapter import add_lora
+from placeholder.model.base import BaseModel
+from placeholder.model.loading import load_transformer
+from placeholder.model.vae import pack
+from placeholder.training.examples import Example, Position
+from placeholder.training.loop import TrainState, training_steps
+from placeholder.training.optimizers import lora_optimizer
+from placeholder.transformer.checkpointing import BlockCheckpointing
 
 SIDES, TEXT_TOKENS, RANK, RATE = (512, 768, 1024), (32, 128, 256), 32, 1e-4
 WARM_UP, TIMED = 10, 30
@@ -68,9 +70,9 @@ def arms(model: QwenImageTransformer2DModel, lora: list[nn.Parameter], side: int
     script = GpuScript(inputs, model, lora, "bf16" if model.dtype == torch.bfloat16 else "no")
     example = Example(pack(inputs.latents)[0].cpu(), (side // 16, side // 16), 0.5, ())
     checkpointing = BlockCheckpointing(model, 0)
-    trainee = Trainee(model, lambda prompts: inputs.embeds, lora, lora_optimizer("adamw", lora, RATE), checkpointing)
+    train_state = TrainState(model, lambda prompts: inputs.embeds, lora, lora_optimizer("adamw", lora, RATE), checkpointing)
     config = TrainConfig(steps=10**9, learning_rate=RATE, caption_dropout=0.0)
-    ours = training_steps(trainee, [example], (), config, Position(torch.Generator().manual_seed(0)))
+    ours = training_steps(train_state, [example], (), config, Position(torch.Generator().manual_seed(0)))
 
     def enter_ours() -> None:
         model.enable_gradient_checkpointing(checkpointing._run)
@@ -121,7 +123,7 @@ def attention_kernels(arm: Arm) -> list[str]:
     return sorted({event.key for event in recorded.key_averages() if any(word in event.key.lower() for word in words)})
 
 
-def synchronisations(arm: Arm) -> int:
+def synchronizations(arm: Arm) -> int:
     """How often one step waits for the GPU, by PyTorch's own count (torch.cuda.set_sync_debug_mode)."""
     arm.enter()
     torch.cuda.set_sync_debug_mode("warn")
@@ -152,8 +154,8 @@ def run(base: BaseModel, sides: tuple[int, ...], lengths: tuple[int, ...], warm_
             found.append(entry)
             print(json.dumps(entry), flush=True)
     found[-1]["attention_kernels"] = attention_kernels(candidates["ours"])
-    found[-1]["synchronisations"] = {
-        name: synchronisations(arm) for name, arm in candidates.items() if "ms" in entry["arms"][name]
+    found[-1]["synchronizations"] = {
+        name: synchronizations(arm) for name, arm in candidates.items() if "ms" in entry["arms"][name]
     }
     return found
 

@@ -20,14 +20,14 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from benchmarks.step import GRID, HEAD_WIDTH, HEADS, RANK, RATE, Inputs, Script, transformer
-from demo.small_base import Size, new_components, qwen_tokenizer, scheduler
-from demo.subject import named
-from demo.world import TRIGGER, render, subject_scene
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
-from placeholder.latents import normalise
-from placeholder.models import BaseModel
-from tests.samples import encoded, write_zip
+from placeholder.model.base import BaseModel
+from placeholder.model.vae import normalize
+from standin.small_base import Size, new_components, qwen_tokenizer, scheduler
+from standin.subject import named
+from standin.world import TRIGGER, render, subject_scene
+from tests.support.samples import encoded, write_zip
 
 STEPS, PICTURES, ROUNDS = 100, 12, 5
 SIDE = 16 * GRID[0]  # pixels
@@ -64,7 +64,7 @@ def script_inputs(base: BaseModel, pictures: list[tuple[Image.Image, str]]) -> l
     for image, caption in pictures:
         embeds, _ = pipeline.encode_prompt(caption, max_sequence_length=512)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None, :, None] / 127.5 - 1  # (1, 3, 1, H, W)
-        found.append(Inputs(normalise(vae.encode(pixels).latent_dist.sample()[:, :, 0], mean, std), embeds))
+        found.append(Inputs(normalize(vae.encode(pixels).latent_dist.sample()[:, :, 0], mean, std), embeds))
     return found
 
 

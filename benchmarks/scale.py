@@ -11,9 +11,9 @@ import torch
 from benchmarks.flops import flop_counter
 from benchmarks.full_size import RandomBase
 from placeholder.config import TrainConfig
-from placeholder.models import text_encoder_shell, transformer_shell
-from placeholder.needs import hollow_step, training_needs
-from placeholder.prompts import prompt_template
+from placeholder.model.loading import text_encoder_shell, transformer_shell
+from placeholder.tokens.prompt_encoder import prompt_template
+from placeholder.training.needs import fake_step, training_needs
 
 BLOCKS = 60
 BASE = RandomBase("Qwen-Image", torch.device("cuda"), torch.bfloat16)  # for its plan: nothing is put there
@@ -45,7 +45,7 @@ def _flops(config: TrainConfig, side: int, text_tokens: int, backward: bool, blo
     base = replace(BASE, sizes=BASE.sizes | {"transformer": {"num_layers": blocks}})
     shells = transformer_shell(base), text_encoder_shell(base)
     with (
-        hollow_step(*shells, config, grid(side), prompt(text_tokens)) as loss,
+        fake_step(*shells, config, grid(side), prompt(text_tokens)) as loss,
         flop_counter() as counted,
     ):
         found = loss()
@@ -57,7 +57,7 @@ def _flops(config: TrainConfig, side: int, text_tokens: int, backward: bool, blo
 def arithmetic_table() -> list[str]:
     """TFLOP by resolution, at rank 32 and 128 text tokens."""
     lines = [
-        "| side | step | step with all blocks recomputed | step, token | step, token, preservation | picture, 50 steps |",
+        "| side | step | step with all blocks checkpointed | step, token | step, token, preservation | picture, 50 steps |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for side in SIDES:
@@ -72,7 +72,7 @@ def arithmetic_table() -> list[str]:
 
 
 def memory_table() -> list[str]:
-    """GB at the height of a training with no and with all blocks recomputed, at 128 text tokens and batch 1."""
+    """GB at the height of a training with no and with all blocks checkpointed, at 128 text tokens and batch 1."""
     lines = [
         "| side | rank | token | bf16 | bf16, table | int8, table | nf4, table |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -89,7 +89,7 @@ def memory_table() -> list[str]:
 def main() -> None:
     """Write both tables."""
     lines = [f"TFLOP, batch 1, rank 32, {TEXT_TOKENS} text tokens:", "", *arithmetic_table(), ""]
-    lines += [f"GB, batch 1, {TEXT_TOKENS} text tokens, with no to all blocks recomputed:", "", *memory_table()]
+    lines += [f"GB, batch 1, {TEXT_TOKENS} text tokens, with no to all blocks checkpointed:", "", *memory_table()]
     (Path(__file__).parents[1] / "docs" / "scale-table.md").write_text("\n".join(lines) + "\n")
 
 

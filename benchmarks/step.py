@@ -28,18 +28,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.flops import flop_counter
-from demo.small_base import Size, new_text_encoder, scheduler
-from placeholder.batches import Example, Position, Sample
-from placeholder.compiling import compiled_blocks
 from placeholder.config import TrainConfig
-from placeholder.latents import pack
-from placeholder.lora import TARGET_MODULES, add_lora
-from placeholder.losses import sample_losses
-from placeholder.memory import BlockCheckpointing, saved_bytes
-from placeholder.optimizers import RowOptimizer, lora_optimizer, row_rms_limit
-from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
-from placeholder.prompts import PromptEmbeddings, prompt_template
-from placeholder.trainer import Trainee, training_steps
+from placeholder.lora.adapter import TARGET_MODULES, add_lora
+from placeholder.model.vae import pack
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
+from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_template
+from placeholder.training.examples import Example, Position, Sample
+from placeholder.training.loop import TrainState, training_steps
+from placeholder.training.losses import sample_losses
+from placeholder.training.optimizers import RowOptimizer, lora_optimizer, row_rms_limit
+from placeholder.transformer.checkpointing import BlockCheckpointing, saved_bytes
+from placeholder.transformer.compile import compiled_blocks
+from standin.small_base import Size, new_text_encoder, scheduler
 
 BLOCKS, HEADS, HEAD_WIDTH = 6, 4, 64
 GRID, TEXT_TOKENS, RANK, RATE = (16, 16), 32, 16, 1e-4
@@ -63,7 +63,7 @@ def transformer() -> QwenImageTransformer2DModel:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Latents (1, 16, H, W), already normalised, and prompt embeddings (1, T, D)."""
+    """Latents (1, 16, H, W), already normalized, and prompt embeddings (1, T, D)."""
 
     latents: Tensor
     embeds: Tensor
@@ -174,9 +174,11 @@ class Ours:
         self.example = Example(pack(inputs.latents)[0], GRID, 0.5, ids)
         optimizer = lora_optimizer("adamw", self.lora, RATE)
         self.checkpointing = BlockCheckpointing(self.transformer, 0)
-        trainee = Trainee(self.transformer, self.prompt_embeds, self.lora, optimizer, self.checkpointing, self.row_optimizer)
+        train_state = TrainState(
+            self.transformer, self.prompt_embeds, self.lora, optimizer, self.checkpointing, self.row_optimizer
+        )
         generator = torch.Generator().manual_seed(SEED)
-        self._steps: Iterator = training_steps(trainee, [self.example], (), config, Position(generator))
+        self._steps: Iterator = training_steps(train_state, [self.example], (), config, Position(generator))
 
     def loss(self, noise: Tensor, sigma: Tensor) -> Tensor:
         """The loss for packed noise (L, 64) and a noise level ()."""

@@ -12,17 +12,18 @@ from pathlib import Path
 
 import torch
 
-from demo.small_base import build_small_base
-from demo.subject import named, write_dataset
-from demo.world import TRIGGER
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
-from placeholder.layers import add_by_product
-from placeholder.lora import ADAPTER, load_lora, unload_lora
-from placeholder.losses import predict_velocity
-from placeholder.models import BaseModel, load_transformer
-from placeholder.weights import read_weights
+from placeholder.lora.adapter import ADAPTER, load_lora, unload_lora
+from placeholder.model.base import BaseModel
+from placeholder.model.loading import load_transformer
+from placeholder.training.losses import predict_velocity
+from placeholder.transformer.layers import fuse_lora_addition
+from placeholder.weights.archive import read_weights
+from standin.small_base import build_small_base
+from standin.subject import named, write_dataset
+from standin.world import TRIGGER
 
 ROUNDS, PASSES = 10, 9
 GRID, PROMPT = (16, 16), 32  # of a pass: tokens of the picture, and of the prompt
@@ -110,7 +111,7 @@ def passes(base: BaseModel, archive: Path) -> dict[str, float]:
         found["merge_s"].append(seconds(transformer.fuse_lora))
         found["pass_merged_s"].append(timed())
         transformer.unfuse_lora()
-        add_by_product(transformer, ADAPTER)
+        fuse_lora_addition(transformer, ADAPTER)
         found["pass_by_product_s"].append(timed())
         unload_lora(transformer)
     with torch.no_grad():

@@ -15,7 +15,7 @@ Pair = tuple[int | Tensor, float]  # a token id, or a row (D,) that stands in th
 def tokenize(clip: Any, text: str, embeddings: dict[str, Tensor]) -> dict[str, list[list[Pair]]]:
     """ComfyUI's token lists of a prompt for its Qwen-Image text encoder `clip`.
 
-    The prompt is split at its tokens and the pieces are tokenised as they are, the first one behind the template's prefix and
+    The prompt is split at its tokens and the pieces are tokenized as they are, the first one behind the template's prefix and
     the last one before its suffix: the way of the training. A prompt without a token is left to ComfyUI altogether.
     """
     prefix, suffix = template(clip, embeddings)

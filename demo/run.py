@@ -11,11 +11,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from demo import distil, photos, subject
 from demo.server import ROOT, CogServer, data_url, from_data_url
-from demo.small_base import build_small_base
-from demo.world import TRIGGER, render, subject_scene
-from placeholder.fast import FAST_VARIABLE
+from placeholder.lora.distilled import FAST_VARIABLE
+from standin import distil, photos, subject
+from standin.small_base import build_small_base
+from standin.world import TRIGGER, render, subject_scene
 
 OUTPUT = ROOT / "demo-output"
 TOKEN = "<zwx>"

@@ -17,18 +17,19 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from demo.judge import background_of, kind_probabilities, subject_fidelity, to_pixels
-from demo.sampler import Sampler
-from demo.small_base import build_small_base
-from demo.subject import CLASS_WORD, PICTURES_EACH, SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS, named, write_dataset
-from demo.world import RARE_WORD, SUBJECT, TRIGGER
 from placeholder.config import TrainConfig
-from placeholder.diagnostics import diagnose
-from placeholder.lora import scale_lora, without_lora
-from placeholder.models import BaseModel, load_text_encoder
-from placeholder.prepare import prepare
-from placeholder.prompts import prompt_ids
-from placeholder.training import Training
+from placeholder.lora.adapter import scale_lora, without_lora
+from placeholder.model.base import BaseModel
+from placeholder.model.loading import load_text_encoder
+from placeholder.tokens.prompt_encoder import prompt_ids
+from placeholder.training.diagnostics import diagnose
+from placeholder.training.setup import prepare
+from placeholder.training.training import Training
+from standin.judge import background_of, kind_probabilities, subject_fidelity, to_pixels
+from standin.sampler import Sampler
+from standin.small_base import build_small_base
+from standin.subject import CLASS_WORD, PICTURES_EACH, SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS, named, write_dataset
+from standin.world import RARE_WORD, SUBJECT, TRIGGER
 
 TOKEN = "<zwx>"
 VOCABULARY_RMS = 0.02  # standard deviation of the small base's own embedding rows at their start
@@ -104,9 +105,9 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
     encoder = training.prompt_embeds.text_encoder or load_text_encoder(base)
     if arm.preserve_class:
         preserve_without_token(training, encoder)
-    sampler = Sampler(base, training.trainee.transformer, encoder, training.tokenizer, training.tokens)
+    sampler = Sampler(base, training.train_state.transformer, encoder, training.tokenizer, training.tokens)
     prompts = Prompts(arm)
-    with without_lora(training.trainee.transformer):
+    with without_lora(training.train_state.transformer):
         base_class, base_unrelated = sampler.draw_all(prompts.class_word, SAMPLES), sampler.draw_all(UNRELATED, SAMPLES)
 
     measures: dict = {"fidelity_by_step": {}}
@@ -128,7 +129,7 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
     if tokens_on and arm.trained:
         vocabulary = encoder.embed_tokens.weight
         measures |= diagnose(
-            training.trainee, training.tokens, training.initial_rows, training.examples, vocabulary, training.tokenizer
+            training.train_state, training.tokens, training.initial_rows, training.examples, vocabulary, training.tokenizer
         ).meta()
         measures["row_rms"] = training.tokens.rows.detach().square().mean().sqrt().item()
     reached = [step for step, fidelity in measures["fidelity_by_step"].items() if fidelity >= FIDELITY_GOAL]

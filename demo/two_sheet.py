@@ -13,7 +13,7 @@ CELL, LABEL_WIDTH, HEADER = 96, 200, 36  # pixels
 
 # Each column of a table is a title and where the figure stands in the record of a run.
 Columns = dict[str, tuple[str, ...]]
-ALONE: Columns = {
+SINGLE_PROCESS: Columns = {
     f"{name}, {title}": ("alone", name, context, key)
     for name in NAMES
     for title, context, key in (
@@ -53,7 +53,7 @@ OLD: Columns = {
 
 def tables(results: dict[str, list[dict]]) -> str:
     """Mean and standard deviation over the seeds, an arm a row, in four tables."""
-    titles = {"alone": ALONE, "both in one picture": BOTH, "class words": CLASSES, "old meaning": OLD}
+    titles = {"alone": SINGLE_PROCESS, "both in one picture": BOTH, "class words": CLASSES, "old meaning": OLD}
     return "\n".join(_table(title, columns, results) for title, columns in titles.items())
 
 

@@ -5,8 +5,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.subject import PICTURES_EACH, SEEN_BACKGROUNDS
-from demo.world import SECOND_SUBJECT, SUBJECT, Scene, Thing, render
+from standin.subject import PICTURES_EACH, SEEN_BACKGROUNDS
+from standin.world import SECOND_SUBJECT, SUBJECT, Scene, Thing, render
 
 KINDS = (SUBJECT, SECOND_SUBJECT)  # the world's names of the two drawings
 CLASS_WORDS = ("house", "face")  # of the first and of the second

@@ -17,20 +17,21 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
-from demo.judge import to_pixels
-from demo.sampler import Sampler
-from demo.small_base import build_small_base
 from demo.study import UNRELATED, difference
 from demo.two_measures import Draw, measures, old_meaning, rendered
 from demo.two_sheet import sheet, strip, tables
 from demo.two_subjects import nouns, taught, write_dataset
-from demo.world import RARE_WORD, TRIGGER
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
-from placeholder.lora import load_lora, scale_lora, without_lora
-from placeholder.models import BaseModel, load_text_encoder, load_tokenizer, load_transformer, load_vae
-from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
-from placeholder.weights import Weights, read_weights
+from placeholder.lora.adapter import load_lora, scale_lora, without_lora
+from placeholder.model.base import BaseModel
+from placeholder.model.loading import load_text_encoder, load_tokenizer, load_transformer, load_vae
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
+from placeholder.weights.archive import Weights, read_weights
+from standin.judge import to_pixels
+from standin.sampler import Sampler
+from standin.small_base import build_small_base
+from standin.world import RARE_WORD, TRIGGER
 
 TOKENS = ("<zwx>", "<qrs>")
 TRIGGERS = (TRIGGER, RARE_WORD)

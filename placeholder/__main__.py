@@ -2,7 +2,7 @@
 
 import sys
 
-from placeholder.command_line import main
+from placeholder.service.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from placeholder.checks import MAX_SEED, choice, flag, number, shown, text, whole
-from placeholder.labels import label, reason
+from placeholder.errors import MAX_SEED, choice, flag, label, number, reason, shown, text, whole
 
 OPTIMIZERS = ("adamw", "adamw8bit", "adam8bit", "prodigy")
 BATCH_SIZES = (1, 2, 4)
@@ -125,7 +124,7 @@ def train_config(inputs: dict[str, Any], config_file: Path | str | None = None) 
     config = TrainConfig(**checked, **_placeholder_options(train, named))
     if config.train_placeholder_token and config.quantize_te:
         raise ValueError(
-            "quantize_te cannot be combined with a placeholder token: the embedding of a quantised text encoder cannot learn; "
+            "quantize_te cannot be combined with a placeholder token: the embedding of a quantized text encoder cannot learn; "
             "set quantize_te to false or train without the token"
         )
     _check_samples(config)

@@ -1,7 +1,9 @@
-"""Copies to the device that do not wait for what it is computing."""
+"""The device: copies that do not wait for it, and its memory."""
 
+import gc
 from collections.abc import Sequence
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -20,3 +22,32 @@ def stack_on(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         return torch.stack(tuple(tensors))
     stacked = torch.empty((len(tensors), *first.shape), dtype=first.dtype, pin_memory=device.type == "cuda")
     return torch.stack(tuple(tensors), out=stacked).to(device, non_blocking=True)
+
+
+KEPT_FREE = 0.1  # of the free memory: fragmentation and the libraries' workspaces
+
+
+def free_memory() -> None:
+    """Give memory back that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def reset_peak() -> None:
+    """Let the count of `peak_bytes` begin anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> int | None:
+    """The most bytes that PyTorch has had on the GPU at once; None without a GPU, where it keeps no count."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -9,30 +9,30 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from placeholder import tracking
-from placeholder.batches import Example
-from placeholder.checkpoint import Checkpoint, CheckpointFolder
-from placeholder.checks import MAX_SEED
-from placeholder.compiling import compiled_steps
 from placeholder.config import TrainConfig
-from placeholder.diagnostics import Diagnostics, diagnose
-from placeholder.flow import MIDDLE_SIGMA
-from placeholder.lora import load_lora, lora_metadata, lora_state_dict, unload_lora
-from placeholder.losses import predict_velocity
-from placeholder.memory import peak_bytes, reset_peak
-from placeholder.meta import modelspec, training_meta
-from placeholder.models import BaseModel
-from placeholder.prepare import Log, prepare
-from placeholder.processes import ALONE, Processes
-from placeholder.prompts import PromptEmbeddings
-from placeholder.record import Record
-from placeholder.report import Report
-from placeholder.resume import config_of, read_start, resume_path
-from placeholder.timing import Timing
-from placeholder.training import Training
-from placeholder.training_state import capture
-from placeholder.wandb_run import WandbRun
-from placeholder.weights import Weights, add_files, content_digest, read_weights, write_weights
+from placeholder.devices import peak_bytes, reset_peak
+from placeholder.distributed import SINGLE_PROCESS, Processes
+from placeholder.errors import MAX_SEED
+from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict, unload_lora
+from placeholder.model.base import BaseModel
+from placeholder.report import tracking
+from placeholder.report.report import Report
+from placeholder.report.wandb_run import WandbRun
+from placeholder.tokens.prompt_encoder import PromptEmbeddings
+from placeholder.training.checkpoint import Checkpoint, CheckpointFolder
+from placeholder.training.diagnostics import Diagnostics, diagnose
+from placeholder.training.examples import Example
+from placeholder.training.flow import MIDDLE_SIGMA
+from placeholder.training.losses import predict_velocity
+from placeholder.training.progress import Record
+from placeholder.training.resume import config_of, read_start, resume_path
+from placeholder.training.setup import Log, prepare
+from placeholder.training.timing import Timing
+from placeholder.training.training import Training
+from placeholder.training.training_state import capture
+from placeholder.transformer.compile import compiled_steps
+from placeholder.weights.archive import Weights, add_files, content_digest, read_weights, write_weights
+from placeholder.weights.metadata import modelspec, training_meta
 
 
 class StoppedError(RuntimeError):
@@ -53,7 +53,7 @@ def finetune(
     output: Path,
     base: BaseModel,
     log: Log = print,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     resume_from: Path | None = None,
     checkpoints: CheckpointFolder | None = None,
     stop: Stop | None = None,
@@ -69,15 +69,15 @@ def finetune(
     """
     source = resume_path(resume_from) if resume_from else None
     start = read_start(source) if source else None
-    shared = {"base_model": base.source, "base_model_revision": base.revision, "processes": processes.count}
-    if processes.count > 1:  # each machine has its own files
+    shared = {"base_model": base.source, "base_model_revision": base.revision, "processes": processes.world_size}
+    if processes.world_size > 1:  # each machine has its own files
         processes.check_same("a start in resume_from", source and content_digest(source))
         processes.check_same("options", repr(config))  # not-a-number, too, is the same as itself there
         processes.check_same("a base model", not Path(base.source).is_dir() and (base.source, base.revision))
     if start is not None:
         config = config_of(start, config, shared)
-    config = processes.agree(with_seed(config, log))
-    if checkpoints is not None and processes.index == 0:
+    config = processes.broadcast(with_seed(config, log))
+    if checkpoints is not None and processes.rank == 0:
         checkpoints.prepare(source)
         log(f"Checkpoints: every {checkpoints.every} steps")
     if config.placeholder_token and not config.tokens:
@@ -94,10 +94,10 @@ def finetune(
     stop = stop or Stop()
     stop.heeded = checkpoints is not None
     report = None
-    if config.report and processes.index == 0:
+    if config.report and processes.rank == 0:
         report = Report(config, training, base, log, timing, lambda: stop.wanted)
     with compiled_steps(
-        training.trainee, training.examples, training.empty_ids, config, training.payback.one_shape, log
+        training.train_state, training.examples, training.empty_ids, config, training.payback.one_shape, log
     ) as compile_seconds:
         record.start += compile_seconds
         for step in training.steps(config, processes):
@@ -106,7 +106,7 @@ def finetune(
                 record.start += report.sample(step.number)  # meanwhile the other processes wait for this one's gradients
             if run is not None:
                 tracking.show_step(run, step.number, config, record, training, report)
-            if checkpoints is None or processes.index > 0:
+            if checkpoints is None or processes.rank > 0:
                 continue
             stopping = stop.wanted
             if stopping or step.number % checkpoints.every == 0:
@@ -115,7 +115,7 @@ def finetune(
                 last = "its checkpoint" if saved else "the newest checkpoint that could be written"
                 raise StoppedError(f"the training was stopped after step {step.number}: resume_from takes {last}")
     stop.heeded = False
-    if processes.index > 0:
+    if processes.rank > 0:
         return None
     figures = record.figures() | shared | {"base_model_revision": base.commit}
     if compile_seconds:
@@ -132,7 +132,7 @@ def finetune(
         report.draw_grid()
     if run is not None:
         tracking.show_end(run, config, training, report, meta)
-    transformer = training.trainee.transformer
+    transformer = training.train_state.transformer
     weights = Weights(lora_state_dict(transformer), training.tokens.embeddings(), meta)
     unproved = output.with_name(f"{output.name}.unproved")
     try:
@@ -162,7 +162,7 @@ def with_seed(config: TrainConfig, log: Log) -> TrainConfig:
 def _save(checkpoints: CheckpointFolder, training: Training, facts: dict[str, Any], log: Log) -> bool:
     """Leave a checkpoint, and say whether it is there; a disk that is full costs the checkpoint, not the training."""
     step = training.position.step
-    tensors, state = capture(training.trainee, training.position)
+    tensors, state = capture(training.train_state, training.position)
     facts |= {"dataset_digest": training.dataset_digest, "transformer_storage": training.plan.chosen.storage}
     facts |= {"modulations_tabled": training.plan.chosen.tabled}
     facts |= {"descriptions": training.descriptions}
@@ -177,7 +177,7 @@ def _save(checkpoints: CheckpointFolder, training: Training, facts: dict[str, An
 
 def _memory(training: Training, log: Log) -> dict[str, Any]:
     """Gigabytes at the height of the training: as planned, and as they were on a GPU."""
-    expected, found = training.plan.chosen.peak(training.trainee.checkpointing.recomputed), peak_bytes()
+    expected, found = training.plan.chosen.peak(training.train_state.checkpointing.checkpointed), peak_bytes()
     if found is not None:
         log(f"Memory: {found / 1e9:.1f} GB at the height, {expected / 1e9:.1f} GB expected")
     return {"expected_peak_gb": expected / 1e9, "peak_gb": None if found is None else found / 1e9}
@@ -186,7 +186,7 @@ def _memory(training: Training, log: Log) -> dict[str, Any]:
 def _diagnostics(training: Training, log: Log) -> Diagnostics:
     vocabulary = training.prompt_embeds.text_encoder.embed_tokens.weight
     found = diagnose(
-        training.trainee, training.tokens, training.initial_rows, training.examples, vocabulary, training.tokenizer
+        training.train_state, training.tokens, training.initial_rows, training.examples, vocabulary, training.tokenizer
     )
     for line in found.lines():
         log(line)

@@ -13,18 +13,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from placeholder.checks import MAX_SEED, shown
-from placeholder.failures import plain_failures
-from placeholder.fast import SCHEDULE, FastLora, line_of
-from placeholder.hooks import cache_first_block, stop_caching, stop_streaming, stream
-from placeholder.layers import add_by_product
-from placeholder.lora import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora, scale_loras, unload_lora
-from placeholder.models import BaseModel, load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
-from placeholder.placeholder_token import PlaceholderTokens, archive_tokens, check_tokens
-from placeholder.placement import placement_of
-from placeholder.prompts import encode_prompts, pipeline_inputs, prompt_ids
+from placeholder.errors import MAX_SEED, readable_errors, shown
+from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora, scale_loras, unload_lora
+from placeholder.lora.distilled import SCHEDULE, FastLora, line_of
+from placeholder.model.base import BaseModel
+from placeholder.model.loading import load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
+from placeholder.model.offloading import cache_first_block, stop_caching, stop_streaming, stream
+from placeholder.model.placement import placement_of
 from placeholder.request import Request
-from placeholder.weights import Weights, content_digest, read_weights
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens, archive_tokens, check_tokens
+from placeholder.tokens.prompt_encoder import encode_prompts, pipeline_inputs, prompt_ids
+from placeholder.transformer.layers import fuse_lora_addition
+from placeholder.weights.archive import Weights, content_digest, read_weights
 
 Log = Callable[[str], None]
 Applied = tuple[tuple[str, str], ...]  # adapter and the digest of its archive
@@ -69,7 +69,7 @@ class ImageGenerator:
         self.caching = False
         self._plain()
 
-    @plain_failures(LESS_MEMORY)
+    @readable_errors(LESS_MEMORY)
     @torch.no_grad()
     def generate(self, request: Request, weights: Path | None, extra: Path | None = None) -> Image.Image:
         """Draw the picture, with the archive or bare LoRA at `weights`, the one at `extra`, both or neither on the base model.
@@ -126,7 +126,7 @@ class ImageGenerator:
     def _put_on(self, lora: dict[str, Tensor], adapter: str) -> None:
         load_lora(self.pipeline.transformer, lora, adapter)
         if not self.streamed:  # streaming brings weights to the device where their layers are called
-            add_by_product(self.pipeline.transformer, adapter)
+            fuse_lora_addition(self.pipeline.transformer, adapter)
 
     def _overwrite(self, wanted: Applied, parts: list[Weights]) -> bool:
         """Put the one LoRA that is wanted into the layers of the one that is applied, where these are the same."""
@@ -227,7 +227,7 @@ class ImageGenerator:
             self.caching = False
 
 
-@plain_failures(LESS_MEMORY)
+@readable_errors(LESS_MEMORY)
 def save_image(image: Image.Image, request: Request, folder: Path) -> Path:
     """Write the picture in the request's format; `output_quality` counts for webp and jpg, png is lossless."""
     path = folder / f"output.{request.output_format}"

@@ -9,12 +9,12 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
-from placeholder.checks import number
-from placeholder.files import local_file
-from placeholder.lora import ADAPTER, load_lora, scale_lora, unload_lora
-from placeholder.placeholder_token import PlaceholderTokens, archive_tokens
-from placeholder.prompts import prompt_ids
-from placeholder.weights import Weights, read_weights
+from placeholder.errors import number
+from placeholder.lora.adapter import ADAPTER, load_lora, scale_lora, unload_lora
+from placeholder.service.files import local_file
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens, archive_tokens
+from placeholder.tokens.prompt_encoder import prompt_ids
+from placeholder.weights.archive import Weights, read_weights
 
 WRAPPED = "_get_qwen_prompt_embeds"  # the pipeline's one way from prompts to embeddings, private to it, wrapped here alone
 

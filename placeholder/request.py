@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from placeholder.checks import MAX_SEED, choice, flag, number, text, whole
+from placeholder.errors import MAX_SEED, choice, flag, number, text, whole
 
 # The sizes of the hosted qwen/qwen-image-lora, in pixels, width first.
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
@@ -52,7 +52,7 @@ class Request:
     extra_lora_scale: float = 1.0
 
 
-def picture_request(inputs: dict[str, Any]) -> Request:
+def image_request(inputs: dict[str, Any]) -> Request:
     """The request that the inputs of `Predictor.predict` ask for; `num_inference_steps` and `guidance_scale` are aliases.
 
     Raises ValueError, one sentence, for any value that is not accepted.

@@ -17,14 +17,15 @@ import pytest
 import torch
 
 from demo.server import ROOT
-from demo.small_base import build_small_base, build_tiny_base
 from placeholder import generate as generate_module
-from placeholder import plan as plan_module
-from placeholder import prepare as prepare_module
 from placeholder.config import TrainConfig
-from placeholder.models import BaseModel, load_text_encoder, load_tokenizer
-from tests.samples import Run, train, write_dataset
-from tests.seeing import build_seeing_base
+from placeholder.model.base import BaseModel
+from placeholder.model.loading import load_text_encoder, load_tokenizer
+from placeholder.training import memory_plan as plan_module
+from placeholder.training import setup as prepare_module
+from standin.small_base import build_small_base, build_tiny_base
+from tests.support.samples import Run, train, write_dataset
+from tests.support.vision_base import build_vision_base
 
 torch.set_num_threads(1)
 
@@ -43,9 +44,9 @@ def small_base() -> BaseModel:
 
 
 @pytest.fixture(scope="session")
-def seeing_base(base, tmp_path_factory) -> BaseModel:
+def vision_base(base, tmp_path_factory) -> BaseModel:
     """The untrained base model with a text encoder that sees."""
-    folder = build_seeing_base(tmp_path_factory.mktemp("base") / "seeing", Path(base.source))
+    folder = build_vision_base(tmp_path_factory.mktemp("base") / "seeing", Path(base.source))
     return BaseModel(str(folder), base.device, base.dtype)
 
 

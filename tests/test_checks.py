@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from placeholder.checks import choice, flag, number, shown, text, whole
+from placeholder.errors import choice, flag, number, shown, text, whole
 
 
 @pytest.mark.parametrize(("given", "found"), [(1, 1.0), (0.5, 0.5), ("1e-5", 1e-5), (" 2 ", 2.0), (10, 10.0), (0, 0.0)])

@@ -252,7 +252,7 @@ def test_every_value_out_of_range_or_of_another_kind_gets_its_sentence(option, v
         train_config({option: value})
 
 
-def test_a_quantised_text_encoder_and_a_token_are_refused_together():
+def test_a_quantized_text_encoder_and_a_token_are_refused_together():
     with pytest.raises(ValueError, match="quantize_te cannot be combined with a placeholder token"):
         train_config({"quantize_te": True, "placeholder_token": "<zwx>"})
     assert train_config({"quantize_te": True, "train_placeholder_token": False, "placeholder_token": "<zwx>"}).quantize_te

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from placeholder.batches import Position, draw_batch
 from placeholder.config import TrainConfig
 from placeholder.devices import stack_on, to_device
-from placeholder.memory import BlockCheckpointing
-from placeholder.models import load_text_encoder
-from placeholder.modulations import tabulate
-from placeholder.optimizers import RowOptimizer
-from placeholder.processes import ALONE
-from placeholder.trainer import Trainee, gradients
-from tests.test_trainer import Parts
+from placeholder.distributed import SINGLE_PROCESS
+from placeholder.model.loading import load_text_encoder
+from placeholder.training.examples import Position, draw_batch
+from placeholder.training.loop import TrainState, gradients
+from placeholder.training.optimizers import RowOptimizer
+from placeholder.transformer.checkpointing import BlockCheckpointing
+from placeholder.transformer.modulations import tabulate
+from tests.training.test_loop import Parts
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -51,7 +51,7 @@ def test_a_step_brings_everything_to_the_device(base, tokenizer, monkeypatch, ta
     lora = [parameter for parameter in parts.transformer.parameters() if parameter.requires_grad]
     row_optimizer = RowOptimizer(parts.tokens.rows, 1e-3, 1.0)
     optimizer, checkpointing = torch.optim.SGD(lora, lr=0.0), BlockCheckpointing(parts.transformer, 1)
-    trainee = Trainee(parts.transformer, parts.prompt_embeds, lora, optimizer, checkpointing, row_optimizer)
+    train_state = TrainState(parts.transformer, parts.prompt_embeds, lora, optimizer, checkpointing, row_optimizer)
     examples = [
         replace(
             example,
@@ -62,8 +62,8 @@ def test_a_step_brings_everything_to_the_device(base, tokenizer, monkeypatch, ta
         for example in parts.examples
     ]
     position = Position(torch.Generator().manual_seed(0))
-    batch = draw_batch(examples, parts.empty_ids, TrainConfig(batch_size=3), position, ALONE)
-    loss, preservation = gradients(trainee, batch, len(batch), 1.0)
+    batch = draw_batch(examples, parts.empty_ids, TrainConfig(batch_size=3), position, SINGLE_PROCESS)
+    loss, preservation = gradients(train_state, batch, len(batch), 1.0)
     row_optimizer.step()
     assert loss.device == preservation.device == META
     assert all(parameter.grad is None or parameter.grad.device == META for parameter in lora)

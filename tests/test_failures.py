@@ -10,16 +10,17 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from placeholder import prepare as prepare_module
-from placeholder import weights as weights_module
 from placeholder.config import TrainConfig
-from placeholder.failures import plain_failures
-from placeholder.files import OutputFolder, local_file
+from placeholder.errors import readable_errors
 from placeholder.generate import save_image
-from placeholder.launch import finetune_on_all_gpus
-from placeholder.models import MODEL_VARIABLE, load_transformer
+from placeholder.model.base import MODEL_VARIABLE
+from placeholder.model.loading import load_transformer
+from placeholder.service.files import OutputFolder, local_file
+from placeholder.service.launch import finetune_on_all_gpus
+from placeholder.training import setup as prepare_module
+from placeholder.weights import archive as weights_module
 from tests.conftest import SHORT
-from tests.samples import picture
+from tests.support.samples import picture
 from tests.test_generate import PLAIN
 
 MEMORY = "the memory does not suffice: eat less"
@@ -55,7 +56,7 @@ def raised(error: Exception):
     ],
 )
 def test_memory_and_disk_get_their_sentence(work, sentence):
-    with pytest.raises(RuntimeError) as found, plain_failures("eat less"):
+    with pytest.raises(RuntimeError) as found, readable_errors("eat less"):
         work()
     assert str(found.value) == sentence
     assert found.value.__cause__ is not None
@@ -65,13 +66,13 @@ def test_memory_and_disk_get_their_sentence(work, sentence):
     "error", [ValueError("a bad prompt"), RuntimeError("shapes differ"), OSError("none"), KeyboardInterrupt()]
 )
 def test_other_errors_pass_as_they_are(error):
-    with pytest.raises(type(error)) as found, plain_failures("eat less"):
+    with pytest.raises(type(error)) as found, readable_errors("eat less"):
         raise error
     assert found.value is error
 
 
 def test_a_library_that_stumbles_while_it_tidies_up_does_not_hide_the_memory():
-    with pytest.raises(RuntimeError, match=MEMORY), plain_failures("eat less"):
+    with pytest.raises(RuntimeError, match=MEMORY), readable_errors("eat less"):
         try:
             raise MemoryError
         except MemoryError:
@@ -79,7 +80,7 @@ def test_a_library_that_stumbles_while_it_tidies_up_does_not_hide_the_memory():
 
 
 def test_a_sentence_inside_another_stays():
-    with pytest.raises(RuntimeError, match=MEMORY), plain_failures("sleep more"), plain_failures("eat less"):
+    with pytest.raises(RuntimeError, match=MEMORY), readable_errors("sleep more"), readable_errors("eat less"):
         raise MemoryError
 
 
@@ -91,7 +92,7 @@ def test_what_the_failed_work_held_is_given_back_while_the_error_is_still_there(
         held.append(weakref.ref(tensor))
         raise MemoryError
 
-    with pytest.raises(RuntimeError) as found, plain_failures("eat less"):
+    with pytest.raises(RuntimeError) as found, readable_errors("eat less"):
         work()
     assert found.value.__cause__.__traceback__ is not None
     assert held[0]() is None

@@ -14,21 +14,21 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 from placeholder import finetune as finetune_module
-from placeholder import prepare as prepare_module
-from placeholder.batches import Example
 from placeholder.config import YAML_SECTIONS, TrainConfig, train_config
 from placeholder.finetune import prove_archive
-from placeholder.lora import B, add_lora
-from placeholder.meta import MEASURED, TIME_VARIABLE
-from placeholder.models import load_text_encoder, load_transformer
-from placeholder.optimizers import row_rms_limit
-from placeholder.placeholder_token import PlaceholderTokens, initial_embeddings
-from placeholder.prompts import PromptEmbeddings, prompt_ids
-from placeholder.record import Record
-from placeholder.trainer import Step
-from placeholder.weights import LORA_NAME, Weights, read_weights
+from placeholder.lora.adapter import B, add_lora
+from placeholder.model.loading import load_text_encoder, load_transformer
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
+from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_ids
+from placeholder.training import setup as prepare_module
+from placeholder.training.examples import Example
+from placeholder.training.loop import Step
+from placeholder.training.optimizers import row_rms_limit
+from placeholder.training.progress import Record
+from placeholder.weights.archive import LORA_NAME, Weights, read_weights
+from placeholder.weights.metadata import MEASURED, TIME_VARIABLE
 from tests.conftest import SHORT
-from tests.samples import Run, read_zip, train, write_dataset, write_zip
+from tests.support.samples import Run, read_zip, train, write_dataset, write_zip
 
 ROW_NAME = "embeddings/zwx.safetensors"
 ZERO_PRIOR = TrainConfig(**SHORT, train_placeholder_token=True, placeholder_token=("<zwx>",))
@@ -312,7 +312,7 @@ def test_the_row_is_limited_to_one_and_a_half_times_the_vocabularys_median(datas
         ({"quantize_te": True, "optimizer": "adam8bit", "train_placeholder_token": False}, "load_text_encoder"),
     ],
 )
-def test_a_quantised_training_holds_8_bit_weights_and_gives_an_archive(options, name, loaded, dataset, base, tmp_path):
+def test_a_quantized_training_holds_8_bit_weights_and_gives_an_archive(options, name, loaded, dataset, base, tmp_path):
     from torchao.quantization import Int8Tensor
 
     run = train(dataset, replace(ZERO_PRIOR, batch_size=4, **options), tmp_path / "weights.zip", base)

@@ -14,15 +14,15 @@ from PIL import Image
 from safetensors.torch import save
 
 from placeholder import generate as generate_module
-from placeholder.fast import FastLora
 from placeholder.generate import ImageGenerator, save_image
-from placeholder.lora import PREFIX, load_lora, overwrite_lora
-from placeholder.models import load_text_encoder
+from placeholder.lora.adapter import PREFIX, load_lora, overwrite_lora
+from placeholder.lora.distilled import FastLora
+from placeholder.model.loading import load_text_encoder
 from placeholder.request import Request
-from placeholder.weights import LORA_NAME
+from placeholder.weights.archive import LORA_NAME
 from predict import Predictor
-from tests.samples import picture, read_zip, write_zip
-from tests.stock import stock_picture
+from tests.support.samples import picture, read_zip, write_zip
+from tests.support.stock import stock_picture
 
 PLAIN = Request(
     prompt="a garden at noon",

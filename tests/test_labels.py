@@ -2,7 +2,7 @@
 
 import pytest
 
-from placeholder.labels import MAX_SHOWN, label, quoted, reason
+from placeholder.errors import MAX_SHOWN, label, quoted, reason
 
 
 @pytest.mark.parametrize("name", ["a.png", "folder/a b.png", "\u00e9.png", "\u5199\u771f.png"])

@@ -15,12 +15,12 @@ from demo.server import ROOT
 from placeholder import generate as generate_module
 from placeholder.generate import ImageGenerator
 from placeholder.pipeline import learned_rows
-from placeholder.placeholder_token import PlaceholderTokens
-from placeholder.prompts import encode_prompts, prompt_ids
 from placeholder.request import Request
-from placeholder.weights import LORA_NAME, Weights, read_weights, write_weights
-from tests.samples import read_zip, write_zip
-from tests.stock import apply_archive, stock_pipeline
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens
+from placeholder.tokens.prompt_encoder import encode_prompts, prompt_ids
+from placeholder.weights.archive import LORA_NAME, Weights, read_weights, write_weights
+from tests.support.samples import read_zip, write_zip
+from tests.support.stock import apply_archive, stock_pipeline
 
 SETTINGS = {"num_inference_steps": 3, "width": 64, "height": 64, "output_type": "np"}
 PROMPT, NEGATIVE = "a photo of <zwx>, <zwx>!", "blurry <zwx>"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from placeholder.request import SIZES, picture_request
+from placeholder.request import SIZES, image_request
 
 DEFAULTS = {
     "prompt": "a photo of <zwx>",
@@ -26,7 +26,7 @@ DEFAULTS = {
 
 
 def request(**inputs):
-    return picture_request(DEFAULTS | inputs)
+    return image_request(DEFAULTS | inputs)
 
 
 def test_the_defaults_make_a_request():

@@ -1,0 +1,203 @@
+"""Draws with the demo's archive in the three ways that run in this package's environment, and writes what ComfyUI needs for its own.
+
+python -m checks.four_ways_ours ARCHIVE FOLDER
+"""
+
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checks.comfyui_reference import sizes, write_models
+from checks.comfyui_vae import vae_name
+from demo.run import PICTURE, TOKEN
+from demo.server import ROOT
+from placeholder.model.base import MODEL_VARIABLE, BaseModel
+from placeholder.model.loading import load_scheduler, load_text_encoder, load_transformer, load_vae
+from placeholder.service import cli as command_line
+from placeholder.training.flow import shift_mu
+from standin import subject
+from standin.small_base import build_small_base
+from tests.support.samples import read_zip
+
+BACKGROUNDS = (*subject.SEEN_BACKGROUNDS, *subject.UNSEEN_BACKGROUNDS)
+PROMPTS = [
+    *(f"a photo of {subject.named(TOKEN)} on a {background} background" for background in BACKGROUNDS),
+    f"a photo of a {subject.CLASS_WORD} on a blue background",
+    "a photo of a red circle on a blue background",
+]
+# What of the README's example is another here: a smaller model and picture, on the CPU. Each stands there once.
+EXAMPLE_STARTS, EXAMPLE_ENDS = "    import json\n    import zipfile\n", "    settings = dict("
+SHIFT_CONSTANTS = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+SETTINGS = 'negative_prompt=" ", true_cfg_scale=4.0, width=1024, height=1024, num_inference_steps=50'
+
+Draw = Callable[[str, Path], None]
+
+
+@contextmanager
+def recording() -> Iterator[dict[str, Any]]:
+    """What a pipeline of diffusers is given while a picture is drawn: embeddings, the last latents, and the pipeline itself.
+
+    Any of the pipelines: ours, the stock one, and that of the command line. Nothing of what they compute is changed.
+    """
+    encode, decode, seen = QwenImagePipeline.encode_prompt, AutoencoderKLQwenImage.decode, {"embeds": []}
+
+    def encode_prompt(pipeline: QwenImagePipeline, *args: Any, **options: Any) -> tuple:
+        found = encode(pipeline, *args, **options)
+        seen["embeds"].append(found[0].clone())
+        seen["pipeline"] = pipeline
+        return found
+
+    def decode_latents(vae: AutoencoderKLQwenImage, latents: Tensor, *args: Any, **options: Any) -> Any:
+        seen["latents"] = latents.clone()
+        return decode(vae, latents, *args, **options)
+
+    with (
+        patch.object(QwenImagePipeline, "encode_prompt", encode_prompt),
+        patch.object(AutoencoderKLQwenImage, "decode", decode_latents),
+    ):
+        yield seen
+
+
+@torch.no_grad()
+def deltas(transformer: torch.nn.Module) -> dict[str, Tensor]:
+    """What the LoRA adds to each weight (out, in): the layer's answer to unit vectors, less that of the layer beneath."""
+    found = {}
+    for name, module in transformer.named_modules():
+        if hasattr(module, "lora_A"):
+            units = torch.eye(module.in_features)
+            found[name] = (module(units) - module.base_layer(units)).T.contiguous()
+    return found
+
+
+def draw_all(way: str, folder: Path, draw: Draw) -> None:
+    """Every prompt drawn in one way: FOLDER/way/N.png, and in record.safetensors what was recorded."""
+    (folder / way).mkdir()
+    tensors = {}
+    for number, prompt in enumerate(PROMPTS):
+        with recording() as seen, redirect_stdout(None):
+            draw(prompt, folder / way / f"{number}.png")
+        tensors[f"prompt.{number}"], tensors["negative"] = seen["embeds"]
+        tensors[f"latents.{number}"] = seen["latents"]
+    tensors["sigmas"] = seen["pipeline"].scheduler.sigmas
+    tensors |= {f"delta.{name}": value for name, value in deltas(seen["pipeline"].transformer).items()}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / way / "record.safetensors")
+    print(f"{way}: {len(PROMPTS)} pictures", flush=True)
+
+
+def predictor(archive: Path | None) -> Draw:
+    """predict.py:Predictor, with the archive of each request as Cog hands it over."""
+    from predict import Predictor
+
+    cog = Predictor()
+    with redirect_stdout(None):
+        cog.setup()
+
+    def draw(prompt: str, path: Path) -> None:
+        inputs = command_line.inputs_of("predict", PICTURE | {"prompt": prompt, "replicate_weights": str(archive or "")})
+        path.write_bytes(Path(cog.predict(**inputs)).read_bytes())
+
+    return draw
+
+
+def readme_example(archive: Path, model: Path, unpacked: Path) -> Draw:
+    """The README's example for stock diffusers, run as it stands there but for names, sizes and the device."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text[text.index(EXAMPLE_STARTS) : text.index(EXAMPLE_ENDS)]
+    for old, new in (
+        ('ZipFile("weights.zip")', f"ZipFile({str(archive)!r})"),
+        ('extractall("weights")', f"extractall({str(unpacked)!r})"),
+        ('load_lora_weights("weights/lora"', f"load_lora_weights({str(unpacked / 'lora')!r}"),
+        ('f"weights/embeddings/', f'f"{unpacked}/embeddings/'),
+        ('"Qwen/Qwen-Image", dtype=torch.bfloat16).to("cuda")', f"{str(model)!r}, dtype=torch.float32)"),
+    ):
+        assert block.count(old) == 1, f"the README's example has no {old} any more"
+        block = block.replace(old, new)
+    assert text.count(SETTINGS) == 1, "the README's example has other settings"
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(line[4:] for line in block.splitlines()), "README.md", "exec"), names)
+    names["pipe"].set_progress_bar_config(disable=True)
+    settings = {
+        "negative_prompt": " ",
+        "true_cfg_scale": PICTURE["guidance"],
+        "num_inference_steps": PICTURE["steps"],
+        **{name: PICTURE[name] for name in ("width", "height")},
+    }
+
+    def draw(prompt: str, path: Path) -> None:
+        names["pipe"](prompt, generator=torch.Generator().manual_seed(PICTURE["seed"]), **settings).images[0].save(path)
+
+    return draw
+
+
+def command(archive: Path) -> Draw:
+    """`python -m placeholder predict` as a process of its own, and in this one, where it can be recorded: both draw the same file."""
+
+    def draw(prompt: str, path: Path) -> None:
+        given = {name: value for name, value in PICTURE.items() if name != "output_format"} | {"replicate_weights": archive}
+        options = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        arguments = ["predict", prompt, *options, "-o"]
+        subprocess.run([sys.executable, "-m", "placeholder", *arguments, path], cwd=ROOT, check=True, capture_output=True)
+        again = path.with_name("again.png")
+        with redirect_stderr(io.StringIO()):
+            assert command_line.main([*arguments, str(again)]) == 0
+        assert again.read_bytes() == path.read_bytes(), f"two runs of the command drew different pictures of {prompt}"
+        again.unlink()
+
+    return draw
+
+
+def write_reference(archive: Path, model: Path, folder: Path) -> None:
+    """What ComfyUI's side needs: weights, the archive's LoRA in a file of its own, and facts."""
+    base = BaseModel(str(model), torch.device("cpu"), torch.float32)
+    text_encoder, transformer = load_text_encoder(base), load_transformer(base)
+    write_models(folder, text_encoder, transformer)
+    vae = load_vae(base, base.dtype)
+    resnets = vae.config.num_res_blocks + 1
+    save_file({vae_name(name, resnets): value for name, value in vae.state_dict().items()}, folder / "vae.safetensors")
+    shutil.copy(archive, folder / "weights.zip")
+    (folder / "lora_weights.safetensors").write_bytes(read_zip(archive)["lora/lora_weights.safetensors"])
+    schedule = load_scheduler(base).config
+    tokens = PICTURE["width"] * PICTURE["height"] // 16**2
+    facts = {
+        **sizes(text_encoder, transformer),
+        "vae": {name: vae.config[name] for name in ("num_res_blocks", "latents_mean", "latents_std")},
+        "shift": math.exp(shift_mu(tokens, *(schedule[name] for name in SHIFT_CONSTANTS))),
+        "prompts": PROMPTS,
+        "picture": PICTURE,
+    }
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def main(archive: Path, folder: Path) -> None:
+    """Draw in every way of this environment into an empty `folder`."""
+    if not archive.is_file():
+        raise SystemExit(f"{archive.name} is not there: make demo makes it")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model = build_small_base()
+    os.environ[MODEL_VARIABLE] = str(model)
+    write_reference(archive, model, folder)
+    draw_all("base model", folder, predictor(None))
+    draw_all("predict.py", folder, predictor(archive))
+    with tempfile.TemporaryDirectory() as unpacked:
+        draw_all("diffusers", folder, readme_example(archive, model, Path(unpacked)))
+    draw_all("command line", folder, command(archive))
+
+
+if __name__ == "__main__":
+    main(*(Path(argument).resolve() for argument in sys.argv[1:3]))

@@ -1,0 +1,211 @@
+"""Reading zip and tar archives that come from strangers: told apart by content, read in memory, never unpacked to disk."""
+
+import gzip
+import io
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from placeholder.data.entries import BoundedFile, Entry, OverrunError, Tally, inner_archive, plain_names
+from placeholder.errors import label, quoted, reason
+
+MAX_DIRECTORY_BYTES = 16 * 1024**2  # of a zip's table of contents: 800 bytes an entry
+MAX_HEADERS_BYTES = 48 * 1024**2  # of all headers of a tar: 2.5 kB an entry
+MAX_HEADER_BYTES = 1024**2  # of one entry of a tar, with the long names and attributes that stand before it
+BLOCK_BYTES = 1024**2
+MAGIC_BYTES = 6
+ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")  # APPNOTE.TXT 4.3.7 and, for an empty archive, 4.3.16
+GZIP_MAGIC = b"\x1f\x8b"  # RFC 1952, section 2.3.1
+OTHER_MAGIC = {  # each format's own description of its first bytes
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!\x1a\x07": "rar",
+    b"\xfd7zXZ\x00": "xz",
+    b"BZh": "bzip2",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+# What the standard library raises for archives that were cut or changed; ValueError for names and numbers that are none.
+DAMAGE = (
+    OverrunError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    ValueError,
+    RecursionError,
+)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An open archive: its name, its files in stored order, and a way to read one."""
+
+    name: str
+    entries: dict[str, Entry]
+    read: Callable[[str], bytes]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the files, with `/` between folders."""
+        return tuple(self.entries)
+
+    def size(self, name: str) -> int:
+        """How many bytes the file has, known before it is read."""
+        return self.entries[name].size
+
+
+@contextmanager
+def open_archive(path: Path | str) -> Iterator[Archive]:
+    """Open a zip or a (gzipped) tar for reading.
+
+    Folders are left out, and a backslash in a name counts as `/`, for PowerShell writes it so. Raises ValueError for anything
+    else, for entries that are no plain files, that leave the archive, that are encrypted or stored twice, for damage, and
+    above a limit of placeholder/data/entries.py. Memory follows what is there, not what a header claims.
+    """
+    path = Path(path)
+    name = label(path.name or str(path))
+    if not path.is_file():
+        raise ValueError(f"{name} is not a file: give a zip or tar archive")
+    with path.open("rb") as file:
+        magic = file.read(MAGIC_BYTES)
+        for start, kind in OTHER_MAGIC.items():
+            if magic.startswith(start):
+                raise ValueError(f"{name} is a {kind} archive, which is not supported: pack the files as a zip")
+        tally = Tally(name, file.seek(0, io.SEEK_END))
+        file.seek(0)
+        opened = _zip(file, tally) if magic.startswith(ZIP_MAGIC) else _tar(file, tally, magic.startswith(GZIP_MAGIC))
+        with opened as archive:
+            if inner := inner_archive(archive.names):
+                raise ValueError(f"{name} holds nothing but another archive, {quoted(inner)}: give that one")
+            yield archive
+
+
+@contextmanager
+def _zip(file: BinaryIO, tally: Tally) -> Iterator[Archive]:
+    bounded = BoundedFile(file, MAX_DIRECTORY_BYTES)
+    with _damage_named(tally.archive):
+        opened = zipfile.ZipFile(bounded)
+    bounded.left = None  # from here on all reading is by the block
+    with opened:
+        files = [entry for info in opened.infolist() if (entry := _zip_entry(info, tally))]
+        yield _archive(tally.archive, files, opened.open)
+
+
+def _zip_entry(info: zipfile.ZipInfo, tally: Tally) -> Entry | None:
+    """The entry, checked; None for a folder."""
+    name = _zip_name(info)
+    entry = Entry(name, info.file_size, info.compress_size, info)
+    tally.add(entry)
+    if name.endswith(("/", "\\")):
+        return None
+    if info.flag_bits & 0x41:  # APPNOTE.TXT 4.4.4, bits 0 and 6
+        raise ValueError(f"{tally.archive}: {quoted(name)} is encrypted: pack it without a password")
+    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise ValueError(f"{tally.archive}: {quoted(name)} is a link or a device: pack the files themselves")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(
+            f"{tally.archive}: {quoted(name)} is compressed by method {info.compress_type}: pack it with deflate, as a plain zip"
+        )
+    if not 0 <= info.header_offset <= tally.archive_bytes:
+        raise ValueError(f"{tally.archive} is a damaged archive ({quoted(name)} lies outside of it): pack it again")
+    return entry
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """The name in UTF-8 where it is that, although not marked so; else in the zip's own cp437."""
+    if info.flag_bits & 0x800:  # APPNOTE.TXT 4.4.4, bit 11
+        return info.orig_filename
+    try:
+        return info.orig_filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return info.orig_filename
+
+
+@contextmanager
+def _tar(file: BinaryIO, tally: Tally, is_gzip: bool) -> Iterator[Archive]:
+    bounded = BoundedFile(gzip.GzipFile(fileobj=file) if is_gzip else file, MAX_HEADER_BYTES)
+    with _damage_named(tally.archive):
+        opened = _opened_tar(bounded)
+    if opened is None:
+        raise ValueError(f"{tally.archive} is neither a zip nor a tar archive: pack the files as a zip")
+    with opened:
+        files = list(_tar_entries(opened, bounded, tally))
+        bounded.left = None
+        yield _archive(tally.archive, files, opened.extractfile)
+
+
+def _opened_tar(bounded: BoundedFile) -> tarfile.TarFile | None:
+    try:
+        return tarfile.open(fileobj=bounded, mode="r:")
+    except tarfile.ReadError:  # there is no header at the beginning
+        return None
+
+
+def _tar_entries(opened: tarfile.TarFile, bounded: BoundedFile, tally: Tally) -> Iterator[Entry]:
+    headers = 0
+    while (info := _next(opened, bounded, tally.archive)) is not None:
+        headers += MAX_HEADER_BYTES - bounded.left
+        if headers > MAX_HEADERS_BYTES:
+            raise ValueError(f"{tally.archive} has more than {MAX_HEADERS_BYTES} bytes of headers: pack it as a plain zip")
+        bounded.left = MAX_HEADER_BYTES
+        info.pax_headers = {}  # each entry has a copy of all that is global
+        opened.pax_headers.clear()
+        entry = Entry(info.name, info.size, None, info)
+        tally.add(entry)
+        if info.isdir():
+            continue
+        if not info.isreg() or info.issparse():
+            raise ValueError(
+                f"{tally.archive}: {quoted(info.name)} is a link or a device, or sparse: pack the files themselves"
+            )
+        yield entry
+
+
+def _next(opened: tarfile.TarFile, bounded: BoundedFile, archive: str) -> tarfile.TarInfo | None:
+    """The next header; tarfile takes a damaged one for the end."""
+    with _damage_named(archive):
+        info = opened.next()
+        if info is not None and info.size < 0:
+            raise tarfile.ReadError("a size is negative")
+        if info is None and bounded.last.strip(b"\0"):
+            raise tarfile.ReadError("a header in the middle is not one")
+    return info
+
+
+def _archive(name: str, files: list[Entry], open_info: Callable) -> Archive:
+    entries = plain_names(name, files)
+
+    def read(entry_name: str) -> bytes:
+        size = entries[entry_name].size
+        with _damage_named(name), open_info(entries[entry_name].info) as stream:
+            content = _up_to(size + 1, stream)
+        if len(content) != size:
+            raise ValueError(f"{name}: {quoted(entry_name)} does not hold the {size} bytes it claims: pack the archive again")
+        return content
+
+    return Archive(name, entries, read)
+
+
+def _up_to(size: int, stream: BinaryIO) -> bytes:
+    """About `size` bytes, or as many as there are, by the block: so much is never set aside because a header claims it."""
+    content = io.BytesIO()
+    while content.tell() < size and (block := stream.read(BLOCK_BYTES)):
+        content.write(block)
+    return content.getvalue()
+
+
+@contextmanager
+def _damage_named(archive: str) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGE as error:
+        raise ValueError(f"{archive} is a damaged archive ({reason(error)}): pack it again") from error

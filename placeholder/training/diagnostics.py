@@ -1,0 +1,123 @@
+"""What a trained token is worth: whether it is used, what it is near to, and how large it has become."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from placeholder.lora.adapter import without_lora
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens
+from placeholder.training.examples import Example, Sample, draw_sample
+from placeholder.training.loop import TrainState
+from placeholder.training.losses import sample_losses
+
+SAMPLES = 16
+SEED = 0
+NEAREST = 5
+IGNORED_SHARE = 0.05  # of what the training gained
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Mean losses on the same noise, and each token's nearest vocabulary entries with their cosines.
+
+    `loss`: trained rows and LoRA. `loss_row_reset`: the rows as they were before training, with the LoRA. `loss_lora_off`:
+    the trained rows alone. `loss_base`: neither.
+    """
+
+    loss: float
+    loss_row_reset: float
+    loss_lora_off: float
+    loss_base: float
+    nearest_tokens: dict[str, list[list]]
+
+    @property
+    def row_share(self) -> float:
+        """How much of what training gained is lost with the rows alone: near 0 for a token that is ignored."""
+        gained = self.loss_base - self.loss
+        return (self.loss_row_reset - self.loss) / gained if gained > 0 else 0.0
+
+    def lines(self) -> list[str]:
+        """The findings as a person reads them."""
+        lines = [
+            f"Loss on fixed noise: {self.loss:.4f}; with the token's row reset {self.loss_row_reset:.4f}; "
+            f"without the LoRA {self.loss_lora_off:.4f}; base model {self.loss_base:.4f}"
+        ]
+        for token, nearest in self.nearest_tokens.items():
+            lines.append(f"Nearest to {token}: " + ", ".join(f"{entry!r} {cosine:.2f}" for entry, cosine in nearest))
+        if self.loss >= self.loss_base:
+            lines.append("Warning: the training did not lower the loss: train for longer, or change learning_rate")
+        elif self.row_share < IGNORED_SHARE:
+            lines.append(
+                f"Warning: the token was ignored: with its row reset only {max(self.row_share, 0):.0%} of what training gained is lost; "
+                "train for longer, raise placeholder_learning_rate or placeholder_warmup_fraction, or lower learning_rate"
+            )
+        return lines
+
+    def meta(self) -> dict:
+        """The findings for meta.json."""
+        return {"diagnostics": asdict(self) | {"row_share": self.row_share}}
+
+
+def fixed_samples(examples: list[Example]) -> list[Sample]:
+    """What the losses are measured on: the same noise and noise levels every time."""
+    generator = torch.Generator().manual_seed(SEED)
+    return [draw_sample(examples[i % len(examples)], (), 0.0, generator) for i in range(SAMPLES)]
+
+
+@torch.no_grad()
+def diagnose(
+    train_state: TrainState,
+    tokens: PlaceholderTokens,
+    initial_rows: Tensor,
+    examples: list[Example],
+    vocabulary: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Diagnostics:
+    """Measure a zero-prior training; `initial_rows` (R, D) is what the rows were, `vocabulary` (V, D) the embedding matrix."""
+
+    def loss() -> float:
+        # One at a time: stacked, they would take more memory than any step of the training has.
+        losses = [
+            sample_losses(train_state.transformer, train_state.prompt_embeds, [sample]) for sample in fixed_samples(examples)
+        ]
+        return torch.cat(losses).mean().item()
+
+    def both(lora_off: bool) -> tuple[float, float]:
+        with without_lora(train_state.transformer) if lora_off else nullcontext():
+            trained = loss()
+            with rows_as(tokens, initial_rows):
+                return trained, loss()
+
+    (trained, row_reset), (lora_off, base) = both(lora_off=False), both(lora_off=True)
+    return Diagnostics(trained, row_reset, lora_off, base, nearest_tokens(tokens, vocabulary, tokenizer))
+
+
+@contextmanager
+def rows_as(tokens: PlaceholderTokens, rows: Tensor) -> Iterator[None]:
+    """The tokens with other rows (R, D) for a while."""
+    trained = tokens.rows.detach().clone()
+    tokens.rows.data.copy_(rows)
+    try:
+        yield
+    finally:
+        tokens.rows.data.copy_(trained)
+
+
+@torch.no_grad()
+def nearest_tokens(tokens: PlaceholderTokens, vocabulary: Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list]]:
+    """For each token the vocabulary entries of the highest cosine with its first row, best first."""
+    nearest = {}
+    for token, rows in tokens.embeddings().items():
+        row = rows[0].to(vocabulary.device)
+        parts = [
+            torch.nn.functional.cosine_similarity(part.float(), row[None], dim=1)
+            for part in vocabulary[: len(tokenizer)].split(16384)
+        ]
+        best = torch.cat(parts).topk(NEAREST)
+        entries = [tokenizer.decode([token_id]) for token_id in best.indices.tolist()]
+        nearest[token] = [[entry, cosine] for entry, cosine in zip(entries, best.values.tolist(), strict=True)]
+    return nearest

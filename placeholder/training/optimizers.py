@@ -1,0 +1,71 @@
+"""The optimizers: the LoRA's, chosen by name, and the token rows' own."""
+
+import torch
+from torch import Tensor, nn
+
+LORA_WEIGHT_DECAY = 1e-4  # adam_weight_decay of diffusers' DreamBooth LoRA scripts
+# How many numbers each optimizer keeps for each parameter, in the parameter's dtype, rounded up.
+STATES = {"adamw": 2, "adamw8bit": 1, "adam8bit": 1, "prodigy": 4}
+ROW_WARMUP_STEPS = 10
+ROW_RMS_LIMIT = 1.5  # times the median rms of the vocabulary's rows
+
+
+def lora_optimizer(name: str, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer called `name`; prodigy finds its own step size, so it makes no use of `learning_rate`.
+
+    Raises ValueError for an unknown name.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=LORA_WEIGHT_DECAY, fused=True)
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        # lr multiplies the estimated step size: 1.0 takes the estimate as it is (arXiv:2306.06101, algorithm 1).
+        return Prodigy(parameters, lr=1.0, weight_decay=LORA_WEIGHT_DECAY, use_bias_correction=True, safeguard_warmup=True)
+    if name in ("adamw8bit", "adam8bit"):
+        import bitsandbytes.optim
+
+        if name == "adamw8bit":
+            return bitsandbytes.optim.AdamW8bit(parameters, lr=learning_rate, weight_decay=LORA_WEIGHT_DECAY)
+        return bitsandbytes.optim.Adam8bit(parameters, lr=learning_rate)
+    raise ValueError(f"optimizer is {name!r}: choose one of adamw, adamw8bit, adam8bit, prodigy")
+
+
+class RowOptimizer:
+    """AdamW for the placeholder rows alone: no weight decay, normalized gradients, a short warm-up, and a limit on the norm.
+
+    The first gradients of a near-zero row are huge, because the encoder's RMSNorm divides by its size: taken as they are they
+    would fill Adam's second moment, so each row's gradient is scaled to norm 1. The limit keeps a row from outgrowing the
+    vocabulary: the learning rate, not the data, would set its final norm.
+    """
+
+    def __init__(self, rows: nn.Parameter, learning_rate: float, rms_limit: float):
+        self.rows = rows
+        self.learning_rate = learning_rate
+        self.rms_limit = rms_limit
+        self.steps = 0
+        self.adamw = torch.optim.AdamW([rows], lr=learning_rate, weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update from `rows.grad`; nothing where no prompt of the batch held a placeholder."""
+        if self.rows.grad is None:
+            return
+        self.steps += 1
+        self.adamw.param_groups[0]["lr"] = self.learning_rate * min(1.0, self.steps / ROW_WARMUP_STEPS)
+        tiny = torch.finfo(self.rows.dtype).tiny
+        self.rows.grad /= self.rows.grad.norm(dim=1, keepdim=True).clamp_min(tiny)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        rms = self.rows.square().mean(dim=1, keepdim=True).sqrt()  # (R, 1)
+        self.rows *= (self.rms_limit / rms.clamp_min(tiny)).clamp_max(1.0)
+
+
+@torch.no_grad()
+def row_rms_limit(vocabulary: Tensor, entries: int) -> float:
+    """ROW_RMS_LIMIT times the median rms of the first `entries` rows of the embedding matrix (rows, D).
+
+    The padding rows behind them were never trained and do not count.
+    """
+    rms = torch.cat([part.float().square().mean(dim=1) for part in vocabulary[:entries].split(16384)]).sqrt()
+    return ROW_RMS_LIMIT * rms.median().item()

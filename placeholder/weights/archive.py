@@ -1,0 +1,230 @@
+"""The weights archive: the LoRA, the learned embeddings and meta.json in one file; written here and read here."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from diffusers import QwenImagePipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from placeholder.config import MAX_VECTORS
+from placeholder.data.archive import Archive, open_archive
+from placeholder.data.entries import MAX_ENTRY_BYTES, is_clutter
+from placeholder.errors import label, quoted, reason, shown
+from placeholder.lora.adapter import DTYPES
+from placeholder.lora.formats import check_effect, plain_lora
+from placeholder.lora.safetensors import looks_like_safetensors, read_tensors
+from placeholder.tokens.placeholder_tokens import MAX_TOKENS, check_word
+
+META_NAME = "meta.json"
+LORA_NAME = "lora/lora_weights.safetensors"
+EMBEDDINGS_FOLDER = "embeddings"
+EMBEDDING_KEY = "qwen25_7b"  # the key under which ComfyUI looks for an embedding of this text encoder
+HEADER_MULTIPLE = 8  # the tensors behind the header are aligned to so many bytes (the format's description)
+BLOCK_BYTES = 1024**2
+MAX_META_BYTES = 1024 * 1024
+MAX_BASE_MODEL_CHARACTERS = 1000
+MAX_ID = 2**31  # of a token
+MAX_EMBEDDING_BYTES = 8 * 1024**2  # 64 rows of 8192 numbers in fp32 have a quarter of that
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What an archive holds: the LoRA with alpha = rank and keys without `transformer.`, rows (k, D) by token, meta.json."""
+
+    lora: dict[str, Tensor]
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def embedding_name(token: str) -> str:
+    """Where the rows of a token are stored: `<zwx>` in embeddings/zwx.safetensors; unusual characters are percent-encoded."""
+    bare = token[1:-1] if len(token) > 2 and token.startswith("<") and token.endswith(">") else token
+    return f"{EMBEDDINGS_FOLDER}/{quote(bare, safe='').replace('.', '%2E')}.safetensors"
+
+
+def write_weights(path: Path, weights: Weights, lora_metadata: dict[str, Any], header: dict[str, str] | None = None) -> None:
+    """Write the archive, whole or not at all; `lora_metadata` is the PEFT configuration of the LoRA (alpha = rank).
+
+    `header` goes into the LoRA's safetensors header, beside what diffusers writes there. Entries are stored, not compressed
+    (bf16 noise does not shrink), sorted, and without a time of their own: equal weights and meta.json make equal bytes.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        root = Path(folder)
+        QwenImagePipeline.save_lora_weights(
+            root / "lora",
+            transformer_lora_layers=weights.lora,
+            transformer_lora_adapter_metadata=lora_metadata,
+            weight_name=PurePosixPath(LORA_NAME).name,
+        )
+        _set_metadata(root / LORA_NAME, header or {})
+        for token, rows in weights.embeddings.items():
+            target = root / embedding_name(token)
+            target.parent.mkdir(exist_ok=True)
+            save_file({EMBEDDING_KEY: rows.contiguous()}, target, metadata={"format": "pt", "token": token})
+            _set_metadata(target, {})
+        (root / META_NAME).write_text(json.dumps(weights.meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files = sorted(file for file in root.rglob("*") if file.is_file())
+        whole = root / path.name
+        with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
+            for file in files:
+                with (
+                    archive.open(_entry(file.relative_to(root).as_posix()), "w", force_zip64=True) as target,
+                    file.open("rb") as source,
+                ):
+                    shutil.copyfileobj(source, target, BLOCK_BYTES)
+        whole.replace(path)
+
+
+def add_files(path: Path, files: dict[str, bytes]) -> None:
+    """Add files to an archive that was written, behind what it holds, as they are and without a time of their own."""
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
+        for name, content in files.items():
+            archive.writestr(_entry(name), content)
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    entry.external_attr = 0o644 << 16
+    return entry
+
+
+def _set_metadata(path: Path, more: dict[str, str]) -> None:
+    """Add to the metadata in a safetensors header, and give them, which are written in a random order, that of their names."""
+    changed = path.with_name(f"{path.name}.changed")
+    with path.open("rb") as source, changed.open("wb") as target:
+        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+        header["__metadata__"] = dict(sorted((header["__metadata__"] | more).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = text.ljust(-len(text) % HEADER_MULTIPLE + len(text))
+        target.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(source, target, BLOCK_BYTES)
+    changed.replace(path)
+
+
+def read_weights(path: Path | str) -> Weights:
+    """Read a weights archive (zip or tar), one of another trainer, or a bare LoRA in safetensors, told apart by content.
+
+    Raises ValueError, one sentence, when something that belongs there is missing, damaged or of another kind.
+    """
+    path = _existing(path)
+    if _is_safetensors(path):
+        if (size := path.stat().st_size) > MAX_ENTRY_BYTES:
+            raise ValueError(f"{label(path.name)} is {size} bytes: a LoRA has at most {MAX_ENTRY_BYTES}, is it a base model?")
+        return Weights(_lora_alone(label(path.name), path.read_bytes()))
+    with open_archive(path) as archive:
+        if not any(name in (META_NAME, LORA_NAME) or name.startswith(EMBEDDINGS_FOLDER + "/") for name in archive.names):
+            return Weights(_foreign(archive))
+        if LORA_NAME not in archive.names:
+            raise ValueError(f"LoRA weights not found in {archive.name}: expected {LORA_NAME}")
+        if META_NAME not in archive.names:
+            raise ValueError(f"{META_NAME} not found in {archive.name}: give the archive as the training returned it")
+        meta = _meta(archive)
+        lora = _lora(f"{archive.name}: {LORA_NAME}", archive.read(LORA_NAME))
+        return Weights(lora, _embeddings(archive, meta), meta)
+
+
+def content_digest(path: Path | str) -> str:
+    """The SHA-256 of the file, by which an archive is known again under another name; ValueError where there is none."""
+    with _existing(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _existing(path: Path | str) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"the weights {label(path.name or str(path))} are not a file: give a weights.zip or a LoRA in safetensors"
+        )
+    return path
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return looks_like_safetensors(file.read(9))
+
+
+def _lora(name: str, content: bytes) -> dict[str, Tensor]:
+    return plain_lora(name, *read_tensors(name, content))
+
+
+def _lora_alone(name: str, content: bytes) -> dict[str, Tensor]:
+    """A LoRA that comes without tokens, so that it has to change something itself."""
+    lora = _lora(name, content)
+    check_effect(name, lora)
+    return lora
+
+
+def _foreign(archive: Archive) -> dict[str, Tensor]:
+    """The LoRA in an archive of another trainer: its only safetensors file, at the root (such as the hosted lora.safetensors)."""
+    files = [name for name in archive.names if name.lower().endswith(".safetensors") and not is_clutter(name)]
+    if len(files) != 1 or "/" in files[0]:
+        found = ", ".join(quoted(name) for name in files[:3]) or "no safetensors file"
+        raise ValueError(
+            f"LoRA weights not found in {archive.name}: expected {LORA_NAME}, or a single LoRA at the root, found {found}"
+        )
+    return _lora_alone(f"{archive.name}: {label(files[0])}", archive.read(files[0]))
+
+
+def _meta(archive: Archive) -> dict[str, Any]:
+    """What meta.json holds, with the types of what a prediction reads of it checked."""
+    name, advice = archive.name, "give the archive as the training returned it"
+    if (size := archive.size(META_NAME)) > MAX_META_BYTES:
+        raise ValueError(f"{name}: {META_NAME} is {size} bytes: it has at most {MAX_META_BYTES}")
+    try:
+        meta = json.loads(archive.read(META_NAME).decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{name}: {META_NAME} is not JSON ({reason(error)}): {advice}") from error
+    token_ids = meta.get("placeholder_token_ids", {}) if isinstance(meta, dict) else None
+    if not isinstance(token_ids, dict):
+        raise ValueError(f"{name}: {META_NAME} is not the one of a training: {advice}")
+    base_model = meta.get("base_model", "")
+    if not isinstance(base_model, str) or not base_model.isprintable() or len(base_model) > MAX_BASE_MODEL_CHARACTERS:
+        raise ValueError(f"{name}: {META_NAME} has the base_model {shown(base_model)}: expected a name, {advice}")
+    if len(token_ids) > MAX_TOKENS:
+        raise ValueError(f"{name}: {META_NAME} names {len(token_ids)} tokens: at most {MAX_TOKENS} are read")
+    for token, ids in token_ids.items():
+        check_word(token)
+        if not isinstance(ids, list) or not all(type(token_id) is int and 0 <= token_id < MAX_ID for token_id in ids):
+            raise ValueError(f"{name}: {META_NAME} gives {token!r} the ids {shown(ids)}: expected whole numbers, {advice}")
+    return meta
+
+
+def _embeddings(archive: Archive, meta: dict[str, Any]) -> dict[str, Tensor]:
+    """The rows of every token that meta.json names, and no others."""
+    expected: dict[str, str] = {}
+    for token in meta.get("placeholder_token_ids", {}):
+        other = expected.setdefault(embedding_name(token), token)
+        if other != token:
+            raise ValueError(f"{archive.name} names {other!r} and {token!r}, which have the same file: train with one of them")
+    stored = {name for name in archive.names if name.startswith(EMBEDDINGS_FOLDER + "/")}
+    if missing := sorted(expected.keys() - stored):
+        raise ValueError(
+            f"the learned embedding of {expected[missing[0]]!r} was not found in {archive.name}: expected {missing[0]}"
+        )
+    if unnamed := sorted(stored - expected.keys()):
+        raise ValueError(f"{archive.name} holds {label(unnamed[0])}, a token that {META_NAME} does not name: train it again")
+    return {token: _rows(archive, name, token) for name, token in expected.items()}
+
+
+def _rows(archive: Archive, name: str, token: str) -> Tensor:
+    if (size := archive.size(name)) > MAX_EMBEDDING_BYTES:
+        raise ValueError(f"{archive.name}: {name} is {size} bytes: an embedding has at most {MAX_EMBEDDING_BYTES}")
+    tensors, metadata = read_tensors(f"{archive.name}: {name}", archive.read(name))
+    if (named := metadata.get("token", token)) != token:
+        raise ValueError(
+            f"{archive.name}: {name} holds the rows of {shown(named)}, not of {token!r}: it was renamed, train again"
+        )
+    rows = tensors.get(EMBEDDING_KEY)
+    usable = rows is not None and rows.dtype in DTYPES and rows.ndim == 2 and 1 <= len(rows) <= MAX_VECTORS
+    if not usable or not torch.isfinite(rows).all():
+        raise ValueError(f"{archive.name}: {name} holds no usable rows under {EMBEDDING_KEY!r}: expected finite (k, width)")
+    return rows.float()

@@ -1,0 +1,76 @@
+"""What an archive says about the training it came from: meta.json, and the header that other tools read."""
+
+import os
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import PurePath
+from typing import Any
+
+import diffusers
+import peft
+import torch
+import transformers
+
+from placeholder.config import TrainConfig
+from placeholder.training.training import Training
+
+TIME_VARIABLE = "SOURCE_DATE_EPOCH"
+MEASURED = ("training_seconds", "compile_seconds", "expected_peak_gb", "peak_gb")  # figures that differ from run to run
+
+
+def training_meta(config: TrainConfig, training: Training, figures: dict[str, Any]) -> dict[str, Any]:
+    """meta.json: the resolved configuration, what was found and learned, and the versions that made it.
+
+    With SOURCE_DATE_EPOCH it holds that time and nothing that was measured, so that the same run gives the same bytes.
+    """
+    ids = next(iter(training.tokens.ids.values()), None)
+    fixed = fixed_time()
+    if fixed:
+        figures = {name: value for name, value in figures.items() if name not in MEASURED}
+    return {
+        "training_mode": config.training_mode,
+        "created": (fixed or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **asdict(config),
+        "resolution": ",".join(map(str, config.resolution)),
+        "placeholder_token": ",".join(config.tokens) or None,
+        "placeholder_token_id": ids[0] if ids else None,
+        "placeholder_token_ids": training.tokens.ids,
+        "lora_alpha": config.rank,
+        "transformer_storage": training.plan.chosen.storage,
+        "modulations_tabled": training.plan.chosen.tabled,
+        "images": training.report.images,
+        "captions_found": training.report.captions_found,
+        "captions_described": sum(caption.source == "auto" for caption in training.captions),
+        "buckets": training.report.buckets,
+        "dataset_digest": training.dataset_digest,
+        **figures,
+        "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers, peft)},
+    }
+
+
+def fixed_time() -> datetime | None:
+    """The time of SOURCE_DATE_EPOCH (reproducible-builds.org), where that is set."""
+    fixed = os.environ.get(TIME_VARIABLE)
+    return datetime.fromtimestamp(int(fixed), UTC) if fixed else None
+
+
+def modelspec(meta: dict[str, Any]) -> dict[str, str]:
+    """What other tools show of a LoRA, for its safetensors header, by the names of Stability AI's Model Metadata Standard 1.0.0.
+
+    The date is left to meta.json unless SOURCE_DATE_EPOCH fixes it: the same run gives the same LoRA, byte for byte.
+    """
+    tokens = ", ".join(meta["placeholder_token_ids"])
+    side = max(map(int, meta["resolution"].split(",")))
+    base = PurePath(meta["base_model"]).name
+    found = {
+        "sai_model_spec": "1.0.0",
+        "architecture": "Qwen-Image/lora",
+        "implementation": "diffusers",
+        "title": f"LoRA of {base} for {tokens}" if tokens else f"LoRA of {base}",
+        "resolution": f"{side}x{side}",
+    }
+    if tokens:
+        found["trigger_phrase"] = tokens
+    if fixed_time():
+        found["date"] = meta["created"]
+    return {f"modelspec.{name}": value for name, value in found.items()}

@@ -1,0 +1,162 @@
+"""What a picture of the synthetic world shows: its thing by a small classifier, its colors and the subject by pixel rules."""
+
+import random
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from standin.world import CLASS_WORDS, COLORS, RARE_WORD, SHAPES, SIDE, SUBJECT, TRIGGER, Scene, Thing, render, subject_scene
+
+NOTHING = "nothing"
+KINDS = (*SHAPES, *CLASS_WORDS, TRIGGER, RARE_WORD, SUBJECT, NOTHING)
+WEIGHTS = Path(__file__).with_name("judge.safetensors")
+STEPS, BATCH, RATE = 1500, 64, 2e-3
+FOREGROUND_DISTANCE = 60.0  # in 8-bit RGB, from the background's color
+
+
+def classifier() -> nn.Module:
+    """Pictures (B, 3, 64, 64) in [0, 1] to logits (B, len(KINDS))."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 24), (24, 48), (48, 96), (96, 96)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(96, len(KINDS)))
+
+
+def train_classifier(steps: int = STEPS, seed: int = 0) -> None:
+    """Train on renders, blurred and noisy as generated pictures are, print the accuracy on fresh ones, and store the weights."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    model = classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    for step in range(steps):
+        pixels, labels = examples(BATCH, rng)
+        optimizer.param_groups[0]["lr"] = RATE * max(0.02, 1 - step / steps)
+        loss = F.cross_entropy(model(pixels), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_file(model.state_dict(), WEIGHTS)
+    pixels, labels = examples(2000, random.Random(seed + 1))
+    with torch.no_grad():
+        right = (model(pixels).argmax(1) == labels).float().mean().item()
+    print(f"judge: {right:.4f} of 2000 fresh renders right")
+
+
+def examples(count: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+    """Renders of single things of every kind with their labels: (count, 3, 64, 64), (count,)."""
+    images, labels = [], []
+    while len(images) < count:
+        kind = rng.choice(KINDS)
+        images.append(_worn(render(_scene_of(kind, rng)), rng))
+        labels.append(KINDS.index(kind))
+    return torch.cat([to_pixels(image) for image in images]), torch.tensor(labels)
+
+
+def _scene_of(kind: str, rng: random.Random) -> Scene:
+    background = rng.choice(list(COLORS))
+    if kind == NOTHING:
+        return Scene((), background, rng.randrange(2**31))
+    size, place = rng.choice(("small", "medium", "large")), rng.choice(("left", "middle", "right"))
+    if kind == SUBJECT:
+        return subject_scene(background, rng.randrange(2**31), size, place)
+    if kind not in SHAPES:
+        return Scene((Thing(kind, size=size, place=place),), background, rng.randrange(2**31))
+    color = rng.choice([name for name in COLORS if name != background])
+    texture = "plain" if size == "small" else rng.choice(("plain", "plain", "striped", "dotted"))
+    return Scene((Thing(kind, color, texture, size, place),), background, rng.randrange(2**31))
+
+
+def _worn(image: Image.Image, rng: random.Random) -> Image.Image:
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
+    noise = np.random.default_rng(rng.randrange(2**31)).normal(0, rng.uniform(0, 14), (image.height, image.width, 3))
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """(1, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+
+
+@cache
+def _trained() -> nn.Module:
+    model = classifier()
+    model.load_state_dict(load_file(WEIGHTS))
+    return model.eval()
+
+
+@torch.no_grad()
+def kind_probabilities(images: list[Image.Image]) -> dict[str, list[float]]:
+    """For each kind, the probability that each picture shows it."""
+    probabilities = _trained()(torch.cat([to_pixels(image) for image in images])).softmax(1)
+    return {kind: probabilities[:, index].tolist() for index, kind in enumerate(KINDS)}
+
+
+def kind_of(image: Image.Image) -> str:
+    """The kind the classifier finds most likely."""
+    probabilities = kind_probabilities([image])
+    return max(KINDS, key=lambda kind: probabilities[kind][0])
+
+
+def background_of(image: Image.Image) -> str:
+    """The world's color nearest to the median of the picture's outermost two pixels."""
+    pixels = np.asarray(image.convert("RGB")).astype(float)
+    border = np.concatenate(
+        [pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)]
+    )
+    return nearest_color(np.median(border, axis=0))
+
+
+def color_of(image: Image.Image) -> str | None:
+    """The world's color nearest to the median of all that stands out from the background; None where nothing does."""
+    pixels = np.asarray(image.convert("RGB")).astype(float).reshape(-1, 3)
+    background = np.array(COLORS[background_of(image)])
+    standing_out = pixels[np.linalg.norm(pixels - background, axis=1) > FOREGROUND_DISTANCE]
+    return nearest_color(np.median(standing_out, axis=0)) if len(standing_out) >= 8 else None
+
+
+def nearest_color(rgb: np.ndarray) -> str:
+    """The name of the world's color nearest to an RGB triple."""
+    return min(COLORS, key=lambda name: float(np.linalg.norm(rgb - np.array(COLORS[name]))))
+
+
+def subject_fidelity(
+    image: Image.Image, background: str, place: str = "middle", size: str = "medium", kind: str = SUBJECT
+) -> float:
+    """How much of a subject is there, 0 to 1: one less the error of the best-fitting drawing of it over a blank's error.
+
+    The drawings stand on the background asked for, moved by up to six pixels and scaled by a tenth; the error is the mean
+    square difference over the picture.
+    """
+    return _fit(image, background, place, size, kind, slice(0, SIDE))
+
+
+def half_fidelity(image: Image.Image, background: str, place: str, kind: str) -> float:
+    """The fidelity of a small subject at a place, left or right, seen on that half of the picture alone."""
+    half = slice(0, SIDE // 2) if place == "left" else slice(SIDE // 2, SIDE)
+    return _fit(image, background, place, "small", kind, half)
+
+
+def _fit(image: Image.Image, background: str, place: str, size: str, kind: str, columns: slice) -> float:
+    pixels = np.asarray(image.convert("RGB")).astype(np.float32)[:, columns]
+    templates, blank = _templates(background, place, size, kind)
+    templates, blank = templates[:, :, columns], blank[:, columns]
+    errors = np.square(templates - pixels).mean(axis=(1, 2, 3))
+    worst = np.square(templates - blank).mean(axis=(1, 2, 3))
+    return float(np.clip(1 - errors / worst, 0, 1).max())
+
+
+@cache
+def _templates(background: str, place: str, size: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    drawings = [np.asarray(render(subject_scene(background, seed, size, place, kind))) for seed in range(160)]
+    blank = np.broadcast_to(np.array(COLORS[background], dtype=np.float32), drawings[0].shape)
+    return np.stack(drawings).astype(np.float32), blank
+
+
+if __name__ == "__main__":
+    train_classifier()

@@ -1,0 +1,91 @@
+"""Masks: what is black is not learned."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from placeholder.config import TrainConfig
+from placeholder.data.dataset import read_dataset
+from placeholder.training.examples import draw_sample
+from placeholder.training.flow import flow_loss
+from placeholder.training.losses import sample_losses
+from placeholder.training.setup import prepare
+from tests.support.samples import encoded, picture, write_zip
+
+
+def half(width: int = 64, height: int = 64) -> Image.Image:
+    """White on the left, black on the right."""
+    return Image.fromarray(np.repeat(np.where(np.arange(width) < width // 2, 255, 0)[None], height, axis=0).astype(np.uint8))
+
+
+def entries(**more: bytes) -> dict[str, bytes]:
+    """Two pictures, of which the first has a mask."""
+    return {"a.png": encoded(picture(seed=1)), "b.png": encoded(picture(seed=2)), "a.mask.png": encoded(half())} | {
+        name.replace("__", "."): content for name, content in more.items()
+    }
+
+
+def test_a_mask_gives_the_tokens_of_its_picture_their_weights(tmp_path):
+    (first, second), report = read_dataset(write_zip(tmp_path / "d.zip", entries()), (64,))
+    assert (first.name, second.name) == ("a.png", "b.png")
+    assert first.weights[0].tolist() == [1.0, 1.0, 0.0, 0.0] * 4
+    assert second.weights is None
+    assert report.masks == 1 and report.images == 2 and not report.skipped
+    assert report.lines()[0].endswith("2 filled in with default_caption, 1 masks")
+
+
+def test_a_mask_is_cut_as_its_picture_is(tmp_path):
+    wide = {"a.jpg": encoded(picture(320, 64), "JPEG"), "a.mask.png": encoded(half(320, 64))}
+    ((photo,), _) = read_dataset(write_zip(tmp_path / "d.zip", wide), (64,))
+    (cut,), (weights,) = photo.crops, photo.weights
+    height, width = cut.shape[1] // 16, cut.shape[2] // 16
+    assert width > 2
+    expected = torch.cat([torch.ones(height, width // 2), torch.zeros(height, width // 2)], dim=1).flatten()
+    torch.testing.assert_close(weights, expected, atol=0.02, rtol=0)
+
+
+def test_a_masked_half_has_no_part_in_the_loss_and_the_rest_counts_as_if_alone():
+    generator = torch.Generator().manual_seed(0)
+    found, target = torch.randn(2, 8, 4, generator=generator), torch.randn(2, 8, 4, generator=generator)
+    weights = torch.tensor([[1.0] * 4 + [0.0] * 4, [1.0] * 8])
+    losses = flow_loss(found, target, weights)
+    torch.testing.assert_close(losses[0], (found[0, :4] - target[0, :4]).square().mean())
+    torch.testing.assert_close(losses[1], flow_loss(found, target)[1])
+    changed = found.clone()
+    changed[0, 4:] += 100
+    assert torch.equal(flow_loss(changed, target, weights), losses)
+
+
+def test_the_training_weights_the_loss_by_the_mask(base, tmp_path):
+    config = TrainConfig(steps=1, rank=4, resolution=(64,), seed=1, caption_dropout=0.0)
+    training = prepare(write_zip(tmp_path / "d.zip", entries()), config, base, lambda _: None)
+    masked, plain = training.examples
+    assert plain.weights is None
+    sample = draw_sample(masked, training.empty_ids, 0.0, torch.Generator().manual_seed(0))
+    other = draw_sample(plain, training.empty_ids, 0.0, torch.Generator().manual_seed(1))
+    seen: list[torch.Tensor] = []
+    training.train_state.transformer.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0]))
+    together = sample_losses(training.train_state.transformer, training.prompt_embeds, [sample, other])
+    errors = (seen[0] - torch.stack([sample.noise - masked.latents, other.noise - plain.latents])).square().mean(dim=2)
+    torch.testing.assert_close(together[0], errors[0][masked.weights == 1].mean())
+    torch.testing.assert_close(together[1], errors[1].mean())
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"a__mask__png": encoded(half(96, 64))}, "mask a.mask.png is 96x64 pixels, its picture 64x64: give the same size"),
+        ({"a__mask__png": encoded(Image.new("L", (64, 64)))}, "mask a.mask.png is black where its picture is cut to 64x64"),
+        ({"a__mask__png": b"no picture"}, "mask a.mask.png cannot be read .*: save it again, or leave it out"),
+        ({"a__mask__jpg": encoded(half(), "JPEG")}, "two masks of one picture, 'a.mask.png' and 'a.mask.jpg'"),
+    ],
+)
+def test_a_mask_that_does_not_fit_gets_its_sentence(more, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        read_dataset(write_zip(tmp_path / "d.zip", entries(**more)), (64,))
+
+
+def test_a_mask_without_its_picture_is_named(tmp_path):
+    _, report = read_dataset(write_zip(tmp_path / "d.zip", entries(c__mask__png=encoded(half()))), (64,))
+    assert report.skipped == {"c.mask.png": "a mask without a picture of that name"}

@@ -1,0 +1,326 @@
+"""`go_fast` with a step-distilled LoRA: the picture of stock diffusers with both LoRAs, and no trace of it afterwards."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from safetensors.torch import load_file, save, save_file
+
+from placeholder import generate as generate_module
+from placeholder.lora import distilled as fast_module
+from placeholder.lora.adapter import FAST_ADAPTER, load_lora
+from placeholder.lora.distilled import FAST_VARIABLE, PUBLISHED, STEPS_VARIABLE, FastLora, load_fast_lora, steps_of
+from placeholder.model import placement as placement_module
+from placeholder.model.base import DEFAULT_MODEL
+from placeholder.model.loading import load_transformer
+from placeholder.weights.archive import LORA_NAME
+from predict import Predictor
+from tests.journeys.test_isolation import CHANGING, interrupt_anywhere
+from tests.support.samples import read_zip
+from tests.support.stock import apply_archive, stock_pipeline
+from tests.test_generate import NAMED, PLAIN, Drawer
+from tests.test_request import DEFAULTS
+
+STEPS, RANK, ALPHA = 3, 8, 2.0
+NAME = f"Qwen-Image-Lightning-{STEPS}steps-V2.0.safetensors"
+FAST, FAST_NAMED = replace(PLAIN, go_fast=True), replace(NAMED, go_fast=True)
+# What the model card of lightx2v/Qwen-Image-Lightning gives the scheduler.
+PUBLISHED_SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": math.log(3),
+    "invert_sigmas": False,
+    "max_image_seq_len": 8192,
+    "max_shift": math.log(3),
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": None,
+    "stochastic_sampling": False,
+    "time_shift_type": "exponential",
+    "use_beta_sigmas": False,
+    "use_dynamic_shifting": True,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
+
+
+@pytest.fixture(scope="module")
+def published(base, tmp_path_factory) -> Path:
+    """A LoRA as it is published: bare names, lora_down, lora_up and alpha, on attention and feed-forward of both streams."""
+    generator, tensors = torch.Generator().manual_seed(5), {}
+    for name, layer in load_transformer(base).named_modules():
+        if isinstance(layer, torch.nn.Linear) and (".attn." in name or "_mlp." in name):
+            tensors[f"{name}.lora_down.weight"] = 0.3 * torch.randn(RANK, layer.in_features, generator=generator)
+            tensors[f"{name}.lora_up.weight"] = 0.3 * torch.randn(layer.out_features, RANK, generator=generator)
+            tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
+    assert len(tensors) == 2 * 12 * 3
+    path = tmp_path_factory.mktemp("fast") / NAME
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fast(base, published) -> FastLora:
+    """That LoRA, read and checked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FAST_VARIABLE, str(published))
+        return load_fast_lora(base, lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def draw(base, fast) -> Drawer:
+    """One generator for all tests here: what one does must not be seen in the next."""
+    return Drawer(base, fast)
+
+
+@pytest.fixture(scope="module")
+def as_before(base, zero_prior) -> Callable[[Drawer], bool]:
+    """Whether a generator draws, with an archive and without weights, what others draw that know of no step-distilled LoRA."""
+    cases = [(NAMED, zero_prior.archive), (PLAIN, None)]
+    expected = [Drawer(base)(*case) for case in cases]
+    return lambda drawer: all(np.array_equal(drawer(*case), picture) for case, picture in zip(cases, expected, strict=True))
+
+
+@pytest.mark.parametrize(("scale", "steps"), [(0.6, 50), (1.0, 2), (None, 50)])
+def test_the_picture_is_that_of_stock_diffusers_with_both_loras(scale, steps, draw, base, published, zero_prior):
+    prompt = PLAIN.prompt if scale is None else NAMED.prompt
+    archive = None if scale is None else zero_prior.archive
+    asked = replace(FAST, prompt=prompt, negative_prompt="blurry", lora_scale=scale or 1.0, steps=steps)
+    found = draw(asked, archive)
+    pipeline = stock_pipeline(base.source)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(PUBLISHED_SCHEDULER)
+    if archive:
+        apply_archive(pipeline, archive)
+    pipeline.load_lora_weights(str(published.parent), weight_name=NAME, adapter_name="lightning")
+    names, scales = (["subject", "lightning"], [scale, 1.0]) if archive else (["lightning"], [1.0])
+    pipeline.set_adapters(names, scales)
+    image = pipeline(
+        prompt=prompt,
+        true_cfg_scale=1.0,
+        num_inference_steps=min(steps, STEPS),
+        width=64,
+        height=64,
+        generator=torch.Generator().manual_seed(PLAIN.seed),
+    ).images[0]
+    assert np.array_equal(found, np.asarray(image))
+    assert not np.array_equal(found, draw(replace(asked, go_fast=False), archive))
+
+
+def test_it_is_off_again_bit_for_bit(draw, zero_prior, baseline, as_before):
+    for before in ((FAST, None), (FAST_NAMED, zero_prior.archive), (FAST_NAMED, baseline.archive)):
+        first = draw(*before)
+        assert as_before(draw)
+        assert np.array_equal(draw(*before), first)
+    draw(FAST_NAMED, zero_prior.archive)
+    assert as_before(draw)
+
+
+def test_the_lora_scale_is_the_users_alone(draw, zero_prior):
+    fast_alone = draw(FAST)
+    assert np.array_equal(draw(replace(FAST, lora_scale=0.0), zero_prior.archive), fast_alone)
+    assert not np.array_equal(draw(replace(FAST, lora_scale=1.0), zero_prior.archive), fast_alone)
+    assert not np.array_equal(draw(PLAIN), fast_alone)
+
+
+def test_guidance_and_negative_prompt_do_not_count_and_the_log_says_so(draw, monkeypatch):
+    monkeypatch.setattr(generate_module, "cache_first_block", lambda _: pytest.fail("blocks would be skipped"))
+    pictures = [draw(replace(FAST, guidance=guidance, negative_prompt=text)) for guidance, text in ((4.0, ""), (9.0, "blurry"))]
+    assert np.array_equal(*pictures)
+    said = f"go_fast: step-distilled LoRA {NAME}, at most 3 steps; guidance and the negative prompt are not used"
+    assert said in draw.log and sum("/3 [" in line for line in draw.log) == 3
+    draw(replace(FAST, steps=2))
+    assert sum("/2 [" in line for line in draw.log) == 2
+    draw(PLAIN)
+    assert not any("go_fast" in line for line in draw.log)
+
+
+def test_without_it_the_log_says_that_it_is_the_first_block_cache(base):
+    drawer = Drawer(base)
+    drawer(FAST)
+    assert "go_fast: first-block cache, as there is no step-distilled LoRA at hand" in drawer.log
+
+
+def test_two_archives_and_the_fast_lora_go_together(draw, zero_prior, as_before, tmp_path):
+    style = tmp_path / "style.safetensors"
+    style.write_bytes(read_zip(zero_prior.archive)[LORA_NAME])
+    both = draw(replace(FAST_NAMED, extra_lora_scale=0.5), zero_prior.archive, style)
+    doubled = draw(replace(FAST_NAMED, lora_scale=1.5), zero_prior.archive)
+    assert np.abs(both.astype(int) - doubled.astype(int)).max() <= 1  # sums in another order
+    assert not np.array_equal(both, draw(FAST_NAMED, zero_prior.archive))
+    assert as_before(draw)
+
+
+def test_archives_of_one_shape_still_switch_by_their_weights_alone(draw, base, fast, zero_prior, baseline, monkeypatch):
+    alone = [Drawer(base, fast)(FAST, run.archive) for run in (zero_prior, baseline)]
+    plain = Drawer(base)(PLAIN, baseline.archive)
+    draw(FAST, zero_prior.archive)
+    loaded = []
+    monkeypatch.setattr(generate_module, "load_lora", lambda *args: loaded.append(args))
+    switched = [draw(FAST, run.archive) for run in (zero_prior, baseline)]
+    off = draw(PLAIN, baseline.archive)
+    assert np.array_equal(draw(FAST, baseline.archive), switched[1])
+    assert loaded == [] and all(map(np.array_equal, switched, alone)) and np.array_equal(off, plain)
+
+
+@pytest.mark.parametrize("before", [None, "zero_prior"])
+def test_an_interruption_while_it_is_put_on_is_undone_by_the_next_request(
+    before, base, fast, zero_prior, as_before, monkeypatch
+):
+    drawer, archive = Drawer(base, fast), zero_prior.archive if before else None
+    expected = Drawer(base, fast)(FAST, archive)
+    drawer(PLAIN, archive)
+
+    def interrupted(transformer, state, adapter):
+        load_lora(transformer, state, adapter)
+        if adapter == FAST_ADAPTER:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate_module, "load_lora", interrupted)
+        drawer(FAST, archive)
+    assert drawer.generator.applied == generate_module.INCOMPLETE
+    assert np.array_equal(drawer(FAST, archive), expected)
+    assert as_before(drawer)
+
+
+def test_an_interruption_anywhere_leaves_no_trace(base, fast, zero_prior, as_before):
+    drawer = Drawer(base, fast)
+    short, with_archive = replace(PLAIN, steps=1), (replace(FAST, steps=1), zero_prior.archive)
+    interrupt_anywhere(drawer, CHANGING, (short, None), with_archive, "load", lambda: as_before(drawer))
+    interrupt_anywhere(drawer, CHANGING, with_archive, (short, None), "unload", lambda: as_before(drawer))
+
+
+def test_streaming_changes_no_pixel(draw, base, fast, zero_prior, as_before, monkeypatch):
+    cases = [(FAST_NAMED, zero_prior.archive), (FAST, None)]
+    expected = [draw(*case) for case in cases]
+    monkeypatch.setattr(placement_module, "free_bytes", lambda device: 1)
+    streaming = Drawer(base, fast)
+    assert streaming.generator.streamed
+    for _ in range(2):
+        assert all(np.array_equal(streaming(*case), picture) for case, picture in zip(cases, expected, strict=True))
+        assert as_before(streaming)
+
+
+def test_the_predictor_draws_with_the_file_that_the_variable_names(draw, base, published, zero_prior, monkeypatch, capsys):
+    monkeypatch.setenv("QWEN_IMAGE_MODEL", base.source)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv(FAST_VARIABLE, str(published))
+    predictor = Predictor()
+    predictor.setup()
+    size = {"width": 64, "height": 64, "seed": PLAIN.seed, "output_format": "png", "extra_lora_weights": None}
+    asked = DEFAULTS | size | {"replicate_weights": zero_prior.archive}
+    found = np.asarray(Image.open(predictor.predict(**asked | {"prompt": NAMED.prompt, "go_fast": True})))
+    assert np.array_equal(found, draw(FAST_NAMED, zero_prior.archive))
+    assert f"go_fast: step-distilled LoRA {NAME}, 3 steps, 48 tensors" in capsys.readouterr().out
+
+
+def test_for_another_base_model_and_for_none_there_is_none_and_the_log_says_why(base, monkeypatch):
+    log: list[str] = []
+    monkeypatch.delenv(FAST_VARIABLE, raising=False)
+    assert load_fast_lora(base, log.append) is None
+    monkeypatch.setenv(FAST_VARIABLE, "none")
+    assert load_fast_lora(replace(base, source=DEFAULT_MODEL), log.append) is None
+    assert [line.partition("(")[2] for line in log] == [
+        f"{FAST_VARIABLE} is {why}), so it is the first-block cache" for why in ("not set", "none")
+    ]
+
+
+@pytest.fixture
+def hub(base, published, monkeypatch) -> list[tuple]:
+    """The full-size base model with the tiny one's shapes, and a hub that has the published file; what was asked of it."""
+    asked = []
+    monkeypatch.setattr(fast_module, "transformer_shell", lambda _base: load_transformer(base))
+    monkeypatch.setattr(fast_module, "fetch_file", lambda *given: asked.append(given[:3]) or published)
+    return asked
+
+
+def test_for_qwen_image_it_is_the_published_one(base, hub, monkeypatch):
+    monkeypatch.delenv(FAST_VARIABLE, raising=False)
+    found = load_fast_lora(replace(base, source=DEFAULT_MODEL, dtype=torch.bfloat16), lambda line: None)
+    repository, _, file = PUBLISHED.partition("@")[0].rpartition("/")
+    assert hub == [(repository, file, PUBLISHED.partition("@")[2])] and found.steps == 8 and found.name == file
+    assert {value.dtype for value in found.lora.values()} == {torch.bfloat16}
+
+
+def test_a_published_one_that_cannot_be_had_is_no_failure_and_one_that_is_named_is(base, hub, monkeypatch):
+    def away(*_):
+        raise ValueError("the hub is away")
+
+    monkeypatch.setattr(fast_module, "fetch_file", away)
+    monkeypatch.delenv(FAST_VARIABLE, raising=False)
+    log: list[str] = []
+    assert load_fast_lora(replace(base, source=DEFAULT_MODEL), log.append) is None
+    assert log == ["Warning: go_fast has no step-distilled LoRA, so it is the first-block cache: the hub is away"]
+    monkeypatch.setenv(FAST_VARIABLE, "some/model/sub/lora-4steps.safetensors@v1")
+    with pytest.raises(ValueError, match=f"^{FAST_VARIABLE} cannot be used: the hub is away$"):
+        load_fast_lora(base, log.append)
+
+
+def test_a_hubs_file_and_a_url_are_read(base, hub, published, site, monkeypatch):
+    address, folder = site
+    (folder / "x-5step.safetensors").write_bytes(published.read_bytes())
+    for source, steps in (("some/model/sub/lora_4_steps.safetensors@v1", 4), (f"{address}/x-5step.safetensors?token=1", 5)):
+        monkeypatch.setenv(FAST_VARIABLE, source)
+        assert load_fast_lora(base, lambda line: None).steps == steps
+    assert hub == [("some/model", "sub/lora_4_steps.safetensors", "v1")]
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "4steps-or-8steps.safetensors", "8stepson.safetensors", "1000steps"])
+def test_a_number_of_steps_that_cannot_be_told_is_asked_for(name, base, published, tmp_path, monkeypatch):
+    path = tmp_path / name
+    path.write_bytes(published.read_bytes())
+    monkeypatch.setenv(FAST_VARIABLE, str(path))
+    with pytest.raises(ValueError, match=f"{name} does not say for how many steps .* or set {STEPS_VARIABLE}$"):
+        load_fast_lora(base, lambda line: None)
+    monkeypatch.setenv(STEPS_VARIABLE, "6")
+    assert load_fast_lora(base, lambda line: None).steps == 6
+    monkeypatch.setenv(STEPS_VARIABLE, "many")
+    with pytest.raises(ValueError, match=f"{STEPS_VARIABLE} is 'many': give a whole number from 1 to 200"):
+        load_fast_lora(base, lambda line: None)
+
+
+def test_the_published_names_say_their_steps():
+    for kind in ("4steps-V1.0", "4steps-V2.0-bf16"):
+        assert steps_of(f"Qwen-Image-Lightning-{kind}.safetensors") == 4
+    assert steps_of("Qwen-Image-2512-Lightning-8steps-V1.0-fp32.safetensors") == 8
+    with pytest.raises(ValueError, match="give a whole number from 1 to 200"):
+        steps_of("lora-0steps.safetensors")
+
+
+WRONG = {
+    "no such file": (None, "is neither a file nor a URL nor owner/name/file.safetensors@revision"),
+    "not safetensors": (lambda tensors: b"PK archive", "is not a safetensors file: give the step-distilled LoRA"),
+    "another model": (
+        lambda tensors: save({key.replace("blocks.1", "blocks.9"): value for key, value in tensors.items()}),
+        "the LoRA was made for another model: this one has no linear layer 'transformer_blocks.9",
+    ),
+    "another width": (
+        lambda tensors: save({key: value[..., :7].contiguous() if value.ndim else value for key, value in tensors.items()}),
+        "the LoRA was made for another model",
+    ),
+    "not finite": (lambda tensors: save({key: value * float("nan") for key, value in tensors.items()}), "NaN|finite number"),
+    "no LoRA": (lambda tensors: save({"proj_out.weight": torch.ones(2, 2)}), "is not a LoRA of Qwen-Image"),
+    "half of it": (
+        lambda tensors: save({key: value for key, value in tensors.items() if "lora_up" not in key}),
+        "an alpha for .* without both of its weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_file_gets_its_sentence_before_any_weights_are_loaded(case, base, published, tmp_path, monkeypatch):
+    made, sentence = WRONG[case]
+    path = tmp_path / NAME
+    if made:
+        path.write_bytes(made(load_file(published)))
+    monkeypatch.setenv("QWEN_IMAGE_MODEL", base.source)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv(FAST_VARIABLE, str(path))
+    monkeypatch.setattr(generate_module, "load_text_encoder", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ValueError, match=f"^{FAST_VARIABLE} cannot be used: .*({sentence})"):
+        Predictor().setup()

@@ -1,0 +1,256 @@
+"""LoRA files of other trainers: each at exactly its strength, and a sentence about everything else."""
+
+import json
+
+import pytest
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from placeholder.lora.adapter import load_lora
+from placeholder.lora.formats import BLOCK_LAYERS, DOTTED_BLOCK, DOTTED_TOP, TOP_LAYERS
+from placeholder.model.loading import load_transformer
+from placeholder.weights.archive import LORA_NAME, read_weights
+from tests.lora.test_adapter import velocity
+from tests.support.samples import write_tar, write_zip
+
+RANK = 4
+Layers = dict[str, tuple[Tensor, Tensor]]  # by the layer's name in diffusers: down (r, in) and up (out, r)
+
+
+@pytest.fixture(scope="module")
+def layers(base) -> Layers:
+    """Random factors for every linear layer of the transformer."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for name, layer in load_transformer(base).named_modules():
+        if isinstance(layer, nn.Linear):
+            down, up = (
+                torch.randn(RANK, layer.in_features, generator=generator),
+                torch.randn(layer.out_features, RANK, generator=generator),
+            )
+            found[name] = (0.1 * down, 0.1 * up)
+    return found
+
+
+def file_of(
+    layers: Layers, prefix: str, down: str, up: str, alpha: Tensor | None = None, flat: bool = False, header=None
+) -> bytes:
+    """A safetensors file with the keys `<prefix><layer><down>`, `<prefix><layer><up>` and, with an alpha, `<prefix><layer>.alpha`."""
+    tensors = {}
+    for layer, factors in layers.items():
+        name = prefix + (layer.replace(".", "_") if flat else layer)
+        tensors |= {name + down: factors[0], name + up: factors[1]}
+        if alpha is not None:
+            tensors[name + ".alpha"] = alpha.clone()
+    return save(tensors, header)
+
+
+PEFT = (".lora_A.weight", ".lora_B.weight")
+NAMED = (".lora_A.default.weight", ".lora_B.default.weight")
+KOHYA = (".lora_down.weight", ".lora_up.weight")
+METADATA = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 6})}
+
+FORMATS = {  # the file, and alpha / rank as its trainer means it
+    "diffusers": (lambda some: file_of(some, "transformer.", *PEFT, header=METADATA), 1.5),
+    "flymyai": (lambda some: file_of(some, "transformer.", *PEFT), 1.0),
+    "ai-toolkit": (lambda some: file_of(some, "diffusion_model.", *PEFT), 1.0),
+    "ai-toolkit, alpha": (lambda some: file_of(some, "diffusion_model.", *PEFT, torch.tensor(8.0)), 2.0),
+    "musubi-tuner": (lambda some: file_of(some, "lora_unet_", *KOHYA, torch.tensor(1.0), flat=True), 0.25),
+    "musubi-tuner, converted": (lambda some: file_of(some, "lora_unet_", *KOHYA, torch.tensor(RANK), flat=True), 1.0),
+    "DiffSynth": (lambda some: file_of(some, "", *NAMED), 1.0),
+    "DiffSynth, pipe.dit": (lambda some: file_of(some, "pipe.dit.", *NAMED), 1.0),
+    "bare": (lambda some: file_of(some, "", *PEFT), 1.0),
+    "bare, alpha": (lambda some: file_of(some, "", *PEFT, torch.tensor([2.0])), 0.5),
+    "ComfyUI": (lambda some: file_of(some, "diffusion_model.", *KOHYA, torch.tensor(12.0).bfloat16()), 3.0),
+    "kohya": (lambda some: file_of(some, "transformer.", *KOHYA, torch.tensor(6.0).half()), 1.5),
+    "kohya without alpha": (lambda some: file_of(some, "transformer.", *KOHYA), 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_lora_has_exactly_the_strength_that_its_format_says(kind, base, layers, tmp_path):
+    written, scale = FORMATS[kind]
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(written(layers))
+    loaded, merged, halved = (load_transformer(base) for _ in range(3))
+    load_lora(loaded, read_weights(path).lora)
+    with torch.no_grad():
+        for name, (down, up) in layers.items():
+            merged.get_submodule(name).weight += scale * up @ down
+            halved.get_submodule(name).weight += scale / 2 * up @ down
+    found, expected = velocity(loaded), velocity(merged)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for other in (velocity(halved), velocity(load_transformer(base))):
+        assert (found - other).abs().max() > 0.05
+
+
+STOCK = (
+    "flymyai",
+    "ai-toolkit",
+    "ai-toolkit, alpha",
+    "musubi-tuner",
+    "musubi-tuner, converted",
+    "bare, alpha",
+    "ComfyUI",
+)
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_where_stock_diffusers_reads_a_format_it_gives_it_the_same_strength(kind, base, layers, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(FORMATS[kind][0](layers))
+    stock = QwenImagePipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=load_transformer(base))
+    stock.load_lora_weights(tmp_path, weight_name=path.name)
+    transformer = load_transformer(base)
+    load_lora(transformer, read_weights(path).lora)
+    torch.testing.assert_close(velocity(transformer), velocity(stock.transformer), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_alpha_costs_a_lora_of_16_bits_no_precision(dtype, tmp_path):
+    """A tenth of what fp16 can just hold, and a scale that bf16 would round."""
+    small = {"transformer_blocks.0.attn.to_q": (torch.full((3, 64), 1.0).to(dtype), torch.full((64, 3), 6.2e-5).to(dtype))}
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(file_of(small, "lora_unet_", *KOHYA, torch.tensor(0.3), flat=True))
+    ((down, up),) = small.values()
+    lora = read_weights(path).lora
+    found = lora["transformer_blocks.0.attn.to_q.lora_B.weight"] @ lora["transformer_blocks.0.attn.to_q.lora_A.weight"].float()
+    torch.testing.assert_close(found, 0.1 * up.float() @ down.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("start", ["", "./"])
+@pytest.mark.parametrize("write", [write_zip, write_tar, lambda path, entries: write_tar(path, entries, "w:gz")])
+@pytest.mark.parametrize("name", ["lora.safetensors", "pytorch_lora_weights.safetensors"])
+def test_the_only_lora_at_the_root_of_an_archive_is_read(name, write, start, layers, tmp_path):
+    content = FORMATS["ai-toolkit, alpha"][0](layers)
+    clutter = {"settings.txt": b"steps: 100", "config.yaml": b"job: extension", "__MACOSX/._" + name: b"\0\5\26\7"}
+    archive = write(tmp_path / "trained.bin", {start + other: text for other, text in ({name: content} | clutter).items()})
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(content)
+    found, expected = read_weights(archive), read_weights(alone)
+    assert found.lora.keys() == expected.lora.keys() and not found.embeddings and not found.meta
+    assert all(torch.equal(found.lora[key], value) for key, value in expected.lora.items())
+
+
+def test_our_own_archive_may_hold_any_of_the_formats(layers, tmp_path):
+    entries = {LORA_NAME: FORMATS["musubi-tuner"][0](layers), "meta.json": b"{}"}
+    found = read_weights(write_zip(tmp_path / "weights.zip", entries)).lora
+    for name, (down, up) in layers.items():
+        torch.testing.assert_close(found[name + PEFT[1]] @ found[name + PEFT[0]], up @ down / 4)
+
+
+def test_the_layers_that_are_known_are_those_of_the_transformer():
+    with torch.device("meta"):
+        transformer = QwenImageTransformer2DModel(num_layers=2)
+    linear = {name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)}
+    assert {*TOP_LAYERS, *(f"transformer_blocks.{block}.{layer}" for block in (0, 1) for layer in BLOCK_LAYERS)} == linear
+    assert len(DOTTED_TOP) == len(TOP_LAYERS) and len(DOTTED_BLOCK) == len(BLOCK_LAYERS)  # no two are the same with underscores
+    assert not any(name.startswith("transformer_blocks_") for name in DOTTED_TOP)
+
+
+LAYER = "transformer_blocks.0.attn.to_q"
+FLAT = "lora_unet_transformer_blocks_0_attn_to_q"
+DOWN, UP = torch.ones(RANK, 64), torch.ones(64, RANK)
+PAIR = {f"diffusion_model.{LAYER}{PEFT[0]}": DOWN, f"diffusion_model.{LAYER}{PEFT[1]}": UP}
+FLAT_PAIR = {FLAT + KOHYA[0]: DOWN, FLAT + KOHYA[1]: UP}
+ONE = torch.tensor(1.0)
+MIXES = "lora.safetensors mixes two formats"
+ONLY_PLAIN = "only plain LoRA can be loaded"
+TEXT_ENCODER = "changes the text encoder .* only a LoRA of the transformer alone can be loaded"
+
+WRONG = {
+    "empty": ({}, "lora.safetensors is not a LoRA of Qwen-Image: it is empty"),
+    "another key": (PAIR | {"x.bias": ONE}, "is not a LoRA of Qwen-Image: it holds 'x.bias', expected names that end in"),
+    "a base model": ({f"{LAYER}.weight": torch.ones(64, 64)}, "is not a LoRA of Qwen-Image: it holds 'transformer_blocks.0"),
+    "two prefixes": (PAIR | {f"transformer.{LAYER}{PEFT[0]}": DOWN}, f"{MIXES}, 'diffusion_model.*' and 'transformer.*': save"),
+    "a prefix and none": (PAIR | {f"transformer_blocks.1.attn.to_k{PEFT[0]}": DOWN}, MIXES),
+    "an alpha of another prefix": (PAIR | {FLAT + ".alpha": ONE}, MIXES),
+    "two conventions": (PAIR | {f"diffusion_model.{LAYER}{KOHYA[0]}": DOWN}, MIXES),
+    "half of each convention": ({f"{LAYER}{PEFT[0]}": DOWN, f"{LAYER}{KOHYA[1]}": UP}, MIXES),
+    "a named adapter and none": (PAIR | {f"diffusion_model.transformer_blocks.1.attn.to_q{NAMED[0]}": DOWN}, MIXES),
+    "another adapter": ({f"{LAYER}.lora_A.other.weight": DOWN}, "is not a LoRA of Qwen-Image: it holds"),
+    "an alpha alone": ({FLAT + ".alpha": ONE}, f"an alpha for '{LAYER}' without both of its weights: it is incomplete"),
+    "an alpha without lora_B": ({FLAT + ".alpha": ONE, FLAT + KOHYA[0]: DOWN}, "without both of its weights"),
+    "an alpha without lora_A": ({FLAT + ".alpha": ONE, FLAT + KOHYA[1]: UP}, "without both of its weights"),
+    "an alpha of two numbers": (
+        FLAT_PAIR | {FLAT + ".alpha": torch.ones(2)},
+        rf"'{FLAT}.alpha' of shape \(2,\) in torch.float32",
+    ),
+    "an alpha in a matrix": (FLAT_PAIR | {FLAT + ".alpha": torch.ones(1, 1)}, r"of shape \(1, 1\) .* expected one number"),
+    "an empty alpha": (FLAT_PAIR | {FLAT + ".alpha": torch.ones(0)}, r"of shape \(0,\)"),
+    "an alpha of NaN": (FLAT_PAIR | {FLAT + ".alpha": ONE * float("nan")}, "of nan: expected a finite number above 0"),
+    "an infinite alpha": (FLAT_PAIR | {FLAT + ".alpha": ONE * float("inf")}, "of inf: expected a finite number above 0"),
+    "an alpha of zero": (FLAT_PAIR | {FLAT + ".alpha": ONE * 0}, "of 0.0: expected a finite number above 0"),
+    "a negative alpha": (FLAT_PAIR | {FLAT + ".alpha": -ONE}, "of -1.0: expected a finite number above 0"),
+    "an alpha that is no number": (FLAT_PAIR | {FLAT + ".alpha": torch.tensor(True)}, "in torch.bool: expected one number"),
+    "an alpha in fp8": (FLAT_PAIR | {FLAT + ".alpha": ONE.to(torch.float8_e4m3fn)}, "in torch.float8_e4m3fn: expected one"),
+    "LoKr": ({FLAT + ".lokr_w1": DOWN, FLAT + ".lokr_w2": UP, FLAT + ".alpha": ONE}, f"is a LoKr .*: {ONLY_PLAIN}"),
+    "LoHa": ({FLAT + ".hada_w1_a": DOWN, FLAT + ".alpha": ONE}, f"is a LoHa .*: {ONLY_PLAIN}"),
+    "DoRA": (FLAT_PAIR | {FLAT + ".dora_scale": torch.ones(64, 1)}, f"is a DoRA .*: {ONLY_PLAIN}"),
+    "DoRA of PEFT": (PAIR | {f"diffusion_model.{LAYER}.lora_magnitude_vector": torch.ones(64)}, f"is a DoRA .*: {ONLY_PLAIN}"),
+    "Tucker": (FLAT_PAIR | {FLAT + ".lora_mid.weight": DOWN}, f"is a LoRA with a Tucker core .*: {ONLY_PLAIN}"),
+    "text encoder": (FLAT_PAIR | {"lora_te_model_layers_0_mlp_up_proj" + KOHYA[0]: DOWN}, TEXT_ENCODER),
+    "text encoder of diffusers": (PAIR | {f"text_encoder.model.layers.0.mlp.up_proj{PEFT[0]}": DOWN}, TEXT_ENCODER),
+    "another model": (
+        {"lora_unet_double_blocks_0_img_attn_qkv" + KOHYA[0]: DOWN},
+        "has no layer 'double_blocks_0_img_attn_qkv'",
+    ),
+    "no such layer": (
+        {"lora_unet_transformer_blocks_0_attn_to" + KOHYA[0]: DOWN},
+        "has no layer 'transformer_blocks_0_attn_to'",
+    ),
+    "no number of a block": ({"lora_unet_transformer_blocks_x_attn_to_q" + KOHYA[0]: DOWN}, "has no layer"),
+    "no layer at all": ({"lora_unet_" + KOHYA[0]: DOWN}, "has no layer ''"),
+    "no effect": (
+        {FLAT + KOHYA[0]: DOWN, FLAT + KOHYA[1]: UP * 0},
+        "changes nothing: there is no .lora_B.weight in it that is not",
+    ),
+    "no effect of lora_A": ({FLAT + KOHYA[0]: DOWN * 0, FLAT + KOHYA[1]: UP}, "changes nothing: there is no .lora_A.weight"),
+    "three dimensions": ({FLAT + KOHYA[0]: DOWN[None], FLAT + KOHYA[1]: UP}, "of shape .* expected two dimensions"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_could_not_be_applied_exactly_gets_its_sentence(kind, tmp_path):
+    tensors, sentence = WRONG[kind]
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(save({key: value.clone().contiguous() for key, value in tensors.items()}))
+    with pytest.raises(ValueError, match=sentence):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sentence"),
+    [
+        (6, "gives its strength twice, as alpha keys and in lora_adapter_metadata: save it again with one of them"),
+        (0, "has unreadable lora_adapter_metadata"),
+        (-1, "has unreadable lora_adapter_metadata"),
+    ],
+)
+def test_a_strength_that_is_given_twice_or_is_none_gets_its_sentence(alpha, sentence, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    keys = FLAT_PAIR | {FLAT + ".alpha": ONE}
+    path.write_bytes(save(keys, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha})}))
+    with pytest.raises(ValueError, match=sentence):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        ({"notes.txt": b""}, "expected lora/lora_weights.safetensors, or a single LoRA at the root, found no safetensors file"),
+        ({"a.safetensors": b"", "b.safetensors": b""}, "a single LoRA at the root, found 'a.safetensors', 'b.safetensors'"),
+        ({"lora.safetensors": b"", "old/lora.safetensors": b""}, "found 'lora.safetensors', 'old/lora.safetensors'"),
+        ({"trained/lora.safetensors": b"", "x.txt": b""}, "found 'trained/lora.safetensors'"),
+        ({"lora.safetensors": b"", "embeddings/zwx.safetensors": b""}, "LoRA weights not found in w.zip: expected"),
+        ({"lora.safetensors": b"", "meta.json": b"{}"}, "LoRA weights not found in w.zip: expected lora/lora_weights"),
+        ({LORA_NAME: b""}, "meta.json not found in w.zip: give the archive as the training returned it"),
+        ({"lora.safetensors": b"junk", "x.txt": b""}, "w.zip: lora.safetensors is not a safetensors file"),
+        ({"lora.safetensors": save({}), "x.txt": b""}, "w.zip: lora.safetensors is not a LoRA of Qwen-Image: it is empty"),
+        ({"lora.safetensors": save({FLAT + KOHYA[0]: DOWN * 0}), "x.txt": b""}, "w.zip: lora.safetensors changes nothing"),
+    ],
+)
+def test_an_archive_that_is_not_clearly_one_lora_gets_its_sentence(entries, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        read_weights(write_zip(tmp_path / "w.zip", entries))

@@ -1,0 +1,151 @@
+"""Fetching a base model: from a hub of our own on this machine, only the files that are needed, with lines that tell of it."""
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+from placeholder.model import download
+from placeholder.model.base import BaseModel
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "model_index.json": b"{}",
+    "transformer/config.json": b'{"a": 1}',
+    "transformer/weights.safetensors": bytes(3_000_000),
+    "transformer/weights.bin": b"a pickle",
+    "text_encoder/code.py": b"raise SystemExit",
+    "README.md": b"words",
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of a hub to fetch a snapshot."""
+
+    asked: list[str] = []
+
+    def do_HEAD(self) -> None:
+        """Only the headers."""
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        """Headers and content."""
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        path = self.path.split("?")[0]
+        if path.startswith("/api/models/some/model/tree"):
+            content = json.dumps([{"type": "file", "path": name, "size": len(FILES[name]), "oid": "0"} for name in FILES])
+            content = content.encode()
+        elif path.startswith("/api/models/some/model/revision/") and path.rsplit("/", 1)[1] not in ("main", "v1", COMMIT):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RevisionNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        elif path.startswith("/api/models/some/model"):
+            siblings = [{"rfilename": name} for name in FILES]
+            content = json.dumps({"id": "some/model", "sha": COMMIT, "siblings": siblings}).encode()
+        else:
+            name = path.split(f"/resolve/{COMMIT}/")[-1]
+            content = FILES[name]
+            self.asked.append(name)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha1(content, usedforsecurity=False).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Hub, "asked", [])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_only_weights_and_descriptions_are_fetched_and_the_log_tells_how_far(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "SECONDS", 0.0)
+    log: list[str] = []
+    download.fetch("some/model", log.append, hub)
+    snapshot = tmp_path / "cache" / "models--some--model" / "snapshots" / COMMIT
+    found = {path.relative_to(snapshot).as_posix(): path.read_bytes() for path in snapshot.rglob("*") if path.is_file()}
+    wanted = ("model_index.json", "transformer/config.json", "transformer/weights.safetensors")
+    assert found == {name: FILES[name] for name in wanted}
+    assert log[0] == "Base model: fetching what is missing of some/model"
+    assert log[-2:] == ["Base model: 0.00 GB fetched", f"Base model: complete, commit {COMMIT}"]
+    assert not any("%|" in line for line in log)  # which Replicate would take for the training's progress
+
+
+def test_a_folder_is_taken_as_it_is(base):
+    log: list[str] = []
+    BaseModel(base.source, base.device, base.dtype).fetch(log.append)
+    assert log == []
+    assert base.commit is None
+    assert BaseModel("made of random weights", base.device, base.dtype).commit is None
+
+
+@pytest.mark.parametrize("revision", [None, "v1", COMMIT])
+def test_the_commit_that_was_fetched_is_known_and_all_components_are_read_at_it(revision, hub, tmp_path):
+    base = BaseModel("some/model", torch.device("cpu"), torch.float32, revision=revision)
+    assert base.commit is None
+    log: list[str] = []
+    download.fetch("some/model", log.append, hub, revision)
+    assert base.commit == COMMIT
+    assert log[0] == "Base model: fetching what is missing of some/model" + (f" at {revision}" if revision else "")
+    assert log[-1] == f"Base model: complete, commit {COMMIT}"
+    asked = []
+
+    class Component:
+        """A component that notes what it is asked for."""
+
+        @classmethod
+        def from_pretrained(cls, source: str, **options: str) -> None:
+            asked.append((source, options))
+
+    base.component(Component, "vae")
+    base.configuration(Component, "text_encoder")
+    assert asked == [("some/model", {"subfolder": name, "revision": COMMIT}) for name in ("vae", "text_encoder")]
+
+
+def test_a_revision_that_is_not_there_gets_its_sentence(hub):
+    with pytest.raises(ValueError, match="some/model has no revision 'v9': give one of its commits, tags or branches"):
+        download.fetch("some/model", lambda line: None, hub, "v9")
+
+
+def test_a_single_file_is_fetched_once_at_its_revision(hub, tmp_path):
+    log: list[str] = []
+    for _ in range(2):
+        path = download.fetch_file("some/model", "transformer/weights.safetensors", COMMIT, log.append, hub)
+        assert path.read_bytes() == FILES["transformer/weights.safetensors"]
+        assert path.is_relative_to(tmp_path / "cache" / "models--some--model" / "snapshots" / COMMIT)
+    assert Hub.asked.count("transformer/weights.safetensors") == 2  # the headers, then the content; nothing the second time
+    assert log[0] == f"Fetching transformer/weights.safetensors of some/model at {COMMIT} unless it is there"
+
+
+def test_a_single_file_that_cannot_be_had_gets_its_sentence(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="x.safetensors of some/model at v1 could not be fetched"):
+        download.fetch_file("some/model", "x.safetensors", "v1", lambda line: None, hub)
+
+
+def test_no_bar_is_drawn_anywhere(hub, capfd):
+    download.fetch("some/model", lambda line: None, hub)
+    assert Path(capfd.readouterr().err or "none").name == "none"

@@ -1,0 +1,56 @@
+"""The small stand-in for Qwen-Image: the real vocabulary, the same classes, and the same weights from the same seed."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from placeholder.model.loading import load_scheduler
+from standin.check_base import draw_all, held_out_scenes, right_shares
+from standin.small_base import ADDED_TOKENS, build_tiny_base
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_added_tokens_stand_behind_the_vocabulary_as_in_the_checkpoint(tokenizer):
+    ids = tokenizer.convert_tokens_to_ids([token for token, _ in ADDED_TOKENS])
+    assert ids == list(range(151643, 151665))
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id == 151645
+    assert tokenizer("Hello, world!").input_ids == [9707, 11, 1879, 0]
+    assert tokenizer.decode([9707, 11, 1879, 0]) == "Hello, world!"
+
+
+def test_it_has_the_classes_and_the_schedule_of_qwen_image(base):
+    index = json.loads(Path(base.source, "model_index.json").read_text())
+    assert {name: entry[1] for name, entry in index.items() if isinstance(entry, list)} == {
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+        "tokenizer": "Qwen2Tokenizer",
+        "transformer": "QwenImageTransformer2DModel",
+        "vae": "AutoencoderKLQwenImage",
+    }
+    scheduler = load_scheduler(base).config
+    assert (scheduler.base_shift, scheduler.max_shift, scheduler.shift_terminal) == (0.5, 0.9, 0.02)
+    assert (scheduler.base_image_seq_len, scheduler.max_image_seq_len) == (256, 8192)
+    assert scheduler.use_dynamic_shifting
+
+
+def test_the_seed_decides_the_weights_and_a_folder_is_built_once(tmp_path):
+    torch.manual_seed(99)
+    first = build_tiny_base(tmp_path / "first", seed=0)
+    torch.manual_seed(1)
+    again = build_tiny_base(tmp_path / "again", seed=0)
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(first).items())
+    (first / "marker").touch()
+    assert build_tiny_base(first) == first
+    assert (first / "marker").exists()
+    assert {folder.name for folder in tmp_path.iterdir()} == {"first", "again"}
+
+
+def test_the_trained_base_draws_what_held_out_captions_ask_for():
+    scenes = held_out_scenes(16, seed=11)
+    shares = right_shares(draw_all(scenes), scenes)
+    assert shares["background"] >= 0.9 and shares["color"] >= 0.85 and shares["shape"] >= 0.6, shares

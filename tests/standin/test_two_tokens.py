@@ -1,0 +1,100 @@
+"""The experiment with two tokens: what its data set holds, that its measures see what is there, and that its page is up to date."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from demo.two_measures import DRAWN, both_measures, halves, one_named_measures, rendered
+from demo.two_sheet import COLUMNS, sheet, strip, tables
+from demo.two_subjects import KINDS, ORDERS, Picture, both, nouns, taught, write_dataset
+from demo.two_tokens import ARMS, TOKENS, TRIGGERS
+from placeholder.data.captions import preserved_prompts, trained_captions
+from placeholder.data.dataset import read_dataset
+from standin.subject import SEEN_BACKGROUNDS
+
+DOCS = Path(__file__).parents[2] / "docs"
+NAMED = nouns(TOKENS)
+draw = partial(rendered, count=2)
+
+
+def photos_of(arm, folder):
+    photos, _ = read_dataset(write_dataset(folder / "data.zip", taught(arm.named, arm.together)), (64,))
+    return photos
+
+
+def test_the_package_reads_captions_that_name_one_token_or_both(tmp_path):
+    arm = ARMS["two tokens"]
+    config = arm.config(seed=0)
+    captions = [caption.text for caption in trained_captions(photos_of(arm, tmp_path), config, log=lambda line: None)]
+    named = [tuple(token for token in TOKENS if token in caption) for caption in captions]
+    assert config.tokens == TOKENS
+    assert [named.count(tokens) for tokens in (TOKENS[:1], TOKENS[1:], TOKENS)] == [12, 12, 12]
+    firsts = [caption.index(TOKENS[0]) < caption.index(TOKENS[1]) for caption in captions if all(t in caption for t in TOKENS)]
+    assert sum(firsts) == 6
+    plain = preserved_prompts(captions, config, log=lambda line: None)
+    assert plain[-1][0] == "a photo of a small face and a small house on a pink background"
+
+
+def test_arms_differ_in_what_they_say(tmp_path):
+    without = [photo.caption for photo in photos_of(ARMS["two tokens, no picture of both"], tmp_path)]
+    assert len(without) == 24
+    assert not any(all(token in caption for token in TOKENS) for caption in without)
+    words = ARMS["trigger words TOK and sks"]
+    assert words.config(0).tokens == ()
+    assert all(any(word in photo.caption for word in TRIGGERS) for photo in photos_of(words, tmp_path))
+    assert ARMS["two tokens"].config(0).preserves and not ARMS["two tokens, no preservation"].config(0).preserves
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_each_half_is_measured_for_the_subject_that_belongs_there(order):
+    for image in draw(both(NAMED, order, "blue")):
+        own, other = halves(image, "blue", order)
+        assert min(own) > 0.8 and max(other) < 0.2, (own, other)
+        own, other = halves(image, "blue", order[::-1])  # as if they had been asked for the other way round
+        assert max(own) < 0.2 and min(other) > 0.8, (own, other)
+
+
+def test_pictures_of_both_pass_and_swapped_or_missing_subjects_fail():
+    found = both_measures(draw, NAMED, "unseen")
+    assert found["worse"] > 0.8 and found["both_drawn"] == 1.0 and found["other"] < 0.2, found
+
+    def swapped(picture: Picture):
+        return draw(Picture(picture.caption, picture.kinds[::-1], picture.background))
+
+    found = both_measures(swapped, NAMED, "unseen")
+    assert found["worse"] < DRAWN < found["other"] and found["both_drawn"] == 0.0, found
+
+    def first_twice(picture: Picture):
+        return draw(Picture(picture.caption, (KINDS[0], KINDS[0]), picture.background))
+
+    found = both_measures(first_twice, NAMED, "unseen")
+    assert found["first"] > 0.8 and found["second"] < 0.3 and found["both_drawn"] == 0.0, found
+
+
+def test_a_plain_class_word_beside_a_subject_is_not_the_other_subject():
+    assert one_named_measures(draw, NAMED, 0)["leak"] < 0.3
+
+    def leaking(picture: Picture):
+        return draw(Picture(picture.caption, KINDS, picture.background))
+
+    assert one_named_measures(leaking, NAMED, 0)["leak"] > 0.8
+
+
+def test_the_sheet_has_a_picture_for_each_column():
+    pictures = strip(draw, NAMED)
+    assert len(pictures) == len(COLUMNS)
+    assert sheet({"one": pictures, "two": pictures}).height == sheet({"one": pictures}).height + 96
+
+
+def test_the_data_set_never_shows_an_unseen_background():
+    assert {picture.background for picture in taught(NAMED)} == set(SEEN_BACKGROUNDS)
+
+
+def test_the_page_shows_the_figures_of_the_last_run():
+    results = json.loads((DOCS / "two-tokens.json").read_text())["results"]
+    assert set(ARMS) < set(results)
+    assert all(len(results[name]) >= 3 for name in ARMS)
+    page = (DOCS / "two-tokens.md").read_text()
+    assert all(table in page for table in tables(results).split("\n\n"))

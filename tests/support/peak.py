@@ -1,0 +1,42 @@
+"""The height of memory in use on the CPU, where PyTorch keeps no count of it."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from placeholder.transformer.checkpointing import storages
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that are made inside of it and still alive; `peak` is the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count what it made."""
+        kwargs = kwargs or {}
+        given = {storage._cdata for tensor in _tensors((args, kwargs)) for storage in storages(tensor)}
+        found = func(*args, **kwargs)
+        for tensor in _tensors(found):
+            for storage in storages(tensor):
+                key = storage._cdata
+                if key not in given and key not in self._alive:
+                    self._alive.add(key)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._gone, key, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return found
+
+    def _gone(self, key: int, nbytes: int) -> None:
+        self._alive.discard(key)
+        self.now -= nbytes
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

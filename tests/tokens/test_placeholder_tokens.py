@@ -1,0 +1,242 @@
+"""The placeholder token: its id, where it is spliced in, its rows, and which tokens are refused."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+from transformers import AddedToken
+
+from placeholder.model.loading import load_tokenizer
+from placeholder.tokens.placeholder_tokens import (
+    PlaceholderTokens,
+    check_tokens,
+    initial_embeddings,
+    place_token,
+    without_token,
+)
+from placeholder.tokens.prompt_encoder import prompt_template
+
+FIRST_ID = 151665
+
+
+def tokens_of(*names: str, vectors: int = 1, width: int = 4) -> PlaceholderTokens:
+    generator = torch.Generator().manual_seed(0)
+    return PlaceholderTokens(FIRST_ID, {name: torch.randn(vectors, width, generator=generator) for name in names}, width)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        ("a photo of <zwx>", [64, 6548, 315, 220, 151665]),
+        ("a portrait of <zwx> smiling", [64, 33033, 315, 220, 151665, 36063]),
+        ("<zwx> in a garden", [151665, 304, 264, 13551]),
+        ("beautiful <zwx> at sunset", [86944, 220, 151665, 518, 42984]),
+        ("zwx", [89, 20984]),
+        ("TOK", [51, 3925]),
+        ("<zwx><zwx>", [151665, 151665]),
+        ("", []),
+    ],
+)
+def test_prompts_have_the_ids_of_the_real_vocabulary(prompt, ids, tokenizer):
+    assert tokens_of("<zwx>").tokenize(tokenizer, prompt) == ids
+
+
+def test_the_first_new_token_gets_the_id_behind_the_last(tokenizer):
+    assert len(tokenizer) == FIRST_ID
+    assert PlaceholderTokens(len(tokenizer), {"<zwx>": torch.zeros(1, 4)}, 4).ids == {"<zwx>": [151665]}
+
+
+def test_several_tokens_and_several_vectors_get_consecutive_ids(tokenizer):
+    tokens = PlaceholderTokens(FIRST_ID, {"<zwx>": torch.zeros(2, 4), "<qrs>": torch.zeros(1, 4)}, 4)
+    assert tokens.ids == {"<zwx>": [151665, 151666], "<qrs>": [151667]}
+    assert tokens.tokenize(tokenizer, "<qrs> and <zwx>") == [151667, 323, 220, 151665, 151666]
+
+
+PIECES = [
+    *("<zwx>", "<qrs>", "<zwx>", "<zw", "zwx>", "<", ">", "<<zwx>>", "<ZWX>", "< zwx >", "<zwx"),
+    *("a photo of", "cat", "Chelsea", "portrait's", "don't", "x", "TOK", "123", "3.14", "!?", "...", "{}", "[trigger]"),
+    *(" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u200b", "\u3000"),
+    *("é", "e\u0301", "\u0338", "写真", "한국", "😀", "👩‍👩‍👧", "ß", "İ", "ﬁ", "\ufeff", "𝒳"),
+    *("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<tool_call>", "<|im_", "start|>"),
+]
+
+
+def test_splicing_equals_a_truly_registered_token_on_random_strings(base, tokenizer):
+    registered = load_tokenizer(base)
+    added = [AddedToken(token, special=True, normalized=False) for token in ("<zwx>", "<qrs>")]
+    assert registered.add_tokens(added, special_tokens=True) == 2
+    tokens = tokens_of("<zwx>", "<qrs>")
+    prefix, suffix, _ = prompt_template()
+    draw = random.Random(0)
+    prompts = ["".join(draw.choices(PIECES, k=draw.randint(1, 12))) for _ in range(3000)]
+    for prompt in prompts:
+        assert tokens.tokenize(tokenizer, prompt) == registered(prompt).input_ids, prompt
+        assert tokens.tokenize(tokenizer, prompt, prefix, suffix) == registered(prefix + prompt + suffix).input_ids, prompt
+    assert sum("<zwx>" in prompt for prompt in prompts) > 800
+    assert sum("<zwx><qrs>" in prompt or "<qrs><zwx>" in prompt for prompt in prompts) > 20
+    assert len(tokenizer) == FIRST_ID
+
+
+def test_without_tokens_a_prompt_is_tokenized_as_it_is(tokenizer):
+    assert PlaceholderTokens(FIRST_ID, {}, 4).tokenize(tokenizer, "a <zwx>", "x ", " y") == tokenizer("x a <zwx> y").input_ids
+
+
+def test_a_token_in_the_template_is_not_a_placeholder(tokenizer):
+    assert tokens_of("<zwx>").tokenize(tokenizer, "a", prefix="<zwx> ") == tokenizer("<zwx> a").input_ids
+
+
+def test_the_learned_rows_stand_where_the_new_ids_stand_and_nowhere_else():
+    vocabulary = nn.Embedding(10, 4)
+    tokens = PlaceholderTokens(8, {"<a>": torch.full((2, 4), 5.0), "<b>": torch.full((1, 4), 7.0)}, 4)
+    # Id 8 and 9 have a row in the vocabulary, as ids in a padded vocabulary do, id 10 has none.
+    found = tokens.embed(vocabulary, torch.tensor([[0, 8, 7, 9], [10, 3, 10, 1]]))
+    expected = vocabulary(torch.tensor([[0, 0, 7, 0], [0, 3, 0, 1]])).detach().clone()
+    expected[0, 1] = expected[0, 3] = 5.0
+    expected[1, 0] = expected[1, 2] = 7.0
+    assert torch.equal(found, expected)
+
+
+def test_gradients_reach_the_rows_that_were_named_and_no_others():
+    vocabulary = nn.Embedding(8, 4).requires_grad_(False)
+    tokens = tokens_of("<a>", "<b>", "<c>")
+    ids = torch.tensor([[0, FIRST_ID + 1, 3, FIRST_ID + 1]])
+    (tokens.embed(vocabulary, ids) * torch.arange(1.0, 5.0).view(1, 4, 1)).sum().backward()
+    assert torch.equal(tokens.rows.grad, torch.tensor([[0.0], [6.0], [0.0]]).expand(3, 4))
+    assert vocabulary.weight.grad is None
+
+
+def test_rows_stay_fp32_beside_a_bf16_vocabulary():
+    tokens = PlaceholderTokens(8, {"<a>": torch.ones(1, 4).bfloat16()}, 4)
+    assert tokens.rows.dtype == torch.float32
+    assert tokens.embed(nn.Embedding(8, 4).bfloat16(), torch.tensor([[8]])).dtype == torch.bfloat16
+
+
+def test_without_tokens_the_embedding_is_the_vocabularys():
+    vocabulary, ids = nn.Embedding(8, 4), torch.tensor([[1, 7]])
+    assert torch.equal(PlaceholderTokens(8, {}, 4).embed(vocabulary, ids), vocabulary(ids))
+
+
+def test_embeddings_come_back_by_token_as_copies():
+    given = {"<a>": torch.randn(2, 4), "<b>": torch.randn(1, 4)}
+    tokens = PlaceholderTokens(8, given, 4)
+    found = tokens.embeddings()
+    assert list(found) == ["<a>", "<b>"]
+    assert all(torch.equal(found[token], rows) for token, rows in given.items())
+    with torch.no_grad():
+        tokens.rows.zero_()
+    assert all(torch.equal(found[token], rows) for token, rows in given.items())
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (4,), (1, 1, 4)])
+def test_rows_of_another_base_models_width_get_their_sentence(shape):
+    with pytest.raises(ValueError, match=r"the embedding of <a> has shape .*: this base model takes \(k, 4\)"):
+        PlaceholderTokens(8, {"<a>": torch.zeros(shape)}, 4)
+
+
+def test_only_ids_of_placeholders_count_as_contained():
+    tokens = tokens_of("<a>", vectors=2)
+    assert tokens.contains([5, FIRST_ID])
+    assert tokens.contains([FIRST_ID + 1])
+    assert not tokens.contains([5, FIRST_ID - 1, FIRST_ID + 2])
+    assert not PlaceholderTokens(FIRST_ID, {}, 4).contains([FIRST_ID])
+
+
+def test_fresh_rows_are_normal_of_the_given_size_and_zero_is_exactly_zero():
+    def fresh(std: float, seed: int = 0) -> torch.Tensor:
+        return initial_embeddings(("<a>", "<b>"), 4096, std, torch.Generator().manual_seed(seed))["<b>"]
+
+    assert fresh(1e-5).shape == (1, 4096)
+    assert fresh(1e-5).std().item() == pytest.approx(1e-5, rel=0.05)
+    assert abs(fresh(1e-5).mean().item()) < 1e-6
+    assert torch.equal(fresh(1e-5), fresh(1e-5))
+    assert not torch.equal(fresh(1e-5), fresh(1e-5, seed=1))
+    assert torch.equal(fresh(0.0), torch.zeros(1, 4096))
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("",), "'' is empty or holds white space: give one word such as <zwx>"),
+        (("a b",), "'a b' is empty or holds white space"),
+        (("<a\u00a0b>",), "is empty or holds white space"),
+        (("<a\tb>",), "is empty or holds white space"),
+        (("<a\u200bb>",), "is empty or holds white space"),
+        (("<a\x1b[31m>",), r"'<a\\x1b\[31m>' is empty or holds white space"),
+        (("<\ud800>",), r"'<\\ud800>' is empty or holds white space"),
+        (tuple(f"<q{number}>" for number in range(65)), "placeholder_token names 65 tokens: give at most 64"),
+        (("cat",), "'cat' is already a token of the vocabulary, so it has a prior: give a new one such as <zwx>"),
+        (("TOKEN",), "'TOKEN' is already a token"),
+        (("TOK",), "'TOK' is already a token"),  # " TOK" is one
+        (("<>",), "'<>' is already a token"),
+        (("<|im_end|>",), r"'<\|im_end\|>' is already a token"),
+        (("im_end",), r"'im_end' overlaps with '<\|im_end\|>': give tokens that do not contain each other"),
+        (("<zwx>", "<zwx>"), "'<zwx>' overlaps with '<zwx>'"),
+        (("<zwx>", "a<zwx>b"), "'<zwx>' overlaps with 'a<zwx>b'"),
+        (("<zwx>", "zwx"), "'<zwx>' overlaps with 'zwx'"),
+        (("<" + "x" * 63 + ">",), "has 65 bytes in UTF-8: give at most 64"),
+    ],
+)
+def test_a_token_that_cannot_be_new_gets_its_sentence(names, sentence, tokenizer):
+    with pytest.raises(ValueError, match=sentence):
+        check_tokens(names, tokenizer)
+
+
+def test_a_token_that_is_a_regular_expression_is_taken_literally(tokenizer):
+    assert check_tokens(("<.*>",), tokenizer) == []
+    tokens = tokens_of("<.*>")
+    assert tokens.tokenize(tokenizer, "a <cat>") == tokenizer("a <cat>").input_ids
+    assert tokens.first_id in tokens.tokenize(tokenizer, "a <.*>")
+
+
+def test_matching_is_case_sensitive(tokenizer):
+    assert tokens_of("<zwx>").tokenize(tokenizer, "a <ZWX>") == tokenizer("a <ZWX>").input_ids
+
+
+@pytest.mark.parametrize("names", [(), ("<zwx>",), ("<zwx>", "<qrs>"), ("<Zwx-2>",), ("<ねこ>",), ("<" + "x" * 62 + ">",)])
+def test_bracketed_new_words_are_accepted_without_a_warning(names, tokenizer):
+    assert check_tokens(names, tokenizer) == []
+
+
+def test_an_unbracketed_token_that_is_split_is_warned_about(tokenizer):
+    (warning,) = check_tokens(("zwx",), tokenizer)
+    assert "placeholder_token 'zwx' is split into [89, 20984] by the base tokenizer and is not bracketed" in warning
+    assert "write '<zwx>'" in warning
+
+
+@pytest.mark.parametrize(
+    ("caption", "placed", "in_front"),
+    [
+        ("a photo of <zwx>", "a photo of <zwx>", False),
+        ("a photo of <>", "a photo of <zwx>", False),
+        ("[trigger] in a garden", "<zwx> in a garden", False),
+        ("<> and [trigger] and <zwx>", "<zwx> and <zwx> and <zwx>", False),
+        ("a photo of a cat", "<zwx> a photo of a cat", True),
+        ("<ZWX> in capitals", "<zwx> <ZWX> in capitals", True),
+        ("", "<zwx>", True),
+    ],
+)
+def test_a_caption_gets_the_token_in_its_place_or_in_front(caption, placed, in_front):
+    assert place_token(caption, ("<zwx>",), "a.png") == (placed, in_front)
+
+
+def test_with_several_tokens_a_caption_has_to_name_one_itself():
+    several = ("<zwx>", "<qrs>")
+    assert place_token("<qrs> with <>", several, "a.png") == ("<qrs> with <>", False)
+    with pytest.raises(
+        ValueError, match=r"the caption of a\.png names none of <zwx>, <qrs>: with several tokens each caption says"
+    ):
+        place_token("a photo of <>", several, "a.png")
+
+
+@pytest.mark.parametrize(
+    ("caption", "class_word", "plain"),
+    [
+        ("a photo of a <zwx> dog", "", "a photo of a dog"),
+        ("a photo of <zwx>", "person", "a photo of person"),
+        ("<zwx> and <qrs> in a garden", "", "and in a garden"),
+        ("a garden", "dog", "a garden"),
+    ],
+)
+def test_the_prompt_that_preservation_keeps_has_the_class_word_in_the_tokens_place(caption, class_word, plain):
+    assert without_token(caption, ("<zwx>", "<qrs>"), class_word) == plain

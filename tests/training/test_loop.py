@@ -1,0 +1,481 @@
+"""The training loop: its loss, its gradients, what it updates, and that it learns."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from placeholder.config import TrainConfig
+from placeholder.lora.adapter import add_lora, without_lora
+from placeholder.model.base import BaseModel
+from placeholder.model.loading import load_text_encoder, load_transformer, load_vae
+from placeholder.model.vae import encode_image
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
+from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_ids
+from placeholder.training import loop as trainer_module
+from placeholder.training.determinism import deterministic
+from placeholder.training.examples import Example, Position, Sample, draw_sample, grouped
+from placeholder.training.loop import TrainState, training_steps
+from placeholder.training.losses import predict_velocity, preservation_losses, sample_losses
+from placeholder.training.optimizers import RowOptimizer, lora_optimizer
+from placeholder.transformer.checkpointing import BlockCheckpointing
+from tests.support.peak import PeakBytes
+from tests.support.samples import picture
+
+CAPTIONS = ["a photo of <zwx>", "<zwx> in a garden, at noon", "a close portrait of <zwx>"]
+NO_LIMIT = 1e9
+
+
+class Parts:
+    """A transformer with a LoRA, a token, and three examples of two shapes and three prompt lengths."""
+
+    def __init__(self, base, tokenizer, text_encoder, tokens=("<zwx>",), rank=4, captions=CAPTIONS):
+        self.transformer = load_transformer(base)
+        self.lora = add_lora(self.transformer, rank, seed=0)
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = PlaceholderTokens(151665, initial_embeddings(tokens, 32, 1e-5, generator), 32)
+        self.prompt_embeds = PromptEmbeddings(text_encoder, self.tokens)
+        grids = [(4, 4), (3, 5), (4, 4)]
+        ids = [prompt_ids(tokenizer, self.tokens, caption) for caption in captions]
+        self.examples = [
+            Example(torch.randn(grid[0] * grid[1], 64, generator=generator), grid, 0.5, caption_ids)
+            for grid, caption_ids in zip(grids, ids, strict=True)
+        ]
+        self.empty_ids = prompt_ids(tokenizer, self.tokens, " ")
+
+    def steps(
+        self,
+        steps,
+        batch_size=1,
+        caption_dropout=0.0,
+        seed=0,
+        lora_optimizer=None,
+        row_optimizer=None,
+        examples=None,
+        warmup_fraction=0.0,
+        prior_preservation=0.0,
+        prior_preservation_interval=1,
+        checkpointed=0,
+    ):
+        """The loop over these parts; LoRA and row stay as they are unless their optimizers are given."""
+        optimizer = lora_optimizer or torch.optim.SGD(self.lora, lr=0.0)
+        checkpointing = BlockCheckpointing(self.transformer, checkpointed)
+        train_state = TrainState(self.transformer, self.prompt_embeds, self.lora, optimizer, checkpointing, row_optimizer)
+        config = TrainConfig(
+            steps=steps,
+            batch_size=batch_size,
+            caption_dropout=caption_dropout,
+            placeholder_warmup_fraction=warmup_fraction,
+            prior_preservation=prior_preservation,
+            prior_preservation_interval=prior_preservation_interval,
+        )
+        generator = torch.Generator().manual_seed(seed)
+        return training_steps(train_state, examples or self.examples, self.empty_ids, config, Position(generator))
+
+    def wake_lora(self):
+        """Give the LoRA's B, zero at first, some size, so that A has a gradient too."""
+        generator = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for parameter in self.lora:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+@pytest.fixture
+def parts(base, tokenizer, text_encoder) -> Parts:
+    return Parts(base, tokenizer, text_encoder)
+
+
+def reference_loss(transformer, latents: Tensor, noise: Tensor, sigma: Tensor, embeds: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Liu et al. 2022, arXiv:2209.03003, equation 1, with X_0 the noise and X_1 the data there.
+
+    The model is asked for d x_t / d t of x_t = t noise + (1 - t) data, at t = sigma.
+    """
+    point = sigma * noise + (1 - sigma) * latents
+    velocity = transformer(
+        hidden_states=point[None],
+        timestep=sigma.view(1),
+        encoder_hidden_states=embeds,
+        encoder_hidden_states_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        img_shapes=[[(1, *grid)]],
+    ).sample
+    return torch.nn.functional.mse_loss(velocity[0], noise - latents)
+
+
+def test_the_loss_of_each_sample_equals_the_papers_equation(parts):
+    generator = torch.Generator().manual_seed(1)
+    parts.wake_lora()
+    group = [draw_sample(parts.examples[0], parts.empty_ids, 0.0, generator) for _ in range(3)]
+    with torch.no_grad():
+        found = sample_losses(parts.transformer, parts.prompt_embeds, group)
+        for sample, loss in zip(group, found, strict=True):
+            embeds = parts.prompt_embeds([sample.input_ids])
+            expected = reference_loss(
+                parts.transformer, sample.example.latents, sample.noise, sample.sigma, embeds, sample.example.grid
+            )
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert len({round(loss.item(), 4) for loss in found}) == 3
+
+
+def test_the_row_and_the_lora_learn_exactly_as_with_a_gradient_mask_on_the_whole_matrix(parts, base, tokenizer, text_encoder):
+    """The reference lets the whole embedding matrix require gradients and zeroes all rows but the token's in a hook."""
+    steps, learning_rate = 14, 1e-2
+    start = parts.tokens.rows.detach().clone()
+
+    whole, token_id = load_text_encoder(base), 151665
+    matrix = whole.embed_tokens.weight.requires_grad_(True)
+    with torch.no_grad():
+        matrix[token_id] = start[0]
+    before = matrix.detach().clone()
+    mask = torch.zeros(len(matrix), 1)
+    mask[token_id] = 1.0
+    matrix.register_hook(lambda gradient: gradient * mask)
+    reference = Parts(base, tokenizer, text_encoder)
+    row_adamw = torch.optim.AdamW([matrix], lr=learning_rate, weight_decay=0.0)
+    lora_adamw = torch.optim.AdamW(reference.lora, lr=1e-3, weight_decay=1e-4)
+    generator = torch.Generator().manual_seed(3)
+    position, expected = Position(generator), []
+    for step in range(1, steps + 1):
+        sample = draw_sample(reference.examples[position.next_index(3)], reference.empty_ids, 0.0, generator)
+        embeds = whole(input_ids=torch.tensor([sample.input_ids])).last_hidden_state[:, 34:]
+        loss = reference_loss(
+            reference.transformer, sample.example.latents, sample.noise, sample.sigma, embeds, sample.example.grid
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.lora, 1.0)
+        lora_adamw.step()
+        lora_adamw.zero_grad()
+        matrix.grad /= matrix.grad[token_id].norm()
+        row_adamw.param_groups[0]["lr"] = learning_rate * min(1.0, step / 10)
+        row_adamw.step()
+        row_adamw.zero_grad()
+        expected.append((loss.item(), matrix[token_id].detach().clone()))
+    changed = (matrix.detach() != before).any(dim=1)
+    assert changed.nonzero().flatten().tolist() == [token_id]
+
+    rows = RowOptimizer(parts.tokens.rows, learning_rate, NO_LIMIT)
+    loop = parts.steps(steps, seed=3, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-3), row_optimizer=rows)
+    for step, (loss, row) in zip(loop, expected, strict=True):
+        assert step.loss.item() == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(parts.tokens.rows.detach()[0], row, rtol=1e-6, atol=1e-7)
+    for found, wanted in zip(parts.lora, reference.lora, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=5e-6)
+    assert (parts.tokens.rows.detach() - start).norm() > 100 * start.norm()
+
+
+def test_a_batch_of_mixed_shapes_and_lengths_has_the_mean_gradient_of_its_samples(base, tokenizer, text_encoder):
+    parts = Parts(base, tokenizer, text_encoder)
+    parts.wake_lora()
+    (step,) = parts.steps(1, batch_size=4, caption_dropout=0.3, seed=5)
+
+    singles = Parts(base, tokenizer, text_encoder)
+    singles.wake_lora()
+    generator = torch.Generator().manual_seed(5)
+    position = Position(generator)
+    batch = [draw_sample(singles.examples[position.next_index(3)], singles.empty_ids, 0.3, generator) for _ in range(4)]
+    losses = [sample_losses(singles.transformer, singles.prompt_embeds, [sample])[0] for sample in batch]
+    torch.stack(losses).mean().backward()
+    learning = [(found, single) for found, single in zip(parts.lora, singles.lora, strict=True) if single.grad is not None]
+    norm = torch.nn.utils.get_total_norm([single.grad for _, single in learning])
+
+    assert len(grouped(batch)) > 1
+    assert step.loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    torch.testing.assert_close(parts.tokens.rows.grad, singles.tokens.rows.grad, rtol=1e-3, atol=1e-6)
+    assert len(learning) >= 30  # what the last block sends to the text is not read, so its output layer gets no gradient
+    for found, single in learning:
+        torch.testing.assert_close(found.grad, single.grad / max(1.0, norm), rtol=1e-3, atol=1e-6)
+
+
+def test_samples_are_stacked_only_with_those_of_their_shape_and_length(parts):
+    batch = [Sample(example, example.input_ids, Tensor(), 0) for example in (*parts.examples, parts.examples[0])]
+    groups = grouped(batch)
+    assert sorted(map(len, groups)) == [1, 1, 2]
+    assert sorted(id(sample) for group in groups for sample in group) == sorted(map(id, batch))
+
+
+def test_the_size_of_the_rows_gradient_does_not_touch_the_lora(base, tokenizer, text_encoder):
+    """A shared clip would scale the LoRA's update down by the row's first, huge gradients."""
+    learning, frozen = Parts(base, tokenizer, text_encoder), Parts(base, tokenizer, text_encoder)
+    frozen.tokens.rows.requires_grad_(False)
+    for parts in (learning, frozen):
+        parts.wake_lora()
+        if parts is learning:
+            parts.tokens.rows.register_hook(lambda gradient: gradient * 1e6)
+        list(parts.steps(1, lora_optimizer=torch.optim.SGD(parts.lora, lr=1.0)))
+    assert learning.tokens.rows.grad.norm() > 1e4
+    for found, expected in zip(learning.lora, frozen.lora, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+
+def test_the_loras_gradient_is_clipped_to_norm_one(parts):
+    parts.wake_lora()
+    for parameter in parts.lora:
+        parameter.register_hook(lambda gradient: gradient * 1e4)
+    list(parts.steps(1))
+    gradients = [parameter.grad for parameter in parts.lora if parameter.grad is not None]
+    assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_preservation_is_nothing_while_the_lora_is_zero_and_then_the_distance_from_the_base(parts, tokenizer):
+    plain = prompt_ids(tokenizer, parts.tokens, "a photo of a thing")
+    parts.prompt_embeds.cache([plain])
+    example = parts.examples[0]
+    generator = torch.Generator().manual_seed(2)
+    group = [draw_sample(example, parts.empty_ids, 1.0, generator) for _ in range(2)]
+    assert preservation_losses(parts.transformer, parts.prompt_embeds, group, [plain] * 2).tolist() == [0.0, 0.0]
+    parts.wake_lora()
+    losses = preservation_losses(parts.transformer, parts.prompt_embeds, group, [plain] * 2)
+    for sample, loss in zip(group, losses, strict=True):
+        noisy = sample.sigma * sample.noise + (1 - sample.sigma) * example.latents
+        arguments = (sample.sigma[None], parts.prompt_embeds([plain]), example.grid)
+        with without_lora(parts.transformer):
+            base = predict_velocity(parts.transformer, noisy[None], *arguments)
+        expected = torch.nn.functional.mse_loss(predict_velocity(parts.transformer, noisy[None], *arguments), base)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    losses.sum().backward()
+    assert parts.tokens.rows.grad is None
+    assert (
+        sum(parameter.grad is not None and bool(parameter.grad.any()) for parameter in parts.lora) == 28
+    )  # what the last block asks and sends as text is not read
+
+
+def test_preservation_adds_its_gradient_with_its_weight(base, tokenizer, text_encoder, monkeypatch):
+    monkeypatch.setattr(trainer_module, "LORA_MAX_GRAD_NORM", 1e9)
+    gradients = []
+    for weight in (0.0, 1.0, 3.0):
+        parts = Parts(base, tokenizer, text_encoder)
+        parts.wake_lora()
+        plain = prompt_ids(tokenizer, parts.tokens, "a photo of a thing")
+        examples = [replace(example, preserved=(plain,)) for example in parts.examples]
+        (step,) = parts.steps(1, examples=examples, prior_preservation=weight)
+        assert (step.preservation is not None and step.preservation > 0) == (weight > 0)
+        gradients.append(parts.lora[1].grad)
+    torch.testing.assert_close(gradients[2] - gradients[0], 3 * (gradients[1] - gradients[0]), rtol=1e-3, atol=1e-6)
+    assert (gradients[1] - gradients[0]).norm() > 1e-4
+
+
+def test_every_preserved_prompt_counts(base, tokenizer, text_encoder):
+    """The mean preservation losses of a step add up, whatever the lengths of the prompts."""
+    prompts = ("a photo of a thing", " ")
+    losses = []
+    for kept in ((0,), (1,), (0, 1)):
+        parts = Parts(base, tokenizer, text_encoder)
+        parts.wake_lora()
+        ids = [prompt_ids(tokenizer, parts.tokens, prompts[number]) for number in kept]
+        parts.prompt_embeds.cache(ids)
+        examples = [replace(example, preserved=tuple(ids)) for example in parts.examples]
+        (step,) = parts.steps(1, examples=examples, prior_preservation=1.0, batch_size=2)
+        losses.append(step.preservation.item())
+    assert losses[2] == pytest.approx(losses[0] + losses[1], rel=1e-5) and min(losses) > 0
+
+
+def test_preservation_acts_in_every_third_step_once_the_lora_learns(parts, tokenizer):
+    plain = prompt_ids(tokenizer, parts.tokens, "a photo of a thing")
+    examples = [replace(example, preserved=(plain,)) for example in parts.examples]
+    steps = parts.steps(
+        12,
+        examples=examples,
+        warmup_fraction=0.5,
+        prior_preservation=1.0,
+        prior_preservation_interval=3,
+        row_optimizer=RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT),
+    )
+    assert [step.number for step in steps if step.preservation is not None] == [9, 12]
+
+
+def test_the_row_learns_alone_first_and_then_the_lora_joins_in(parts):
+    rows = RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT)
+    optimizer = lora_optimizer("adamw", parts.lora, 1e-2)
+    start, row = [parameter.detach().clone() for parameter in parts.lora], parts.tokens.rows.detach().clone()
+    moved = []
+    for _ in parts.steps(4, lora_optimizer=optimizer, row_optimizer=rows, warmup_fraction=0.5):
+        lora_moved = any(not torch.equal(now, before) for now, before in zip(parts.lora, start, strict=True))
+        moved.append((lora_moved, not torch.equal(parts.tokens.rows, row)))
+    assert moved == [(False, True), (False, True), (True, True), (True, True)]
+
+
+def test_a_dropped_caption_trains_the_lora_and_leaves_the_row(parts):
+    start = parts.tokens.rows.detach().clone()
+    before = [parameter.detach().clone() for parameter in parts.lora]
+    row_optimizer = RowOptimizer(parts.tokens.rows, 1e-2, NO_LIMIT)
+    parts.prompt_embeds.cache([parts.empty_ids])
+    list(
+        parts.steps(
+            3, caption_dropout=1.0, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-3), row_optimizer=row_optimizer
+        )
+    )
+    assert torch.equal(parts.tokens.rows.detach(), start)
+    assert row_optimizer.steps == 0
+    assert not all(torch.equal(a, b) for a, b in zip(parts.lora, before, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.9])
+def test_captions_are_dropped_as_often_as_asked(share, parts):
+    generator = torch.Generator().manual_seed(0)
+    samples = [draw_sample(parts.examples[0], parts.empty_ids, share, generator) for _ in range(2000)]
+    dropped = sum(sample.input_ids == parts.empty_ids for sample in samples)
+    assert dropped / 2000 == pytest.approx(share, abs=0.03)
+    assert all(sample.input_ids in (parts.empty_ids, parts.examples[0].input_ids) for sample in samples)
+
+
+def test_every_example_comes_once_before_any_comes_again():
+    position = Position(torch.Generator().manual_seed(0))
+    rounds = [[position.next_index(5) for _ in range(5)] for _ in range(6)]
+    assert all(sorted(indices) == [0, 1, 2, 3, 4] for indices in rounds)
+    assert len({tuple(indices) for indices in rounds}) > 1
+
+
+def test_the_loop_yields_every_step_as_it_is_made(parts):
+    loop = parts.steps(3, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-2))
+    seen = []
+    for step in loop:
+        seen.append((step.number, parts.lora[1].detach().clone()))
+    assert [number for number, _ in seen] == [1, 2, 3]
+    assert not torch.equal(seen[0][1], seen[1][1])
+    assert not torch.equal(seen[1][1], seen[2][1])
+
+
+@pytest.mark.parametrize(("tokens", "captions"), [(("<zwx>",), CAPTIONS), ((), [c.replace("<zwx>", "TOK") for c in CAPTIONS])])
+def test_overfitting_three_pictures_lowers_the_loss_on_fixed_noise_by_a_fifth(tokens, captions, base, tokenizer, text_encoder):
+    parts = Parts(base, tokenizer, text_encoder, tokens, rank=16, captions=captions)
+    vae = load_vae(base, torch.float32)
+    pictures = [torch.from_numpy(np.array(picture(seed=seed))).permute(2, 0, 1) for seed in range(3)]
+    parts.examples = [
+        Example(encode_image(vae, pixels), (4, 4), 0.5, example.input_ids)
+        for pixels, example in zip(pictures, parts.examples, strict=True)
+    ]
+    parts.prompt_embeds.cache([parts.empty_ids, *(example.input_ids for example in parts.examples)])
+    generator = torch.Generator().manual_seed(123)
+    fixed = [draw_sample(example, parts.empty_ids, 0.0, generator) for example in parts.examples for _ in range(8)]
+
+    def loss() -> float:
+        with torch.no_grad():
+            groups = [sample_losses(parts.transformer, parts.prompt_embeds, group) for group in grouped(fixed)]
+            return torch.cat(groups).mean().item()
+
+    before = loss()
+    rows = RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT) if tokens else None
+    list(parts.steps(150, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-2), row_optimizer=rows))
+    assert loss() < 0.8 * before
+
+
+def test_the_row_alone_lowers_the_loss_too(parts):
+    generator = torch.Generator().manual_seed(123)
+    fixed = [draw_sample(parts.examples[0], parts.empty_ids, 0.0, generator) for _ in range(8)]
+
+    def loss() -> float:
+        with torch.no_grad():
+            return sample_losses(parts.transformer, parts.prompt_embeds, fixed).mean().item()
+
+    before = loss()
+    list(parts.steps(60, examples=parts.examples[:1], row_optimizer=RowOptimizer(parts.tokens.rows, 1e-2, NO_LIMIT)))
+    assert loss() < before - 1e-4
+
+
+def test_on_a_bf16_base_lora_and_row_stay_fp32_and_learn(base, tokenizer):
+    half = BaseModel(base.source, base.device, torch.bfloat16)
+    parts = Parts(half, tokenizer, load_text_encoder(half))
+    before = [parameter.detach().clone() for parameter in (*parts.lora, parts.tokens.rows)]
+    optimizers = {
+        "lora_optimizer": lora_optimizer("adamw", parts.lora, 1e-3),
+        "row_optimizer": RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT),
+    }
+    losses = [step.loss for step in parts.steps(3, batch_size=2, **optimizers)]
+    assert all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses)
+    assert parts.transformer.img_in.weight.dtype == torch.bfloat16
+    changed = [not torch.equal(now, start) for now, start in zip((*parts.lora, parts.tokens.rows), before, strict=True)]
+    assert changed[-1]
+    assert sum(changed) > 0.9 * len(changed)
+    assert {parameter.dtype for parameter in (*parts.lora, parts.tokens.rows)} == {torch.float32}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_of_the_base_model_gets_a_gradient(checkpointing, parts, text_encoder):
+    if checkpointing:
+        parts.transformer.enable_gradient_checkpointing()
+    before = {name: value.clone() for name, value in parts.transformer.state_dict().items() if "lora_" not in name}
+    rows = RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT)
+    list(parts.steps(2, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-2), row_optimizer=rows))
+    learning = {id(parameter) for parameter in (*parts.lora, parts.tokens.rows)}
+    everything: list[nn.Parameter] = [*parts.transformer.parameters(), *text_encoder.parameters()]
+    assert all(parameter.grad is None for parameter in everything if id(parameter) not in learning)
+    after = parts.transformer.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_gradient_checkpointing_changes_no_gradient(base, tokenizer, text_encoder):
+    gradients = []
+    for checkpointing in (False, True):
+        parts = Parts(base, tokenizer, text_encoder)
+        parts.wake_lora()
+        if checkpointing:
+            parts.transformer.enable_gradient_checkpointing()
+        list(parts.steps(1))
+        gradients.append([parameter.grad for parameter in (*parts.lora, parts.tokens.rows)])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_a_step_that_runs_out_of_memory_is_made_again_with_more_blocks_recomputed(parts, monkeypatch):
+    whole = [(step.loss, step.checkpointed) for step in parts.steps(3, batch_size=2)]
+    original, calls = trainer_module.sample_losses, []
+
+    def running_out_once(*args):
+        calls.append(parts.transformer)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*args)
+
+    monkeypatch.setattr(trainer_module, "sample_losses", running_out_once)
+    again = [(step.loss, step.checkpointed) for step in parts.steps(3, batch_size=2)]
+    assert [checkpointed for _, checkpointed in whole] == [0, 0, 0]
+    assert sorted({checkpointed for _, checkpointed in again}) == [0, 1]
+    assert all(torch.equal(loss, other) for (loss, _), (other, _) in zip(whole, again, strict=True))
+
+
+def test_running_out_of_memory_with_every_block_recomputed_is_an_error(parts, monkeypatch):
+    def running_out(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer_module, "sample_losses", running_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        next(parts.steps(1, checkpointed=1))
+
+
+def test_steps_on_a_gpu_are_strictly_deterministic_until_one_is_refused(parts, monkeypatch):
+    whole = [step.loss for step in parts.steps(2)]
+    original, warn_only = trainer_module.sample_losses, []
+
+    def refusing_strict_steps(*args):
+        warn_only.append(torch.is_deterministic_algorithms_warn_only_enabled())
+        if not warn_only[-1]:
+            raise RuntimeError("it does not have a deterministic implementation")
+        return original(*args)
+
+    monkeypatch.setattr(trainer_module, "sample_losses", refusing_strict_steps)
+    with deterministic(torch.device("cuda")), pytest.warns(UserWarning, match="other weights on this GPU: it does not have"):
+        again = [step.loss for step in parts.steps(2)]
+    assert warn_only == [False, True, True]
+    assert all(map(torch.equal, whole, again))
+
+
+def test_an_error_of_another_kind_ends_the_steps(parts, monkeypatch):
+    def failing(*args):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(trainer_module, "sample_losses", failing)
+    with deterministic(torch.device("cuda")), pytest.raises(RuntimeError, match="shapes do not fit"):
+        next(parts.steps(1))
+
+
+def test_a_step_never_holds_a_gradient_of_the_vocabularys_size(parts):
+    """The vocabulary is the real one, of 152,064 rows, on a model so small that its matrix outweighs all else."""
+    config = {"row_optimizer": RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT), "batch_size": 2}
+    steps = parts.steps(2, **config)
+    next(steps)
+    with PeakBytes() as counted:
+        next(steps)
+    matrix = parts.prompt_embeds.text_encoder.embed_tokens.weight
+    assert config["row_optimizer"].steps == 2  # the row learned
+    assert counted.peak < matrix.nbytes / 4, (counted.peak, matrix.nbytes)

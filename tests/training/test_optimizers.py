@@ -1,0 +1,115 @@
+"""The optimizers: each of the LoRA's makes progress; the rows' own normalizes, warms up, decays nothing and is limited."""
+
+import pytest
+import torch
+from torch import nn
+
+from placeholder.config import OPTIMIZERS
+from placeholder.training.optimizers import RowOptimizer, lora_optimizer, row_rms_limit
+
+NO_LIMIT = 1e9
+
+
+def rows_of(*values: float, width: int = 8) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values).view(-1, 1).repeat(1, width))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_lowers_a_simple_loss(name):
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.randn(128, 64, generator=generator))  # large enough for 8-bit states
+    target = torch.randn(128, 64, generator=generator)
+    optimizer = lora_optimizer(name, [parameter], 1e-2)
+    losses = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = (parameter - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(("name", "bits"), [("adamw8bit", 8), ("adam8bit", 8)])
+def test_the_8_bit_optimizers_hold_their_state_in_8_bits(name, bits):
+    parameter = nn.Parameter(torch.ones(128, 64))
+    optimizer = lora_optimizer(name, [parameter], 1e-3)
+    parameter.sum().backward()
+    optimizer.step()
+    states = [value for value in optimizer.state[parameter].values() if torch.is_tensor(value) and value.numel() == 128 * 64]
+    assert states
+    assert all(state.dtype == torch.uint8 for state in states)
+
+
+def test_adam8bit_alone_has_no_weight_decay():
+    for name in ("adamw", "adamw8bit", "prodigy"):
+        assert lora_optimizer(name, [nn.Parameter(torch.ones(1))], 1e-3).param_groups[0]["weight_decay"] == 1e-4
+    assert lora_optimizer("adam8bit", [nn.Parameter(torch.ones(1))], 1e-3).param_groups[0]["weight_decay"] == 0
+
+
+def test_an_unknown_optimizer_gets_its_sentence():
+    with pytest.raises(ValueError, match="optimizer is 'sgd': choose one of adamw, adamw8bit, adam8bit, prodigy"):
+        lora_optimizer("sgd", [], 1e-3)
+
+
+def test_the_learning_rate_of_the_rows_warms_up_over_ten_steps():
+    rows = rows_of(0.0)
+    optimizer = RowOptimizer(rows, 1e-3, NO_LIMIT)
+    for step in range(1, 15):
+        before = rows.detach().clone()
+        rows.grad = torch.ones_like(rows)
+        optimizer.step()
+        moved = (before - rows.detach()).mean().item()
+        assert moved == pytest.approx(1e-3 * min(1, step / 10), rel=1e-3)
+
+
+def test_an_update_does_not_depend_on_how_large_the_gradient_is():
+    def after(scale: float) -> torch.Tensor:
+        rows = rows_of(0.1)
+        optimizer = RowOptimizer(rows, 1e-2, NO_LIMIT)
+        for step in range(5):
+            rows.grad = scale ** (step % 2) * torch.linspace(-1, 2, 8).view(1, 8)
+            optimizer.step()
+        return rows.detach()
+
+    torch.testing.assert_close(after(1e6), after(1.0), rtol=1e-5, atol=0)
+
+
+def test_each_row_has_its_gradient_normalized_apart():
+    rows, alone = rows_of(0.1, 0.2), rows_of(0.2)
+    both, single = RowOptimizer(rows, 1e-2, NO_LIMIT), RowOptimizer(alone, 1e-2, NO_LIMIT)
+    for step in range(5):
+        gradient = torch.linspace(-1, 2, 8) * (step + 1)
+        rows.grad = torch.stack([1e5 * gradient.flip(0), gradient])
+        alone.grad = gradient[None]
+        both.step()
+        single.step()
+    assert torch.equal(rows[1], alone[0])
+
+
+def test_nothing_is_decayed_and_no_gradient_is_no_step():
+    rows = rows_of(0.5)
+    optimizer = RowOptimizer(rows, 1e-2, NO_LIMIT)
+    optimizer.step()
+    assert optimizer.steps == 0
+    rows.grad = torch.zeros_like(rows)
+    optimizer.step()
+    assert torch.equal(rows.detach(), torch.full((1, 8), 0.5))
+
+
+def test_a_row_never_outgrows_the_limit_and_a_smaller_one_is_left_alone():
+    rows = rows_of(0.0, 0.0)
+    optimizer = RowOptimizer(rows, 1.0, rms_limit=0.25)
+    for _ in range(20):
+        rows.grad = torch.stack([torch.linspace(-1, 2, 8), torch.zeros(8)])
+        optimizer.step()
+    rms = rows.detach().square().mean(dim=1).sqrt()
+    assert rms[0].item() == pytest.approx(0.25, rel=1e-5)
+    assert rms[1].item() == 0
+    assert rows[0].std() > 0.1  # scaled as a whole, not clipped to one value
+
+
+def test_the_limit_is_one_and_a_half_times_the_median_row_of_the_true_entries():
+    vocabulary = torch.cat([torch.full((3, 4), 1.0), torch.full((4, 4), -2.0), torch.full((4, 4), 100.0), torch.zeros(90, 4)])
+    assert row_rms_limit(vocabulary, 9) == pytest.approx(3.0)
+    assert row_rms_limit(vocabulary.bfloat16(), 11) == pytest.approx(3.0)

@@ -1,0 +1,256 @@
+"""A training that goes on where it was interrupted, and one that starts from earlier weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from demo.server import ROOT
+from placeholder.finetune import Stop, StoppedError, finetune
+from placeholder.model.base import MODEL_VARIABLE
+from placeholder.service.job import Job
+from placeholder.training import setup as prepare_module
+from placeholder.training.checkpoint import FACTS_KEY, CheckpointFolder, read_checkpoint, stored_checkpoints
+from placeholder.training.examples import Position
+from placeholder.training.loop import TrainState
+from placeholder.training.optimizers import RowOptimizer, lora_optimizer
+from placeholder.training.training_state import capture, restore
+from placeholder.transformer.checkpointing import BlockCheckpointing
+from tests.support.samples import Run, write_dataset
+
+LORA, ROWS = "lora/lora_weights.safetensors", "embeddings/zwx.safetensors"
+EVERY = 5
+
+
+@pytest.fixture(scope="module")
+def interrupted(zero_prior, dataset, base, tmp_path_factory) -> Path:
+    """Checkpoints of steps 5 and 8 of the shared training, which was asked to stop in its eighth."""
+    folder, stop = tmp_path_factory.mktemp("checkpoints"), Stop()
+
+    def log(line: str) -> None:
+        if " 8/15 [" in line:
+            stop.wanted = True
+
+    with pytest.raises(StoppedError, match="stopped after step 8: resume_from takes its checkpoint"):
+        finetune(
+            dataset, zero_prior.config, folder / "w.zip", base, log, checkpoints=CheckpointFolder(folder, EVERY), stop=stop
+        )
+    assert [path.name[11:17] for path in stored_checkpoints(folder)] == ["000005", "000008"]
+    assert not (folder / "w.zip").exists()
+    return folder
+
+
+def resumed(start: Path, run: Run, dataset, base, output: Path, **changes) -> Run:
+    config, log = replace(run.config, **changes), []
+    return Run(config, output, finetune(dataset, config, output, base, log.append, resume_from=start), log)
+
+
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(step, interrupted, zero_prior, dataset, base, tmp_path):
+    start = interrupted / f"checkpoint-{step:06}.safetensors"
+    found = resumed(start, zero_prior, dataset, base, tmp_path / "w.zip", seed=None)
+    for name in (LORA, ROWS):
+        stored, wanted = found.tensors(name), zero_prior.tensors(name)
+        assert stored.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[key]) for key, value in stored.items())
+    differing = {name for name in found.meta if found.meta[name] != zero_prior.meta[name]}
+    assert differing <= {"created", "training_seconds", "expected_peak_gb"}
+    assert f"Resumed from {start.name} after step {step}" in found.log
+    assert not any(f" {step}/15 [" in line for line in found.log)
+    assert any(f" {step + 1}/15 [" in line for line in found.log)
+
+
+def process(config, folder: Path, dataset: Path, base) -> subprocess.Popen:
+    """The training in a process of its own, with its log on a pipe."""
+    job = Job(str(dataset), str(folder / "w.zip"), asdict(config), None, str(folder / "checkpoints"), EVERY)
+    (folder / "job.json").write_text(json.dumps(asdict(job)))
+    return subprocess.Popen(
+        [sys.executable, "-m", "placeholder.service.launch", str(folder / "job.json")],
+        cwd=ROOT,
+        env=os.environ | {MODEL_VARIABLE: base.source},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def send_at(moment: str, number: signal.Signals, running: subprocess.Popen) -> str:
+    """Send a signal when a line with `moment` has come, and wait for the end; returns what came after it."""
+    for line in running.stdout:
+        if moment in line:
+            running.send_signal(number)
+            return running.communicate()[0]
+    raise AssertionError("the training ended before its moment")
+
+
+def test_a_killed_training_loses_no_more_than_the_steps_since_its_checkpoint(zero_prior, dataset, base, tmp_path):
+    running = process(zero_prior.config, tmp_path, dataset, base)
+    send_at(" 9/15 [", signal.SIGKILL, running)
+    assert running.returncode == -signal.SIGKILL
+    assert not (tmp_path / "w.zip").exists()
+    stored = stored_checkpoints(tmp_path / "checkpoints")
+    assert stored[0].name == "checkpoint-000005.safetensors"
+    found = resumed(stored[0], zero_prior, dataset, base, tmp_path / "w.zip")
+    assert (found.entry(LORA), found.entry(ROWS)) == (zero_prior.entry(LORA), zero_prior.entry(ROWS))
+
+
+def test_a_training_that_is_told_to_end_leaves_a_last_checkpoint(zero_prior, dataset, base, tmp_path):
+    running = process(replace(zero_prior.config, steps=20000), tmp_path, dataset, base)
+    start = time.monotonic()
+    told = send_at(" 200/20000 [", signal.SIGTERM, running)
+    assert time.monotonic() - start < 60
+    assert running.returncode == 1
+    assert "Traceback" not in told
+    (_, last) = stored_checkpoints(tmp_path / "checkpoints")
+    assert f"Checkpoint: step {int(last.stem[-6:])}" in told
+    assert not (tmp_path / "w.zip").exists()
+
+
+def test_a_folder_means_the_newest_checkpoint_in_it(interrupted, zero_prior, dataset, base, tmp_path):
+    found = resumed(interrupted, zero_prior, dataset, base, tmp_path / "w.zip")
+    assert "Resumed from checkpoint-000008.safetensors after step 8" in found.log
+
+
+def test_a_training_can_be_resumed_with_more_steps_and_when_it_was_complete(zero_prior, dataset, base, tmp_path):
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints", 15)
+    first = Run(zero_prior.config, tmp_path / "1.zip", {}, [])
+    meta = finetune(dataset, first.config, first.archive, base, first.log.append, checkpoints=checkpoints)
+    again = resumed(checkpoints.path, zero_prior, dataset, base, tmp_path / "2.zip")
+    assert again.entry(LORA) == first.entry(LORA)
+    assert again.meta["loss"] == meta["loss"]
+    longer = resumed(checkpoints.path, zero_prior, dataset, base, tmp_path / "3.zip", steps=17)
+    assert longer.meta["steps"] == 17
+    assert longer.entry(LORA) != first.entry(LORA)
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_training(zero_prior, dataset, base, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CheckpointFolder, "write", full)
+    log: list[str] = []
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints", 10)
+    finetune(dataset, zero_prior.config, tmp_path / "w.zip", base, log.append, checkpoints=checkpoints)
+    assert any(line.startswith("Warning: the checkpoint of step 10 could not be written ([Errno 28] No space") for line in log)
+    assert Run(zero_prior.config, tmp_path / "w.zip", {}, log).entry(LORA) == zero_prior.entry(LORA)
+
+
+def test_the_weights_of_an_earlier_training_are_where_a_new_one_starts(zero_prior, dataset, base, tmp_path):
+    found = resumed(zero_prior.archive, zero_prior, dataset, base, tmp_path / "w.zip", steps=1, learning_rate=1e-6)
+    assert any(line.startswith("Started from the weights of an earlier training: ") for line in found.log)
+    assert any("the optimizers start anew" in line for line in found.log)
+    assert len(found.meta["started_from"]) == 64
+    before, after = zero_prior.tensors(LORA), found.tensors(LORA)
+    moved = max((after[key].float() - before[key].float()).abs().max().item() for key in before)
+    assert moved < 1e-3  # one step at 1e-6, stored in bf16
+    assert max(value.float().abs().max().item() for key, value in after.items() if "lora_B" in key) > 1e-2
+    row = zero_prior.tensors(ROWS)["qwen25_7b"]
+    torch.testing.assert_close(found.tensors(ROWS)["qwen25_7b"], row, atol=1e-3, rtol=0)
+    assert row.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rank": 8}, "was made with rank 4, this training has 8: give the same to go on, or leave resume_from out"),
+        ({"seed": 2}, "was made with seed 1, this training has 2"),
+        ({"resolution": (64, 80)}, r"was made with resolution \[64\], this training has \[64, 80\]"),
+        ({"placeholder_token": ("<qrs>",)}, r"was made with placeholder_token \['<zwx>'\], this training has \['<qrs>'\]"),
+        ({"steps": 7}, "has made 8 steps, this training is to make 7: give more"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused_before_any_weight_is_loaded(
+    changes, sentence, interrupted, zero_prior, dataset, base, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(prepare_module, "load_vae", never)
+    with pytest.raises(ValueError, match=sentence):
+        resumed(interrupted, zero_prior, dataset, base, tmp_path / "w.zip", **changes)
+
+
+def never(*_):
+    raise AssertionError("weights were loaded")
+
+
+def test_a_checkpoint_of_another_data_set_or_base_is_refused(interrupted, zero_prior, base, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "load_vae", never)
+    other = write_dataset(tmp_path / "other.zip", ["a photo of <zwx>", "<zwx> in a house", None])
+    with pytest.raises(ValueError, match="checkpoint-000008.safetensors was made on another data set: give the one"):
+        resumed(interrupted, zero_prior, other, base, tmp_path / "w.zip")
+    with pytest.raises(ValueError, match="was made with base_model .*, this training has 'another'"):
+        resumed(interrupted, zero_prior, dataset, replace(base, source="another"), tmp_path / "w.zip")
+
+
+def test_weights_that_the_training_cannot_start_from_are_refused(zero_prior, baseline, dataset, base, tmp_path):
+    with pytest.raises(ValueError, match="were trained with no token, this training has <zwx>: give the same"):
+        resumed(baseline.archive, zero_prior, dataset, base, tmp_path / "w.zip")
+    with pytest.raises(
+        ValueError, match=r"the LoRA to start from has .* of shape \(4, 64\), this training makes \(8, 64\): give"
+    ):
+        resumed(baseline.archive, baseline, dataset, base, tmp_path / "w.zip", rank=8)
+
+
+def test_what_is_not_there_gets_its_sentence(zero_prior, dataset, base, tmp_path):
+    with pytest.raises(ValueError, match="resume_from .*missing is not there: give a checkpoint, a folder"):
+        resumed(tmp_path / "missing", zero_prior, dataset, base, tmp_path / "w.zip")
+    with pytest.raises(ValueError, match="resume_from .* holds no checkpoint: leave it out"):
+        resumed(tmp_path, zero_prior, dataset, base, tmp_path / "w.zip")
+
+
+@pytest.mark.parametrize("facts", [{}, {"config": 3}, {"config": {}}, {"step": "x"}, {"record": None}, {"state": {"items": 3}}])
+def test_a_checkpoint_with_other_facts_gets_a_sentence(facts, interrupted, zero_prior, dataset, base, tmp_path):
+    from safetensors.torch import save_file
+
+    stored = read_checkpoint(interrupted / "checkpoint-000008.safetensors")
+    changed = stored.facts | facts if facts else {}
+    save_file(stored.tensors, tmp_path / "c.safetensors", metadata={FACTS_KEY: json.dumps(changed)})
+    with pytest.raises(ValueError, match="c.safetensors|the checkpoint is not one of such a training"):
+        resumed(tmp_path / "c.safetensors", zero_prior, dataset, base, tmp_path / "w.zip")
+
+
+class Small(torch.nn.Module):
+    """A transformer as far as the state is concerned."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer_blocks = torch.nn.ModuleList()
+
+    def enable_gradient_checkpointing(self, _run):
+        pass
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adam8bit", "prodigy"])
+def test_every_optimizer_goes_on_as_if_nothing_had_happened(name, tmp_path):
+    def fresh() -> tuple[TrainState, Position]:
+        generator = torch.Generator().manual_seed(0)
+        # Two larger than 4096 numbers, from where on bitsandbytes stores states in 8 bits.
+        lora = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((80, 80), (4, 6), (70, 70))]
+        rows = RowOptimizer(torch.nn.Parameter(torch.randn(2, 8, generator=generator)), 1e-2, 100.0)
+        train_state = TrainState(Small(), None, lora, lora_optimizer(name, lora, 1e-2), BlockCheckpointing(Small(), 0), rows)
+        return train_state, Position(generator)
+
+    def train(train_state: TrainState, position: Position, steps: int) -> list[torch.Tensor]:
+        for _ in range(steps):
+            position.step += 1
+            for parameter in (*train_state.lora, train_state.row_optimizer.rows):
+                parameter.grad = torch.randn(parameter.shape, generator=position.generator) + position.next_index(5)
+            train_state.lora_optimizer.step()
+            train_state.row_optimizer.step()
+        return [parameter.detach().clone() for parameter in (*train_state.lora, train_state.row_optimizer.rows)]
+
+    whole = train(*fresh(), 12)
+    first = fresh()
+    train(*first, 7)
+    tensors, state = capture(*first)
+    stored = read_checkpoint(CheckpointFolder(tmp_path, 1).write(7, tensors, {"state": state}))
+    second = fresh()
+    restore(*second, stored.tensors, stored.facts["state"])
+    assert second[1].step == 7
+    again = train(*second, 5)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(again, whole, strict=True))
