@@ -6,12 +6,11 @@ from typing import Optional
 from cog import BaseModel, Input, Path, Secret
 
 from placeholder.config import train_config
+from placeholder.job import CheckpointFolder, WandbTarget
 from placeholder.report.hub import HubRepository
-from placeholder.report.wandb_target import WandbTarget
 from placeholder.service.files import OutputFolder
 from placeholder.service.launch import finetune_on_all_gpus
 from placeholder.service.metrics import record
-from placeholder.training.checkpoint import CheckpointFolder
 
 # What is not an option of TrainConfig: files, and where things go.
 WANDB = ("wandb_api_key", "wandb_project", "wandb_run", "wandb_entity")

@@ -28,6 +28,7 @@ from placeholder.config import TrainConfig
 from placeholder.devices import free_memory, reset_peak
 from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
+from placeholder.job import Job
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import default_dtype, load_transformer
 from placeholder.request import Request
@@ -122,7 +123,7 @@ def train(base: BaseModel, config: TrainConfig, folder: Path) -> dict[str, Any]:
     clock = StepClock()
     _reset_peak()
     dataset = write_dataset(folder / "data.zip", config.resolution[0])
-    meta = finetune(dataset, config, folder / f"{config.training_mode}.zip", base, clock)
+    meta = finetune(Job(dataset, config, folder / f"{config.training_mode}.zip"), base, clock)
     seconds = clock.step_seconds()
     return {
         "loss": meta["loss"],
@@ -178,7 +179,7 @@ def _on_card(base: BaseModel, config: TrainConfig, gigabytes: int) -> dict[str, 
             patch("placeholder.training.setup.load_transformer", load),
         ):
             dataset = write_dataset(Path(name) / "data.zip", config.resolution[0])
-            meta = finetune(dataset, config, Path(name) / "weights.zip", base, log=lambda line: None)
+            meta = finetune(Job(dataset, config, Path(name) / "weights.zip"), base, log=lambda line: None)
     except ValueError as error:
         return {"refused": str(error)}
     except torch.OutOfMemoryError as error:

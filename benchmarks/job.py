@@ -22,6 +22,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from benchmarks.step import GRID, HEAD_WIDTH, HEADS, RANK, RATE, Inputs, Script, transformer
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
+from placeholder.job import Job
 from placeholder.model.base import BaseModel
 from placeholder.model.vae import normalize
 from standin.small_base import Size, new_components, qwen_tokenizer, scheduler
@@ -91,7 +92,7 @@ def our_job(base: BaseModel, dataset: Path, output: Path) -> dict[str, float]:
     config = TrainConfig(
         steps=STEPS, rank=RANK, learning_rate=RATE, resolution=(SIDE,), caption_dropout=0.0, seed=0, report=False
     )
-    meta = finetune(dataset, config, output, base, log=lambda line: None)
+    meta = finetune(Job(dataset, config, output), base, log=lambda line: None)
     seconds = time.perf_counter() - start
     return {"steps_s": meta["training_seconds"], "seconds": seconds}
 

@@ -15,6 +15,7 @@ import torch
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
+from placeholder.job import Job
 from placeholder.lora.adapter import ADAPTER, load_lora, unload_lora
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_transformer
@@ -50,7 +51,7 @@ def trained_archives(base: BaseModel, folder: Path) -> list[Path]:
         ("baseline", TRIGGER, SHORT),
     ):
         archives.append(folder / f"{name}.zip")
-        finetune(write_dataset(folder / f"{name}-data.zip", named(word)), config, archives[-1], base, silent)
+        finetune(Job(write_dataset(folder / f"{name}-data.zip", named(word)), config, archives[-1]), base, silent)
     return archives
 
 

@@ -22,7 +22,7 @@ import psutil
 from demo.server import ROOT, CogServer, data_url, from_data_url
 from placeholder.config import TrainConfig
 from placeholder.model.base import MODEL_VARIABLE
-from placeholder.service.job import Job
+from placeholder.service.job import ProcessJob
 from placeholder.training.checkpoint import stored_checkpoints
 from standin.small_base import build_tiny_base
 from tests.support.samples import read_zip, write_dataset
@@ -58,7 +58,7 @@ class Bench:
         """A training in a process of its own that leaves checkpoints in the folder `name`, and its archive."""
         checkpoints, output = self.folder / name, self.folder / f"{name}.zip"
         source = str(checkpoints) if resume else None
-        job = Job(str(self.dataset), str(output), asdict(CONFIG), source, str(checkpoints), EVERY)
+        job = ProcessJob(str(self.dataset), str(output), asdict(CONFIG), source, str(checkpoints), EVERY)
         file = self.folder / f"{name}.json"
         file.write_text(json.dumps(asdict(job)))
         command = [sys.executable, "-m", "placeholder.service.launch", str(file)]

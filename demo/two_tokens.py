@@ -23,6 +23,7 @@ from demo.two_sheet import sheet, strip, tables
 from demo.two_subjects import nouns, taught, write_dataset
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
+from placeholder.job import Job
 from placeholder.lora.adapter import load_lora, scale_lora, without_lora
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_text_encoder, load_tokenizer, load_transformer, load_vae
@@ -78,7 +79,7 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[Weights | None, dic
     with tempfile.TemporaryDirectory() as folder:
         dataset = write_dataset(Path(folder) / "data.zip", taught(arm.named, arm.together))
         output = Path(folder) / "weights.zip"
-        meta = finetune(dataset, arm.config(seed), output, base, log=lambda line: None)
+        meta = finetune(Job(dataset, arm.config(seed), output), base, log=lambda line: None)
         return read_weights(output), {name: meta[name] for name in ("training_seconds", "diagnostics") if name in meta}
 
 

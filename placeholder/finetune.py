@@ -13,13 +13,14 @@ from placeholder.config import TrainConfig
 from placeholder.devices import peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.errors import MAX_SEED
+from placeholder.job import CheckpointFolder, Job
 from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict, unload_lora
 from placeholder.model.base import BaseModel
 from placeholder.report import tracking
 from placeholder.report.report import Report
 from placeholder.report.wandb_run import WandbRun
 from placeholder.tokens.prompt_encoder import PromptEmbeddings
-from placeholder.training.checkpoint import Checkpoint, CheckpointFolder
+from placeholder.training.checkpoint import Checkpoint, prepare_folder, write_checkpoint
 from placeholder.training.diagnostics import Diagnostics, diagnose
 from placeholder.training.examples import Example
 from placeholder.training.flow import MIDDLE_SIGMA
@@ -48,26 +49,23 @@ class Stop:
 
 
 def finetune(
-    dataset: Path,
-    config: TrainConfig,
-    output: Path,
+    job: Job,
     base: BaseModel,
     log: Log = print,
     processes: Processes = SINGLE_PROCESS,
-    resume_from: Path | None = None,
-    checkpoints: CheckpointFolder | None = None,
     stop: Stop | None = None,
     run: WandbRun | None = None,
 ) -> dict[str, Any] | None:
-    """Train on the data-set archive and write the weights archive to `output`; returns what meta.json holds.
+    """Do the job on the base model, and write its weights archive; returns what meta.json holds.
 
-    `resume_from` is a checkpoint, a folder of them, or an earlier weights archive. Where `stop` is wanted, a last checkpoint
+    Where `stop` is wanted, a last checkpoint
     is left and StoppedError raised. `run` is started, and shows the training. Of several processes the first alone writes and returns,
     the others return None, and have no `run`.
     Raises ValueError for a bad data set, token or start before any weight is loaded, and RuntimeError when the loss stops being
     finite or the archive does not prove itself.
     """
-    source = resume_path(resume_from) if resume_from else None
+    config, checkpoints = job.config, job.checkpoints
+    source = resume_path(job.resume_from) if job.resume_from else None
     start = read_start(source) if source else None
     shared = {"base_model": base.source, "base_model_revision": base.revision, "processes": processes.world_size}
     if processes.world_size > 1:  # each machine has its own files
@@ -78,7 +76,7 @@ def finetune(
         config = config_of(start, config, shared)
     config = processes.broadcast(with_seed(config, log))
     if checkpoints is not None and processes.rank == 0:
-        checkpoints.prepare(source)
+        prepare_folder(checkpoints, source)
         log(f"Checkpoints: every {checkpoints.every} steps")
     if config.placeholder_token and not config.tokens:
         log(f"Placeholder token '{','.join(config.placeholder_token)}' is not used: train_placeholder_token is false")
@@ -86,7 +84,7 @@ def finetune(
         tracking.start(run, config, shared)
     reset_peak()
     timing = Timing()
-    training = prepare(dataset, config, base, log, processes, start, timing)
+    training = prepare(job.dataset, config, base, log, processes, start, timing)
     if config.torch_compile is None:
         config = replace(config, torch_compile=training.payback.pays)
     earlier = start.facts["record"] if isinstance(start, Checkpoint) else None
@@ -134,19 +132,19 @@ def finetune(
         tracking.show_end(run, config, training, report, meta)
     transformer = training.train_state.transformer
     weights = Weights(lora_state_dict(transformer), training.tokens.embeddings(), meta)
-    unproved = output.with_name(f"{output.name}.unproved")
+    unproved = job.output.with_name(f"{job.output.name}.unproved")
     try:
         with timing.part("save"):
             write_weights(unproved, weights, lora_metadata(transformer), modelspec(meta))
         if report is not None:
             add_files(unproved, report.files(record.curve, meta, diagnostics.lines() if diagnostics else []))
         prove_archive(unproved, weights, transformer, training.prompt_embeds, training.examples[0])
-        unproved.replace(output)
+        unproved.replace(job.output)
     finally:
         unproved.unlink(missing_ok=True)
     log(
         f"Weights archive proved: {len(weights.lora)} LoRA tensors, {len(weights.embeddings)} embeddings, "
-        f"{output.stat().st_size} bytes"
+        f"{job.output.stat().st_size} bytes"
     )
     return meta
 
@@ -167,7 +165,7 @@ def _save(checkpoints: CheckpointFolder, training: Training, facts: dict[str, An
     facts |= {"modulations_tabled": training.plan.chosen.tabled}
     facts |= {"descriptions": training.descriptions}
     try:
-        checkpoints.write(step, tensors, facts | {"step": step, "state": state})
+        write_checkpoint(checkpoints, step, tensors, facts | {"step": step, "state": state})
     except OSError as error:
         log(f"Warning: the checkpoint of step {step} could not be written ({error}): the training goes on without it")
         return False

@@ -18,6 +18,7 @@ from demo.study import ARMS, BUDGET, SAMPLES, TOKEN, Prompts, mean_fidelity
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
+from placeholder.job import Job
 from placeholder.lora.distilled import FAST_VARIABLE, load_fast_lora
 from placeholder.model.base import BaseModel
 from placeholder.request import Request
@@ -112,7 +113,7 @@ def trained(base: BaseModel, seed: int) -> Path:
         archive.parent.mkdir(parents=True, exist_ok=True)
         token = {"train_placeholder_token": True, "placeholder_token": (TOKEN,), "report": False}
         config = TrainConfig(**BUDGET | ARM.options | token, seed=seed)
-        finetune(write_dataset(archive.with_suffix(".data"), ARM.name), config, archive, base, lambda line: None)
+        finetune(Job(write_dataset(archive.with_suffix(".data"), ARM.name), config, archive), base, lambda line: None)
     return archive
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from placeholder import finetune as finetune_module
 from placeholder.config import YAML_SECTIONS, TrainConfig, train_config
 from placeholder.finetune import prove_archive
+from placeholder.job import Job
 from placeholder.lora.adapter import B, add_lora
 from placeholder.model.loading import load_text_encoder, load_transformer
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
@@ -358,7 +359,9 @@ def test_an_unbracketed_token_is_warned_about_in_the_log(base, tmp_path):
     log: list[str] = []
     empty = write_dataset(tmp_path / "data.zip", [])
     with pytest.raises(ValueError, match="no usable picture"):
-        finetune_module.finetune(empty, replace(ZERO_PRIOR, placeholder_token=("zwx",)), tmp_path / "w.zip", base, log.append)
+        finetune_module.finetune(
+            Job(empty, replace(ZERO_PRIOR, placeholder_token=("zwx",)), tmp_path / "w.zip"), base, log.append
+        )
     assert [line for line in log if line.startswith("Warning: placeholder_token 'zwx' is split into [89, 20984]")]
 
 

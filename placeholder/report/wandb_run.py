@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from placeholder.errors import label
-from placeholder.report.wandb_target import FOLDER_VARIABLE, WandbTarget
+from placeholder.job import FOLDER_VARIABLE, WandbTarget
 
 Log = Callable[[str], None]
 Pictures = Mapping[str, Sequence[tuple[str, bytes]]]

@@ -85,10 +85,10 @@ def train(given: dict[str, Any], console: Console) -> Path:
     config = train_config({name: inputs[name] for names in YAML_SECTIONS.values() for name in names}, inputs["config"])
     output = output_path(given.get("output", "weights.zip"), given.get("overwrite", False))
 
+    from placeholder.job import CheckpointFolder, WandbTarget
     from placeholder.report.hub import HubRepository
-    from placeholder.report.wandb_target import WandbTarget
     from placeholder.service.launch import finetune_on_all_gpus
-    from placeholder.training.checkpoint import CheckpointFolder, stored_checkpoints
+    from placeholder.training.checkpoint import stored_checkpoints
 
     repository = HubRepository.of(inputs["hf_repo_id"], inputs["hf_token"]) if inputs["hf_repo_id"] else None
     if repository:

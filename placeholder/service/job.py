@@ -13,7 +13,7 @@ ERROR_NAME = "error.json"
 
 
 @dataclass(frozen=True)
-class Job:
+class ProcessJob:
     """A training as a process of its own is told of it, by the path of a JSON file.
 
     `config` holds options of TrainConfig by name, `wandb` the names `project`, `run` and `entity`. `ends_with_stdin`: it ends when
@@ -30,7 +30,7 @@ class Job:
     ends_with_stdin: bool = False
 
     @classmethod
-    def read(cls, file: Path) -> "Job":
+    def read(cls, file: Path) -> "ProcessJob":
         """The job that a file holds. Raises ValueError where it is not there or holds anything else."""
         try:
             found = json.loads(file.read_text())

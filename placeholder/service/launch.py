@@ -1,7 +1,7 @@
 """A training on all visible GPUs, in a process for each; where there is one GPU and no checkpoint is asked for, in this one.
 
 `torchrun` or `accelerate launch` run the same on several machines: `accelerate launch --multi_gpu -m placeholder.service.launch job.json`,
-where job.json holds the fields of Job (job.py).
+where job.json holds the fields of ProcessJob (job.py).
 """
 
 import errno
@@ -22,12 +22,11 @@ import torch
 from placeholder.config import TrainConfig
 from placeholder.errors import readable_errors
 from placeholder.finetune import finetune
+from placeholder.job import CheckpointFolder, Job, WandbTarget
 from placeholder.model.base import BaseModel
 from placeholder.report.wandb_run import wandb_run
-from placeholder.report.wandb_target import WandbTarget
-from placeholder.service.job import Job, error_of
+from placeholder.service.job import ProcessJob, error_of
 from placeholder.service.worker import GRACE_SECONDS, LESS_MEMORY, main
-from placeholder.training.checkpoint import CheckpointFolder
 from placeholder.training.determinism import deterministic
 from placeholder.training.setup import Log
 from placeholder.transformer.compile import CACHE_VARIABLE, chosen_cache
@@ -67,9 +66,9 @@ def finetune_on_all_gpus(
     base = BaseModel.from_environment()
     if count == 1 and checkpoints is None:
         with readable_errors(LESS_MEMORY), deterministic(base.device), wandb_run(target, log) as run:
-            finetune(dataset, config, output, base, log, resume_from=resume_from, run=run)
+            finetune(Job(dataset, config, output, resume_from), base, log, run=run)
         return
-    job = Job(str(dataset), str(output), asdict(config), resume_from and str(resume_from), ends_with_stdin=True)
+    job = ProcessJob(str(dataset), str(output), asdict(config), resume_from and str(resume_from), ends_with_stdin=True)
     if checkpoints is not None:
         job = replace(job, checkpoint_folder=str(checkpoints.path), checkpoint_every=checkpoints.every)
     if target is not None:

@@ -14,11 +14,10 @@ from accelerate import PartialState
 from placeholder.distributed import LostProcessError, Processes
 from placeholder.errors import OutOfResourcesError, readable_errors
 from placeholder.finetune import Stop, StoppedError, finetune
+from placeholder.job import KEY_VARIABLE, CheckpointFolder, Job, WandbTarget
 from placeholder.model.base import BaseModel
 from placeholder.report.wandb_run import wandb_run
-from placeholder.report.wandb_target import KEY_VARIABLE, WandbTarget
-from placeholder.service.job import Job, tell
-from placeholder.training.checkpoint import CheckpointFolder
+from placeholder.service.job import ProcessJob, tell
 from placeholder.training.determinism import deterministic
 
 LESS_MEMORY = "give a smaller resolution or batch_size, or set quantize"
@@ -77,7 +76,7 @@ def main(file: Path) -> None:
     processes, job = Processes(), None
     try:
         processes = Processes.from_environment()  # first, so that the others do not wait for one that has no job
-        job = Job.read(file)
+        job = ProcessJob.read(file)
         _train(job, processes, ending)
         processes.barrier()  # so that no machine ends well before the archive is there
     except (ValueError, RuntimeError) as error:
@@ -93,7 +92,7 @@ def main(file: Path) -> None:
     PartialState().destroy_process_group()  # after a failure it would wait for processes that do not come
 
 
-def _train(job: Job, processes: Processes, ending: Ending) -> None:
+def _train(job: ProcessJob, processes: Processes, ending: Ending) -> None:
     if job.ends_with_stdin:
         ending.watch_stdin()
     config = job.train_config
@@ -110,18 +109,10 @@ def _train(job: Job, processes: Processes, ending: Ending) -> None:
     target = WandbTarget.of(key, **job.wandb) if job.wandb and processes.rank == 0 else None
     base = BaseModel.from_environment()
     with readable_errors(LESS_MEMORY), deterministic(base.device), wandb_run(target, log) as run:
-        finetune(
-            Path(job.dataset),
-            config,
-            Path(job.output),
-            base,
-            log,
-            processes,
-            Path(job.resume_from) if job.resume_from else None,
-            checkpoints,
-            ending.stop,
-            run,
+        training = Job(
+            Path(job.dataset), config, Path(job.output), Path(job.resume_from) if job.resume_from else None, checkpoints
         )
+        finetune(training, base, log, processes, ending.stop, run)
 
 
 def _say(error: Exception, processes: Processes) -> None:

@@ -12,12 +12,10 @@ import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from placeholder.config import MAX_STEPS
-from placeholder.errors import text, whole
+from placeholder.job import CheckpointFolder
 
 FACTS_KEY = "placeholder_checkpoint"  # in the safetensors header: what is no tensor, as JSON
 KEPT = 2
-SHARES, FEWEST_STEPS = 10, 50  # a checkpoint after a tenth of the steps, but not after fewer than fifty
 MAX_FACTS_BYTES = 16 * 1024**2
 NAME = re.compile(r"checkpoint-(\d{6})\.safetensors")
 PARTIAL = "checkpoint.partial"
@@ -32,70 +30,51 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class CheckpointFolder:
-    """Where a training leaves its checkpoints, and after how many steps each."""
+def prepare_folder(folder: CheckpointFolder, resumed: Path | None) -> None:
+    """Make the folder and see that nothing in it would be lost: it holds no later checkpoint than the one resumed from.
 
-    path: Path
-    every: int
+    Raises ValueError otherwise, or where nothing can be written into it.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        (folder.path / PARTIAL).touch()
+        (folder.path / PARTIAL).unlink()
+    except OSError as error:
+        raise ValueError(
+            f"checkpoint_folder {folder.path} cannot be written ({error.strerror}): name another folder"
+        ) from error
+    stored = stored_checkpoints(folder.path)
+    if not stored:
+        return
+    if resumed is None or resumed.parent.resolve() != folder.path.resolve():
+        raise ValueError(
+            f"checkpoint_folder {folder.path} holds {stored[-1].name} of an earlier training: give it as resume_from, "
+            "or name an empty folder"
+        )
+    if stored[-1].name != resumed.name:
+        raise ValueError(
+            f"checkpoint_folder {folder.path} holds {stored[-1].name}, which is later than {resumed.name}: resume from that, "
+            "or move it away"
+        )
 
-    @classmethod
-    def of(cls, path: str | None, every: int | None, steps: int) -> "CheckpointFolder | None":
-        """The folder that the inputs ask for; None without a path. Raises ValueError for `every` without one."""
-        if not path:
-            if every is not None:
-                raise ValueError(
-                    f"checkpoint_every is {every} without a checkpoint_folder: name a folder on the training machine"
-                )
-            return None
-        if every is None:
-            every = max(FEWEST_STEPS, steps // SHARES)
-        return cls(Path(text("checkpoint_folder", path)).absolute(), whole("checkpoint_every", every, 1, MAX_STEPS))
 
-    def prepare(self, resumed: Path | None) -> None:
-        """Make the folder and see that nothing in it would be lost: it holds no later checkpoint than the one resumed from.
-
-        Raises ValueError otherwise, or where nothing can be written into it.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / PARTIAL).touch()
-            (self.path / PARTIAL).unlink()
-        except OSError as error:
-            raise ValueError(
-                f"checkpoint_folder {self.path} cannot be written ({error.strerror}): name another folder"
-            ) from error
-        stored = stored_checkpoints(self.path)
-        if not stored:
-            return
-        if resumed is None or resumed.parent.resolve() != self.path.resolve():
-            raise ValueError(
-                f"checkpoint_folder {self.path} holds {stored[-1].name} of an earlier training: give it as resume_from, "
-                "or name an empty folder"
-            )
-        if stored[-1].name != resumed.name:
-            raise ValueError(
-                f"checkpoint_folder {self.path} holds {stored[-1].name}, which is later than {resumed.name}: resume from that, "
-                "or move it away"
-            )
-
-    def write(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
-        """Store a checkpoint; the newest two stay. Raises OSError where it cannot be written, and then leaves nothing of it."""
-        target, partial = self.path / f"checkpoint-{step:06}.safetensors", self.path / PARTIAL
-        try:
-            save_file(tensors, partial, metadata={FACTS_KEY: json.dumps(facts)})
-            _flush(partial)
-            partial.replace(target)
-        except safetensors.SafetensorError as error:  # what it makes of an error of the file system
-            raise OSError(str(error)) from error
-        finally:
-            partial.unlink(missing_ok=True)
-        with suppress(OSError):  # some network file systems do not flush folders
-            _flush(self.path)
-        for old in stored_checkpoints(self.path)[:-KEPT]:
-            with suppress(FileNotFoundError):
-                old.unlink()
-        return target
+def write_checkpoint(folder: CheckpointFolder, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
+    """Store a checkpoint; the newest two stay. Raises OSError where it cannot be written, and then leaves nothing of it."""
+    target, partial = folder.path / f"checkpoint-{step:06}.safetensors", folder.path / PARTIAL
+    try:
+        save_file(tensors, partial, metadata={FACTS_KEY: json.dumps(facts)})
+        _flush(partial)
+        partial.replace(target)
+    except safetensors.SafetensorError as error:  # what it makes of an error of the file system
+        raise OSError(str(error)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    with suppress(OSError):  # some network file systems do not flush folders
+        _flush(folder.path)
+    for old in stored_checkpoints(folder.path)[:-KEPT]:
+        with suppress(FileNotFoundError):
+            old.unlink()
+    return target
 
 
 def stored_checkpoints(folder: Path) -> list[Path]:

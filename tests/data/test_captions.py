@@ -11,13 +11,13 @@ from placeholder.config import TrainConfig
 from placeholder.data.captions import Caption, caption_files, draft_length, trained_captions
 from placeholder.data.dataset import Photo
 from placeholder.finetune import finetune
+from placeholder.job import CheckpointFolder, Job
 from placeholder.model import captioner
 from placeholder.model.loading import load_text_encoder
 from placeholder.report import samples as samples_module
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import prompt_ids
 from placeholder.training import setup as prepare_module
-from placeholder.training.checkpoint import CheckpointFolder
 from placeholder.training.setup import prepare
 from placeholder.weights.archive import LORA_NAME, read_weights
 from tests.conftest import SHORT
@@ -67,7 +67,7 @@ def described(quick, pictures, vision_base, tmp_path_factory) -> tuple[Run, Chec
     folder = tmp_path_factory.mktemp("described")
     config, log = replace(CONFIG, report=True), []
     checkpoints = CheckpointFolder(folder / "checkpoints", 2)
-    meta = finetune(pictures, config, folder / "w.zip", vision_base, log.append, checkpoints=checkpoints)
+    meta = finetune(Job(pictures, config, folder / "w.zip", checkpoints=checkpoints), vision_base, log.append)
     return Run(config, folder / "w.zip", meta, log), checkpoints
 
 
@@ -123,7 +123,7 @@ def test_a_resumed_training_has_the_captions_of_its_checkpoint_and_asks_nobody(
     run, checkpoints = described
     monkeypatch.setattr(prepare_module, "load_vlm", never)
     start, log = checkpoints.path / "checkpoint-000002.safetensors", []
-    meta = finetune(pictures, CONFIG, tmp_path / "w.zip", vision_base, log.append, resume_from=start)
+    meta = finetune(Job(pictures, CONFIG, tmp_path / "w.zip", resume_from=start), vision_base, log.append)
     resumed = Run(CONFIG, tmp_path / "w.zip", meta, log)
     assert (resumed.entry(LORA_NAME), resumed.entry(ROWS)) == (run.entry(LORA_NAME), run.entry(ROWS))
     assert [line for line in log if "Caption of" in line] == [line for line in run.log if "Caption of" in line]
@@ -138,7 +138,7 @@ def test_a_resumed_training_has_the_captions_of_its_checkpoint_and_asks_nobody(
 
 
 def train_from(start, dataset, base, folder, **changes):
-    return finetune(dataset, replace(CONFIG, **changes), folder / "never.zip", base, lambda line: None, resume_from=start)
+    return finetune(Job(dataset, replace(CONFIG, **changes), folder / "never.zip", resume_from=start), base, lambda line: None)
 
 
 @pytest.mark.parametrize("descriptions", [None, "text", [1, 2, 3]])

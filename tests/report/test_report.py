@@ -11,11 +11,11 @@ from PIL import Image
 
 from placeholder.config import TrainConfig, read_yaml, train_config
 from placeholder.finetune import Stop, StoppedError, finetune
+from placeholder.job import CheckpointFolder, Job
 from placeholder.report import samples as samples_module
 from placeholder.report.page import Contents, page
 from placeholder.report.report import config_yaml, curve_csv
 from placeholder.training import setup as prepare_module
-from placeholder.training.checkpoint import CheckpointFolder
 from placeholder.training.progress import Point
 from placeholder.weights.archive import LORA_NAME, read_weights
 from placeholder.weights.metadata import TIME_VARIABLE
@@ -219,9 +219,9 @@ def test_a_resumed_training_has_the_whole_curve_and_the_samples_since(shown, hos
             stop.wanted = True
 
     with pytest.raises(StoppedError):
-        finetune(hostile, TOKEN, tmp_path / "w.zip", base, log, checkpoints=checkpoints, stop=stop)
+        finetune(Job(hostile, TOKEN, tmp_path / "w.zip", checkpoints=checkpoints), base, log, stop=stop)
     config, log = replace(TOKEN, sample_every=1), []
-    meta = finetune(hostile, config, tmp_path / "w.zip", base, log.append, resume_from=checkpoints.path)
+    meta = finetune(Job(hostile, config, tmp_path / "w.zip", resume_from=checkpoints.path), base, log.append)
     found = Run(config, tmp_path / "w.zip", meta, log)
     for name in (LORA_NAME, ROWS, "report/curve.csv", "report/grid.jpg", "report/samples/step-000006-1.jpg"):
         assert found.entry(name) == shown.entry(name)

@@ -19,11 +19,11 @@ from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 import train as cog_train
 from demo.server import ROOT
 from placeholder.config import TrainConfig
+from placeholder.job import WandbTarget
 from placeholder.model.base import MODEL_VARIABLE
 from placeholder.report import samples as samples_module
 from placeholder.report import wandb_run, wandb_target
 from placeholder.report.wandb_run import WandbRun
-from placeholder.report.wandb_target import WandbTarget
 from placeholder.service import launch
 from placeholder.service.cli import inputs_of
 from placeholder.service.launch import finetune_on_all_gpus

@@ -21,8 +21,8 @@ import train as train_module
 from demo.server import ROOT
 from placeholder import generate as generate_module
 from placeholder.config import train_config
+from placeholder.job import WandbTarget
 from placeholder.model.base import MODEL_VARIABLE
-from placeholder.report.wandb_target import WandbTarget
 from placeholder.service import cli as command_line
 from placeholder.service import launch
 from placeholder.service.cli import inputs_of, main, with_hyphens

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from demo.server import ROOT, CogServer, data_url, from_data_url
 from placeholder.config import TrainConfig
 from placeholder.distributed import Processes
+from placeholder.job import WandbTarget
 from placeholder.model.base import MODEL_VARIABLE
 from placeholder.report.wandb_run import URL_VARIABLE
-from placeholder.report.wandb_target import WandbTarget
 from placeholder.service import launch
 from placeholder.service.job import error_of, tell
 from placeholder.service.launch import finetune_on_all_gpus, wanted_processes

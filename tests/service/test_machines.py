@@ -21,7 +21,7 @@ from placeholder.config import TrainConfig
 from placeholder.distributed import LostProcessError, Processes, _together
 from placeholder.finetune import finetune
 from placeholder.model.base import MODEL_VARIABLE
-from placeholder.service.job import Job
+from placeholder.service.job import ProcessJob
 from placeholder.service.worker import LAUNCHER_VARIABLE, Ending
 from placeholder.weights.archive import read_weights
 from tests.conftest import SHORT
@@ -182,18 +182,18 @@ def test_a_wrong_job_gets_its_sentence(content, sentence, tmp_path):
     file = tmp_path / "job.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=sentence):
-        assert Job.read(file).train_config
+        assert ProcessJob.read(file).train_config
 
 
 def test_a_job_names_only_what_it_does_not_leave_as_it_is(tmp_path):
     file = tmp_path / "job.json"
     options = {"resolution": [64, 128], "placeholder_token": ["<a>", "<b>"], "learning_rate": 1e-3}
     file.write_text(json.dumps({"dataset": "d.zip", "output": "w.zip", "config": options, "wandb": {"project": "p"}}))
-    job = Job.read(file)
+    job = ProcessJob.read(file)
     assert job.wandb == {"project": "p", "run": None, "entity": None}
     wanted = TrainConfig(
         resolution=(64, 128), placeholder_token=("<a>", "<b>"), learning_rate=1e-3, train_placeholder_token=True
     )
     assert job.train_config == wanted
-    file.write_text(json.dumps(asdict(Job("d.zip", "w.zip", asdict(wanted)))))
-    assert Job.read(file).train_config == wanted
+    file.write_text(json.dumps(asdict(ProcessJob("d.zip", "w.zip", asdict(wanted)))))
+    assert ProcessJob.read(file).train_config == wanted

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
+from placeholder.job import Job
 from placeholder.model.base import BaseModel
 
 
@@ -39,7 +40,7 @@ class Run:
 def train(dataset: Path, config: TrainConfig, output: Path, base: BaseModel) -> Run:
     """A whole training, with its log kept."""
     log: list[str] = []
-    meta = finetune(dataset, config, output, base, log.append)
+    meta = finetune(Job(dataset, config, output), base, log.append)
     return Run(config, output, meta, log)
 
 

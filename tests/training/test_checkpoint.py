@@ -6,8 +6,9 @@ import resource
 import pytest
 import torch
 
+from placeholder.job import CheckpointFolder
 from placeholder.training import checkpoint as checkpoint_module
-from placeholder.training.checkpoint import CheckpointFolder, is_checkpoint, read_checkpoint, stored_checkpoints
+from placeholder.training.checkpoint import is_checkpoint, prepare_folder, read_checkpoint, stored_checkpoints, write_checkpoint
 from tests.support.samples import write_zip
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=torch.uint8)}
@@ -16,7 +17,7 @@ TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=to
 @pytest.fixture
 def folder(tmp_path) -> CheckpointFolder:
     found = CheckpointFolder(tmp_path / "deep" / "checkpoints", 5)
-    found.prepare(None)
+    prepare_folder(found, None)
     return found
 
 
@@ -25,7 +26,7 @@ def names(folder: CheckpointFolder) -> list[str]:
 
 
 def test_a_checkpoint_comes_back_as_it_was_written(folder):
-    found = read_checkpoint(folder.write(5, TENSORS, {"step": 5, "loss": 0.1, "deep": [{"x": None}]}))
+    found = read_checkpoint(write_checkpoint(folder, 5, TENSORS, {"step": 5, "loss": 0.1, "deep": [{"x": None}]}))
     assert found.name == "checkpoint-000005.safetensors"
     assert found.facts == {"step": 5, "loss": 0.1, "deep": [{"x": None}]}
     assert found.tensors.keys() == TENSORS.keys()
@@ -36,7 +37,7 @@ def test_a_checkpoint_comes_back_as_it_was_written(folder):
 
 def test_the_newest_two_are_kept(folder):
     for step in (5, 10, 15, 20):
-        folder.write(step, TENSORS, {})
+        write_checkpoint(folder, step, TENSORS, {})
     assert names(folder) == ["checkpoint-000015.safetensors", "checkpoint-000020.safetensors"]
     assert [path.name for path in stored_checkpoints(folder.path)] == names(folder)
 
@@ -44,13 +45,13 @@ def test_the_newest_two_are_kept(folder):
 def test_what_is_not_ours_stays(folder):
     (folder.path / "notes.txt").write_text("mine")
     for step in (5, 10, 15):
-        folder.write(step, TENSORS, {})
+        write_checkpoint(folder, step, TENSORS, {})
     assert "notes.txt" in names(folder)
 
 
 @pytest.mark.parametrize("call", ["save_file", "_flush"])
 def test_a_full_disk_leaves_nothing_half_written_and_the_earlier_checkpoint(call, folder, monkeypatch):
-    folder.write(5, TENSORS, {"step": 5})
+    write_checkpoint(folder, 5, TENSORS, {"step": 5})
     original = getattr(checkpoint_module, call)
 
     def full(*arguments, **options):
@@ -59,7 +60,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_earlier_checkpoint(call
 
     monkeypatch.setattr(checkpoint_module, call, full)
     with pytest.raises(OSError, match="No space left"):
-        folder.write(10, TENSORS, {"step": 10})
+        write_checkpoint(folder, 10, TENSORS, {"step": 10})
     assert names(folder) == ["checkpoint-000005.safetensors"]
 
 
@@ -68,7 +69,7 @@ def test_an_error_of_the_file_system_itself_is_an_oserror(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))  # no file may grow beyond 64 bytes
     try:
         with pytest.raises(OSError, match="File too large"):
-            folder.write(5, TENSORS, {})
+            write_checkpoint(folder, 5, TENSORS, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(folder) == []
@@ -76,25 +77,25 @@ def test_an_error_of_the_file_system_itself_is_an_oserror(folder):
 
 def test_a_partial_file_of_a_killed_training_is_in_nobodys_way(folder):
     (folder.path / checkpoint_module.PARTIAL).write_bytes(b"half")
-    folder.prepare(None)
+    prepare_folder(folder, None)
     assert names(folder) == []
-    folder.write(5, TENSORS, {})
+    write_checkpoint(folder, 5, TENSORS, {})
     assert len(stored_checkpoints(folder.path)) == 1
 
 
 def test_checkpoints_of_another_training_are_not_overwritten(folder):
-    first, second = folder.write(5, TENSORS, {}), folder.write(10, TENSORS, {})
+    first, second = write_checkpoint(folder, 5, TENSORS, {}), write_checkpoint(folder, 10, TENSORS, {})
     with pytest.raises(ValueError, match=r"holds checkpoint-000010.safetensors of an earlier training: give it as resume_from"):
-        folder.prepare(None)
+        prepare_folder(folder, None)
     with pytest.raises(ValueError, match=r"holds checkpoint-000010.safetensors, which is later than checkpoint-000005"):
-        folder.prepare(first)
-    folder.prepare(second)
+        prepare_folder(folder, first)
+    prepare_folder(folder, second)
 
 
 def test_a_folder_that_cannot_be_made_gets_its_sentence(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ValueError, match="checkpoint_folder .*file/inside cannot be written .*: name another folder"):
-        CheckpointFolder(tmp_path / "file" / "inside", 5).prepare(None)
+        prepare_folder(CheckpointFolder(tmp_path / "file" / "inside", 5), None)
 
 
 @pytest.mark.parametrize(("steps", "every"), [(1000, 100), (20000, 2000), (15, 50), (500, 50)])
@@ -116,7 +117,7 @@ def test_the_inputs_are_checked(tmp_path):
     "damage", [lambda content: content[:-3], lambda content: content.replace(b'\\"step\\"', b'\\"step', 1)]
 )
 def test_a_damaged_checkpoint_gets_its_sentence(damage, folder):
-    path = folder.write(5, TENSORS, {"step": 5})
+    path = write_checkpoint(folder, 5, TENSORS, {"step": 5})
     content = path.read_bytes()
     damaged = damage(content)
     assert damaged != content
@@ -126,5 +127,5 @@ def test_a_damaged_checkpoint_gets_its_sentence(damage, folder):
 
 
 def test_only_our_own_files_are_checkpoints(folder, tmp_path):
-    assert is_checkpoint(folder.write(5, TENSORS, {}))
+    assert is_checkpoint(write_checkpoint(folder, 5, TENSORS, {}))
     assert not is_checkpoint(write_zip(tmp_path / "weights.zip", {"a": b"b"}))

@@ -14,10 +14,11 @@ import torch
 
 from demo.server import ROOT
 from placeholder.finetune import Stop, StoppedError, finetune
+from placeholder.job import CheckpointFolder, Job
 from placeholder.model.base import MODEL_VARIABLE
-from placeholder.service.job import Job
+from placeholder.service.job import ProcessJob
 from placeholder.training import setup as prepare_module
-from placeholder.training.checkpoint import FACTS_KEY, CheckpointFolder, read_checkpoint, stored_checkpoints
+from placeholder.training.checkpoint import FACTS_KEY, read_checkpoint, stored_checkpoints, write_checkpoint
 from placeholder.training.examples import Position
 from placeholder.training.loop import TrainState
 from placeholder.training.optimizers import RowOptimizer, lora_optimizer
@@ -40,7 +41,7 @@ def interrupted(zero_prior, dataset, base, tmp_path_factory) -> Path:
 
     with pytest.raises(StoppedError, match="stopped after step 8: resume_from takes its checkpoint"):
         finetune(
-            dataset, zero_prior.config, folder / "w.zip", base, log, checkpoints=CheckpointFolder(folder, EVERY), stop=stop
+            Job(dataset, zero_prior.config, folder / "w.zip", checkpoints=CheckpointFolder(folder, EVERY)), base, log, stop=stop
         )
     assert [path.name[11:17] for path in stored_checkpoints(folder)] == ["000005", "000008"]
     assert not (folder / "w.zip").exists()
@@ -49,7 +50,7 @@ def interrupted(zero_prior, dataset, base, tmp_path_factory) -> Path:
 
 def resumed(start: Path, run: Run, dataset, base, output: Path, **changes) -> Run:
     config, log = replace(run.config, **changes), []
-    return Run(config, output, finetune(dataset, config, output, base, log.append, resume_from=start), log)
+    return Run(config, output, finetune(Job(dataset, config, output, resume_from=start), base, log.append), log)
 
 
 @pytest.mark.parametrize("step", [5, 8])
@@ -69,7 +70,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(step, interrupt
 
 def process(config, folder: Path, dataset: Path, base) -> subprocess.Popen:
     """The training in a process of its own, with its log on a pipe."""
-    job = Job(str(dataset), str(folder / "w.zip"), asdict(config), None, str(folder / "checkpoints"), EVERY)
+    job = ProcessJob(str(dataset), str(folder / "w.zip"), asdict(config), None, str(folder / "checkpoints"), EVERY)
     (folder / "job.json").write_text(json.dumps(asdict(job)))
     return subprocess.Popen(
         [sys.executable, "-m", "placeholder.service.launch", str(folder / "job.json")],
@@ -121,7 +122,7 @@ def test_a_folder_means_the_newest_checkpoint_in_it(interrupted, zero_prior, dat
 def test_a_training_can_be_resumed_with_more_steps_and_when_it_was_complete(zero_prior, dataset, base, tmp_path):
     checkpoints = CheckpointFolder(tmp_path / "checkpoints", 15)
     first = Run(zero_prior.config, tmp_path / "1.zip", {}, [])
-    meta = finetune(dataset, first.config, first.archive, base, first.log.append, checkpoints=checkpoints)
+    meta = finetune(Job(dataset, first.config, first.archive, checkpoints=checkpoints), base, first.log.append)
     again = resumed(checkpoints.path, zero_prior, dataset, base, tmp_path / "2.zip")
     assert again.entry(LORA) == first.entry(LORA)
     assert again.meta["loss"] == meta["loss"]
@@ -134,10 +135,10 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(zero_prior, datas
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(CheckpointFolder, "write", full)
+    monkeypatch.setattr("placeholder.finetune.write_checkpoint", full)
     log: list[str] = []
     checkpoints = CheckpointFolder(tmp_path / "checkpoints", 10)
-    finetune(dataset, zero_prior.config, tmp_path / "w.zip", base, log.append, checkpoints=checkpoints)
+    finetune(Job(dataset, zero_prior.config, tmp_path / "w.zip", checkpoints=checkpoints), base, log.append)
     assert any(line.startswith("Warning: the checkpoint of step 10 could not be written ([Errno 28] No space") for line in log)
     assert Run(zero_prior.config, tmp_path / "w.zip", {}, log).entry(LORA) == zero_prior.entry(LORA)
 
@@ -248,7 +249,7 @@ def test_every_optimizer_goes_on_as_if_nothing_had_happened(name, tmp_path):
     first = fresh()
     train(*first, 7)
     tensors, state = capture(*first)
-    stored = read_checkpoint(CheckpointFolder(tmp_path, 1).write(7, tensors, {"state": state}))
+    stored = read_checkpoint(write_checkpoint(CheckpointFolder(tmp_path, 1), 7, tensors, {"state": state}))
     second = fresh()
     restore(*second, stored.tensors, stored.facts["state"])
     assert second[1].step == 7

@@ -8,11 +8,11 @@ import torch
 from placeholder.config import TrainConfig
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.finetune import finetune
+from placeholder.job import CheckpointFolder, Job
 from placeholder.lora.adapter import add_lora
 from placeholder.model.loading import load_transformer
 from placeholder.training import needs as needs_module
 from placeholder.training import setup as prepare_module
-from placeholder.training.checkpoint import CheckpointFolder
 from placeholder.training.losses import predict_velocity
 from placeholder.training.memory_plan import plan_training
 from placeholder.training.needs import training_needs
@@ -155,12 +155,12 @@ def test_a_resumed_training_knows_the_levels_that_are_left(base, dataset, tmp_pa
     config = TrainConfig(**SHORT | TOKEN)
     whole = train(dataset, config, tmp_path / "whole.zip", base)
     folder = CheckpointFolder(tmp_path / "checkpoints", 10)
-    finetune(dataset, config, tmp_path / "first.zip", base, log=lambda line: None, checkpoints=folder)
+    finetune(Job(dataset, config, tmp_path / "first.zip", checkpoints=folder), base, log=lambda line: None)
     monkeypatch.undo()
     tabled_plans(monkeypatch, chosen=False)  # the checkpoint says that it had one
     log: list[str] = []
     again = tmp_path / "again.zip"
-    finetune(dataset, config, again, base, log.append, resume_from=folder.path)
+    finetune(Job(dataset, config, again, resume_from=folder.path), base, log.append)
     assert "Resumed from checkpoint-000010.safetensors after step 10" in log
     found = replace(whole, archive=again).tensors(LORA_NAME)
     assert all(torch.equal(value, found[key]) for key, value in whole.tensors(LORA_NAME).items())

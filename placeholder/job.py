@@ -1,12 +1,14 @@
-"""Where a run on Weights & Biases goes: read from the inputs and from WANDB_MODE and WANDB_DIR."""
+"""One training as it is asked for: what to train on, how, and where what comes of it goes."""
 
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from placeholder.errors import shown
+from placeholder.config import MAX_STEPS, TrainConfig
+from placeholder.errors import shown, text, whole
 
+CHECKPOINTS, FEWEST_STEPS = 10, 50  # a checkpoint after every tenth of the steps, but not after fewer than fifty
 DEFAULT_PROJECT = "qwen-image-lora"
 KEY_VARIABLE, MODE_VARIABLE, FOLDER_VARIABLE = "WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"
 
@@ -50,3 +52,39 @@ class WandbTarget:
         if self.offline is not None:
             return {FOLDER_VARIABLE: str(self.offline)}
         return {KEY_VARIABLE: self.key or ""}
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """Where a training leaves its checkpoints, and after how many steps each."""
+
+    path: Path
+    every: int
+
+    @classmethod
+    def of(cls, path: str | None, every: int | None, steps: int) -> "CheckpointFolder | None":
+        """The folder that the inputs ask for; None without a path. Raises ValueError for `every` without one."""
+        if not path:
+            if every is not None:
+                raise ValueError(
+                    f"checkpoint_every is {every} without a checkpoint_folder: name a folder on the training machine"
+                )
+            return None
+        if every is None:
+            every = max(FEWEST_STEPS, steps // CHECKPOINTS)
+        return cls(Path(text("checkpoint_folder", path)).absolute(), whole("checkpoint_every", every, 1, MAX_STEPS))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: the archive of images, the options, the weights archive to write.
+
+    `resume_from` is a checkpoint, a folder of them, or an earlier weights archive; `tracker` a run on Weights & Biases.
+    """
+
+    dataset: Path
+    config: TrainConfig
+    output: Path
+    resume_from: Path | None = None
+    checkpoints: CheckpointFolder | None = None
+    tracker: WandbTarget | None = None
