@@ -1,11 +1,17 @@
-"""The device: copies that do not wait for it, and its memory."""
+"""The device: copies that do not wait for it, its memory, deterministic algorithms."""
 
 import gc
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import psutil
 import torch
 from torch import Tensor
+
+KEPT_FREE = 0.1  # of the free memory: fragmentation and the libraries' workspaces
+WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+WORKSPACE = ":4096:8"  # cuBLAS is deterministic with it (cuBLAS documentation, "Results reproducibility")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -22,9 +28,6 @@ def stack_on(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         return torch.stack(tuple(tensors))
     stacked = torch.empty((len(tensors), *first.shape), dtype=first.dtype, pin_memory=device.type == "cuda")
     return torch.stack(tuple(tensors), out=stacked).to(device, non_blocking=True)
-
-
-KEPT_FREE = 0.1  # of the free memory: fragmentation and the libraries' workspaces
 
 
 def free_memory() -> None:
@@ -51,3 +54,23 @@ def reset_peak() -> None:
 def peak_bytes() -> int | None:
     """The most bytes that PyTorch has had on the GPU at once; None without a GPU, where it keeps no count."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+@contextmanager
+def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
+    """Deterministic algorithms alone for a while, where they are wanted on a GPU; a CPU's work is deterministic with one thread.
+
+    PyTorch raises RuntimeError, which names the operation, for one that has no deterministic algorithm.
+    """
+    if not wanted or device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault(WORKSPACE_VARIABLE, WORKSPACE)  # read when the first matrices are multiplied
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled

@@ -1,51 +1,43 @@
-"""A whole training: data set and configuration in, a proven weights archive out."""
+"""A whole training: a job in, a verified weights archive out."""
 
 import secrets
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from placeholder.config import TrainConfig
-from placeholder.devices import peak_bytes, reset_peak
+from placeholder.devices import deterministic, peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS, Processes
-from placeholder.errors import MAX_SEED
-from placeholder.job import CheckpointFolder, Job
+from placeholder.errors import MAX_SEED, Log
+from placeholder.job import Job
 from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict, unload_lora
 from placeholder.model.base import BaseModel
-from placeholder.report import tracking
 from placeholder.report.report import Report
-from placeholder.report.wandb_run import WandbRun
-from placeholder.tokens.prompt_encoder import PromptEmbeddings
-from placeholder.training.checkpoint import Checkpoint, prepare_folder, write_checkpoint
-from placeholder.training.diagnostics import Diagnostics, diagnose
-from placeholder.training.examples import Example
+from placeholder.report.samples import grid_prompts
+from placeholder.report.trackers import WandbTracker
+from placeholder.training.checkpoint import Checkpoint, CheckpointWriter, Stop, prepare_folder
+from placeholder.training.context import Context, Training, schedule
+from placeholder.training.diagnostics import diagnose
 from placeholder.training.flow import MIDDLE_SIGMA
-from placeholder.training.losses import predict_velocity
-from placeholder.training.progress import Record
-from placeholder.training.resume import config_of, read_start, resume_path
-from placeholder.training.setup import Log, prepare
-from placeholder.training.timing import Timing
-from placeholder.training.training import Training
-from placeholder.training.training_state import capture
-from placeholder.transformer.compile import compiled_steps
+from placeholder.training.loop import Step, train_steps
+from placeholder.training.memory_plan import Plan, plan_memory
+from placeholder.training.progress import Progress
+from placeholder.training.resume import read_start, resume_path, resumed_config
+from placeholder.training.setup import prepare
+from placeholder.transformer.compile import compiled_blocks, uncompiled
 from placeholder.weights.archive import Weights, add_files, content_digest, read_weights, write_weights
 from placeholder.weights.metadata import modelspec, training_meta
 
 
-class StoppedError(RuntimeError):
-    """A training that was asked to end before its last step."""
+class Observer(Protocol):
+    """Shows or keeps what a training does; the loop knows none of them."""
 
-
-@dataclass
-class Stop:
-    """A training that leaves checkpoints ends after its present step once this is `wanted`, as long as it is `heeded`."""
-
-    wanted: bool = False
-    heeded: bool = False
+    def step(self, step: Step) -> None:
+        """Take a step in."""
 
 
 def finetune(
@@ -54,17 +46,56 @@ def finetune(
     log: Log = print,
     processes: Processes = SINGLE_PROCESS,
     stop: Stop | None = None,
-    run: WandbRun | None = None,
+    planned: Callable[..., Plan] = plan_memory,
 ) -> dict[str, Any] | None:
     """Do the job on the base model, and write its weights archive; returns what meta.json holds.
 
-    Where `stop` is wanted, a last checkpoint
-    is left and StoppedError raised. `run` is started, and shows the training. Of several processes the first alone writes and returns,
-    the others return None, and have no `run`.
+    Where `stop` is wanted, a last checkpoint is left and StoppedError raised. Of several processes the first alone writes and
+    returns, the others return None. `planned` decides how the training fits into memory.
     Raises ValueError for a bad data set, token or start before any weight is loaded, and RuntimeError when the loss stops being
-    finite or the archive does not prove itself.
+    finite or the archive cannot be verified.
     """
-    config, checkpoints = job.config, job.checkpoints
+    stop = stop or Stop()
+    context, shared = resolve(job, base, log, processes)
+    config, first = context.config, processes.rank == 0
+    with ExitStack() as stack:
+        tracker = stack.enter_context(WandbTracker(job.tracker, log)) if job.tracker and first else None
+        if tracker:
+            tracker.start(config, shared)
+        stack.enter_context(deterministic(base.device, config.deterministic))
+        reset_peak()
+        training = prepare(job.dataset, context, grid_prompts, planned)
+        start = context.start if isinstance(context.start, Checkpoint) else None
+        progress = Progress(config.steps, training.tokens, log, training.state.step, start and start.facts["progress"])
+        report = Report(training, context, lambda: stop.wanted) if config.report and first else None
+        observers: list[Observer] = [progress, *filter(None, [report])]
+        if tracker:
+            observers.append(tracker.observing(training, config, progress, report))
+        if job.checkpoints and first:
+            observers.append(
+                CheckpointWriter(job.checkpoints, training.state, lambda: facts(training, config, progress) | shared, log, stop)
+            )
+            stop.heeded = True
+        train(training, context, progress, observers)
+        stop.heeded = False
+        if not first:
+            return None
+        meta, diagnostics = results(training, context, progress, shared)
+        if isinstance(context.start, Weights):
+            meta["started_from"] = content_digest(job.resume_from)
+        if report:
+            report.end()
+        if tracker:
+            tracker.end(meta, report)
+        write_verified(
+            job.output, training, meta, context, lambda: report.files(progress.curve, meta, diagnostics) if report else {}
+        )
+        return meta
+
+
+def resolve(job: Job, base: BaseModel, log: Log, processes: Processes) -> tuple[Context, dict[str, Any]]:
+    """The context of the training with its resolved configuration, and the facts that a resumed training has to share."""
+    config = job.config
     source = resume_path(job.resume_from) if job.resume_from else None
     start = read_start(source) if source else None
     shared = {"base_model": base.source, "base_model_revision": base.revision, "processes": processes.world_size}
@@ -73,147 +104,104 @@ def finetune(
         processes.check_same("options", repr(config))  # not-a-number, too, is the same as itself there
         processes.check_same("a base model", not Path(base.source).is_dir() and (base.source, base.revision))
     if start is not None:
-        config = config_of(start, config, shared)
-    config = processes.broadcast(with_seed(config, log))
-    if checkpoints is not None and processes.rank == 0:
-        prepare_folder(checkpoints, source)
-        log(f"Checkpoints: every {checkpoints.every} steps")
+        config = resumed_config(start, config, shared)
+    config = replace(processes.broadcast(with_seed(config, log)), torch_compile=bool(config.torch_compile))
+    if job.checkpoints is not None and processes.rank == 0:
+        prepare_folder(job.checkpoints, source)
+        log(f"Checkpoints: every {job.checkpoints.every} steps")
     if config.placeholder_token and not config.tokens:
         log(f"Placeholder token '{','.join(config.placeholder_token)}' is not used: train_placeholder_token is false")
-    if run is not None:
-        tracking.start(run, config, shared)
-    reset_peak()
-    timing = Timing()
-    training = prepare(job.dataset, config, base, log, processes, start, timing)
-    if config.torch_compile is None:
-        config = replace(config, torch_compile=training.payback.pays)
-    earlier = start.facts["record"] if isinstance(start, Checkpoint) else None
-    record = Record(config.steps, training.tokens, log, training.position.step, earlier)
-    stop = stop or Stop()
-    stop.heeded = checkpoints is not None
-    report = None
-    if config.report and processes.rank == 0:
-        report = Report(config, training, base, log, timing, lambda: stop.wanted)
-    with compiled_steps(
-        training.train_state, training.examples, training.empty_ids, config, training.payback.one_shape, log
-    ) as compile_seconds:
-        record.start += compile_seconds
-        for step in training.steps(config, processes):
-            record.note(step)
-            if report is not None:
-                record.start += report.sample(step.number)  # meanwhile the other processes wait for this one's gradients
-            if run is not None:
-                tracking.show_step(run, step.number, config, record, training, report)
-            if checkpoints is None or processes.rank > 0:
-                continue
-            stopping = stop.wanted
-            if stopping or step.number % checkpoints.every == 0:
-                saved = _save(checkpoints, training, shared | {"config": asdict(config), "record": record.facts()}, log)
-            if stopping:
-                last = "its checkpoint" if saved else "the newest checkpoint that could be written"
-                raise StoppedError(f"the training was stopped after step {step.number}: resume_from takes {last}")
-    stop.heeded = False
-    if processes.rank > 0:
-        return None
-    figures = record.figures() | shared | {"base_model_revision": base.commit}
-    if compile_seconds:
-        timing.seconds["compile"] = compile_seconds
-    timing.seconds["steps"] = figures["training_seconds"]
-    diagnostics = _diagnostics(training, log) if config.tokens else None
-    if diagnostics is not None:
-        figures |= diagnostics.meta()
-    figures |= _memory(training, log) | {"compile_seconds": compile_seconds or None}
-    if isinstance(start, Weights):
-        figures["started_from"] = content_digest(source)
-    meta = training_meta(config, training, figures)
-    if report is not None:
-        report.draw_grid()
-    if run is not None:
-        tracking.show_end(run, config, training, report, meta)
-    transformer = training.train_state.transformer
-    weights = Weights(lora_state_dict(transformer), training.tokens.embeddings(), meta)
-    unproved = job.output.with_name(f"{job.output.name}.unproved")
-    try:
-        with timing.part("save"):
-            write_weights(unproved, weights, lora_metadata(transformer), modelspec(meta))
-        if report is not None:
-            add_files(unproved, report.files(record.curve, meta, diagnostics.lines() if diagnostics else []))
-        prove_archive(unproved, weights, transformer, training.prompt_embeds, training.examples[0])
-        unproved.replace(job.output)
-    finally:
-        unproved.unlink(missing_ok=True)
-    log(
-        f"Weights archive proved: {len(weights.lora)} LoRA tensors, {len(weights.embeddings)} embeddings, "
-        f"{job.output.stat().st_size} bytes"
-    )
-    return meta
+    return Context(config, base, log, processes, start), shared
 
 
-def with_seed(config: TrainConfig, log: Log) -> TrainConfig:
-    """The configuration with the seed that the run really uses."""
+def with_seed(config: Any, log: Log) -> Any:
+    """The configuration with the seed that the training really uses."""
     drawn = config.seed is None
     config = replace(config, seed=secrets.randbelow(MAX_SEED + 1)) if drawn else config
     log(f"Seed: {config.seed}{' (drawn)' if drawn else ''}")
     return config
 
 
-def _save(checkpoints: CheckpointFolder, training: Training, facts: dict[str, Any], log: Log) -> bool:
-    """Leave a checkpoint, and say whether it is there; a disk that is full costs the checkpoint, not the training."""
-    step = training.position.step
-    tensors, state = capture(training.train_state, training.position)
-    facts |= {"dataset_digest": training.dataset_digest, "transformer_storage": training.plan.chosen.storage}
-    facts |= {"modulations_tabled": training.plan.chosen.tabled}
-    facts |= {"descriptions": training.descriptions}
+def train(training: Training, context: Context, progress: Progress, observers: list[Observer]) -> None:
+    """Make all steps, and show each to the observers."""
+    state = training.state
+    with compiled_blocks(state.transformer, context.config.torch_compile, context.log) as state.compiled:
+        for step in progress.timed(train_steps(state, schedule(context.config), context.processes)):
+            with uncompiled():
+                for observer in observers:
+                    observer.step(step)
+
+
+def facts(training: Training, config: Any, progress: Progress) -> dict[str, Any]:
+    """What a checkpoint holds beside the training's state."""
+    return {
+        "config": asdict(config),
+        "progress": progress.state_dict(),
+        "dataset_digest": training.data.digest,
+        "transformer_storage": training.plan.chosen.quantization,
+        "descriptions": training.data.descriptions,
+    }
+
+
+def results(
+    training: Training, context: Context, progress: Progress, shared: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """What meta.json holds, and the lines of the diagnostics."""
+    found = progress.figures() | shared | {"base_model_revision": context.base.commit}
+    context.timing.seconds["steps"] = found["training_seconds"]
+    lines: list[str] = []
+    if context.config.tokens:
+        diagnostics = diagnose(training)
+        lines = diagnostics.lines()
+        found |= diagnostics.meta()
+    for line in lines:
+        context.log(line)
+    expected, peak = training.plan.chosen.peak(training.state.checkpointing.checkpointed), peak_bytes()
+    if peak is not None:
+        context.log(f"Memory: peak {peak / 1e9:.1f} GB, {expected / 1e9:.1f} GB expected")
+    found |= {"expected_peak_gb": expected / 1e9, "peak_gb": None if peak is None else peak / 1e9}
+    return training_meta(context.config, training, found), lines
+
+
+def write_verified(
+    output: Path, training: Training, meta: dict[str, Any], context: Context, files: Callable[[], dict[str, bytes]]
+) -> None:
+    """Write the archive, with the report's `files`, whole and verified or not at all."""
+    transformer = training.state.transformer
+    weights = Weights(lora_state_dict(transformer), training.tokens.embeddings(), meta)
+    unverified = output.with_name(f"{output.name}.unverified")
     try:
-        write_checkpoint(checkpoints, step, tensors, facts | {"step": step, "state": state})
-    except OSError as error:
-        log(f"Warning: the checkpoint of step {step} could not be written ({error}): the training goes on without it")
-        return False
-    log(f"Checkpoint: step {step}")
-    return True
-
-
-def _memory(training: Training, log: Log) -> dict[str, Any]:
-    """Gigabytes at the height of the training: as planned, and as they were on a GPU."""
-    expected, found = training.plan.chosen.peak(training.train_state.checkpointing.checkpointed), peak_bytes()
-    if found is not None:
-        log(f"Memory: {found / 1e9:.1f} GB at the height, {expected / 1e9:.1f} GB expected")
-    return {"expected_peak_gb": expected / 1e9, "peak_gb": None if found is None else found / 1e9}
-
-
-def _diagnostics(training: Training, log: Log) -> Diagnostics:
-    vocabulary = training.prompt_embeds.text_encoder.embed_tokens.weight
-    found = diagnose(
-        training.train_state, training.tokens, training.initial_rows, training.examples, vocabulary, training.tokenizer
+        with context.timing.part("save"):
+            write_weights(unverified, weights, lora_metadata(transformer), modelspec(meta))
+        add_files(unverified, files())
+        verify_archive(unverified, weights, training)
+        unverified.replace(output)
+    finally:
+        unverified.unlink(missing_ok=True)
+    context.log(
+        f"Weights archive proved: {len(weights.lora)} LoRA tensors, {len(weights.embeddings)} embeddings, "
+        f"{output.stat().st_size} bytes"
     )
-    for line in found.lines():
-        log(line)
-    return found
 
 
 @torch.no_grad()
-def prove_archive(
-    path: Path, trained: Weights, transformer: QwenImageTransformer2DModel, prompt_embeds: PromptEmbeddings, example: Example
-) -> None:
-    """Open the archive again and hold it against what was trained; takes the LoRA off the transformer.
+def verify_archive(path: Path, trained: Weights, training: Training) -> None:
+    """Read the archive again and compare it with what was trained; takes the LoRA off the transformer.
 
-    Raises RuntimeError unless the rows and the LoRA come back bit for bit, every LoRA key is applied to the transformer, and
+    Raises RuntimeError unless the embeddings and the LoRA come back bit for bit, every LoRA key is applied to the transformer, and
     the transformer's output changes by it.
     """
     stored = read_weights(path)
-    if stored.embeddings.keys() != trained.embeddings.keys() or any(
-        not torch.equal(rows, stored.embeddings[token]) for token, rows in trained.embeddings.items()
-    ):
-        raise RuntimeError("the archive does not hold the embedding that was trained")
-    if stored.lora.keys() != trained.lora.keys() or any(
-        not torch.equal(value, stored.lora[key]) for key, value in trained.lora.items()
-    ):
-        raise RuntimeError("the archive does not hold the LoRA that was trained")
+    for what, found, expected in (("embedding", stored.embeddings, trained.embeddings), ("LoRA", stored.lora, trained.lora)):
+        if found.keys() != expected.keys() or any(not torch.equal(value, found[key]) for key, value in expected.items()):
+            raise RuntimeError(f"the archive does not hold the {what} that was trained")
+    state = training.state
+    example, transformer = state.sampler.examples[0], state.transformer
 
     def velocity() -> Tensor:
-        sigmas = torch.full((1,), MIDDLE_SIGMA)
-        embeds = prompt_embeds([example.input_ids])
-        return predict_velocity(transformer, example.latents[None].to(transformer.device), sigmas, embeds, example.grid)
+        embeds = training.prompt_embeds([example.input_ids])
+        latents = example.latents[None].to(state.denoiser.device)
+        return state.denoiser(latents, torch.full((1,), MIDDLE_SIGMA), embeds, example.grid)
 
     unload_lora(transformer)
     without = velocity()

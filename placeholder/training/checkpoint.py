@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from placeholder.errors import Log
 from placeholder.job import CheckpointFolder
+from placeholder.training.loop import Step, TrainState
 
-FACTS_KEY = "placeholder_checkpoint"  # in the safetensors header: what is no tensor, as JSON
+FACTS_KEY = "placeholder_checkpoint"  # in the safetensors header: all that is no tensor, as JSON
 KEPT = 2
 MAX_FACTS_BYTES = 16 * 1024**2
 NAME = re.compile(r"checkpoint-(\d{6})\.safetensors")
@@ -23,11 +26,53 @@ PARTIAL = "checkpoint.partial"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One moment of a training: `tensors` by name, and `facts` that JSON can hold."""
+    """A stored checkpoint: the training's `state_dict`, and `facts` such as its configuration."""
 
     name: str
-    tensors: dict[str, Tensor]
+    state: dict[str, Any]
     facts: dict[str, Any]
+
+
+class StoppedError(RuntimeError):
+    """A training that was asked to end before its last step."""
+
+
+@dataclass
+class Stop:
+    """A training that leaves checkpoints ends after its present step once this is `wanted`, as long as it is `heeded`."""
+
+    wanted: bool = False
+    heeded: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """Observes the steps: writes a checkpoint when one is due, and a last one when the training is asked to stop."""
+
+    folder: CheckpointFolder
+    state: TrainState
+    facts: Callable[[], dict[str, Any]]
+    log: Log
+    stop: Stop
+
+    def step(self, step: Step) -> None:
+        """Write a checkpoint where one is due; raises StoppedError where the training was asked to stop."""
+        stopping = self.stop.wanted
+        saved = (stopping or step.number % self.folder.every == 0) and self._write(step.number)
+        if stopping:
+            last = "its checkpoint" if saved else "the newest checkpoint that could be written"
+            raise StoppedError(f"the training was stopped after step {step.number}: resume_from takes {last}")
+
+    def _write(self, number: int) -> bool:
+        try:
+            write_checkpoint(self.folder, number, self.state.state_dict(), self.facts() | {"step": number})
+        except OSError as error:  # a full disk costs the checkpoint, not the training
+            self.log(
+                f"Warning: the checkpoint of step {number} could not be written ({error}): the training goes on without it"
+            )
+            return False
+        self.log(f"Checkpoint: step {number}")
+        return True
 
 
 def prepare_folder(folder: CheckpointFolder, resumed: Path | None) -> None:
@@ -58,11 +103,13 @@ def prepare_folder(folder: CheckpointFolder, resumed: Path | None) -> None:
         )
 
 
-def write_checkpoint(folder: CheckpointFolder, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
+def write_checkpoint(folder: CheckpointFolder, step: int, state: dict[str, Any], facts: dict[str, Any]) -> Path:
     """Store a checkpoint; the newest two stay. Raises OSError where it cannot be written, and then leaves nothing of it."""
     target, partial = folder.path / f"checkpoint-{step:06}.safetensors", folder.path / PARTIAL
+    tensors: dict[str, Tensor] = {}
+    described = facts | {"state": _without_tensors(state, "state", tensors)}
     try:
-        save_file(tensors, partial, metadata={FACTS_KEY: json.dumps(facts)})
+        save_file(tensors, partial, metadata={FACTS_KEY: json.dumps(described)})
         _flush(partial)
         partial.replace(target)
     except safetensors.SafetensorError as error:  # what it makes of an error of the file system
@@ -94,13 +141,37 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """A stored checkpoint; raises ValueError where it is damaged."""
     try:
         text = _header(path)[FACTS_KEY]
-        facts = json.loads(text) if len(text) <= MAX_FACTS_BYTES else None
-        tensors = load_file(path)
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        if len(text) > MAX_FACTS_BYTES:
+            raise ValueError(f"its description has {len(text)} bytes")
+        facts = json.loads(text)
+        state = _with_tensors(facts.pop("state"), load_file(path))
+    except (safetensors.SafetensorError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the checkpoint {path.name} is damaged ({error}): resume from the one before it") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"the checkpoint {path.name} is damaged: resume from the one before it")
-    return Checkpoint(path.name, tensors, facts)
+    return Checkpoint(path.name, state, facts)
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON can hold it: the tensors in it, at any depth, go into `tensors` under names that begin with `name`.
+
+    Dictionaries become lists of pairs, because their keys may be numbers.
+    """
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().clone().contiguous()  # of its own: bitsandbytes shares tables between parameters
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"items": [[key, _without_tensors(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undoes `_without_tensors`; tuples come back as lists."""
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]].clone()
+        return {key: _with_tensors(item, tensors) for key, item in value["items"]}
+    return [_with_tensors(item, tensors) for item in value] if isinstance(value, list) else value
 
 
 def _header(path: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a trained token is worth: whether it is used, what it is near to, and how large it has become."""
+"""Diagnostics of a trained token: whether the model uses it, and which vocabulary entries it is near to."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from placeholder.lora.adapter import without_lora
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
+from placeholder.training.context import Training
 from placeholder.training.examples import Example, Sample, draw_sample
-from placeholder.training.loop import TrainState
 from placeholder.training.losses import sample_losses
 
 SAMPLES = 16
@@ -24,8 +24,8 @@ IGNORED_SHARE = 0.05  # of what the training gained
 class Diagnostics:
     """Mean losses on the same noise, and each token's nearest vocabulary entries with their cosines.
 
-    `loss`: trained rows and LoRA. `loss_row_reset`: the rows as they were before training, with the LoRA. `loss_lora_off`:
-    the trained rows alone. `loss_base`: neither.
+    `loss`: trained embeddings and LoRA. `loss_row_reset`: the embeddings as before training, with the LoRA. `loss_lora_off`: the
+    trained embeddings alone. `loss_base`: neither.
     """
 
     loss: float
@@ -36,14 +36,14 @@ class Diagnostics:
 
     @property
     def row_share(self) -> float:
-        """How much of what training gained is lost with the rows alone: near 0 for a token that is ignored."""
+        """Share of what training gained that is lost when the embeddings are reset: near 0 for a token that is ignored."""
         gained = self.loss_base - self.loss
         return (self.loss_row_reset - self.loss) / gained if gained > 0 else 0.0
 
     def lines(self) -> list[str]:
         """The findings as a person reads them."""
         lines = [
-            f"Loss on fixed noise: {self.loss:.4f}; with the token's row reset {self.loss_row_reset:.4f}; "
+            f"Loss on fixed noise: {self.loss:.4f}; with the token's embedding reset {self.loss_row_reset:.4f}; "
             f"without the LoRA {self.loss_lora_off:.4f}; base model {self.loss_base:.4f}"
         ]
         for token, nearest in self.nearest_tokens.items():
@@ -52,7 +52,7 @@ class Diagnostics:
             lines.append("Warning: the training did not lower the loss: train for longer, or change learning_rate")
         elif self.row_share < IGNORED_SHARE:
             lines.append(
-                f"Warning: the token was ignored: with its row reset only {max(self.row_share, 0):.0%} of what training gained is lost; "
+                f"Warning: the token was ignored: with its embedding reset only {max(self.row_share, 0):.0%} of what training gained is lost; "
                 "train for longer, raise placeholder_learning_rate or placeholder_warmup_fraction, or lower learning_rate"
             )
         return lines
@@ -63,37 +63,30 @@ class Diagnostics:
 
 
 def fixed_samples(examples: list[Example]) -> list[Sample]:
-    """What the losses are measured on: the same noise and noise levels every time."""
+    """What the losses are measured on: the same noise and sigmas every time."""
     generator = torch.Generator().manual_seed(SEED)
     return [draw_sample(examples[i % len(examples)], (), 0.0, generator) for i in range(SAMPLES)]
 
 
 @torch.no_grad()
-def diagnose(
-    train_state: TrainState,
-    tokens: PlaceholderTokens,
-    initial_rows: Tensor,
-    examples: list[Example],
-    vocabulary: Tensor,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Diagnostics:
-    """Measure a zero-prior training; `initial_rows` (R, D) is what the rows were, `vocabulary` (V, D) the embedding matrix."""
+def diagnose(training: Training) -> Diagnostics:
+    """Measure a training with tokens, after its last step."""
+    state, tokens = training.state, training.tokens
+    samples = fixed_samples(state.sampler.examples)
 
     def loss() -> float:
         # One at a time: stacked, they would take more memory than any step of the training has.
-        losses = [
-            sample_losses(train_state.transformer, train_state.prompt_embeds, [sample]) for sample in fixed_samples(examples)
-        ]
-        return torch.cat(losses).mean().item()
+        return torch.cat([sample_losses(state.denoiser, state.prompt_embeds, [sample]) for sample in samples]).mean().item()
 
     def both(lora_off: bool) -> tuple[float, float]:
-        with without_lora(train_state.transformer) if lora_off else nullcontext():
+        with without_lora(state.transformer) if lora_off else nullcontext():
             trained = loss()
-            with rows_as(tokens, initial_rows):
+            with rows_as(tokens, training.initial_rows):
                 return trained, loss()
 
     (trained, row_reset), (lora_off, base) = both(lora_off=False), both(lora_off=True)
-    return Diagnostics(trained, row_reset, lora_off, base, nearest_tokens(tokens, vocabulary, tokenizer))
+    vocabulary = training.prompt_embeds.text_encoder.embed_tokens.weight
+    return Diagnostics(trained, row_reset, lora_off, base, nearest_tokens(tokens, vocabulary, training.tokenizer))
 
 
 @contextmanager

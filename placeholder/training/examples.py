@@ -1,13 +1,13 @@
-"""What a step is made on: pictures as examples, and the batches that are drawn of them with their noise."""
+"""Training examples, and the batches that are sampled from them with their sigmas and noise."""
 
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from placeholder.config import TrainConfig
-from placeholder.distributed import Processes
 from placeholder.training.flow import sample_sigma
 
 MAX_NOISE_SEED = 2**63 - 1
@@ -15,10 +15,10 @@ MAX_NOISE_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Example:
-    """One crop of one picture: packed latents fp32 (L, C), its height and width in tokens, its shift, its prompt's ids.
+    """One crop of one image: packed latents fp32 (L, C), its height and width in tokens, its shift mu, its prompt's ids.
 
-    `preserved` are prompts, as ids, that are to keep what the base model predicts for them at this picture's noisy latents.
-    `weights` are those of the tokens in the loss, fp32 (L,), None for all the same.
+    `preserved`: prompts, as ids, for which the LoRA is to keep the base model's prediction at this image's noisy latents.
+    `weights`: of the tokens in the loss, fp32 (L,), from the image's mask; None for all the same.
     """
 
     latents: Tensor
@@ -31,10 +31,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Sample:
-    """One element of a batch: an example with the prompt, the noise level () and the seed of the noise drawn for it.
-
-    The noise itself is made where it is needed: not in the other processes, nor to look ahead.
-    """
+    """One element of a batch: an example with the prompt, the sigma () and the seed of the noise sampled for it."""
 
     example: Example
     input_ids: tuple[int, ...]
@@ -43,59 +40,62 @@ class Sample:
 
     @cached_property
     def noise(self) -> Tensor:
-        """Standard normal noise, fp32 (L, C)."""
+        """Standard normal noise, fp32 (L, C), made where it is used: each process makes that of its own samples alone."""
         return torch.randn(self.example.latents.shape, generator=torch.Generator().manual_seed(self.noise_seed))
 
 
-@dataclass
-class Position:
-    """Where a training stands: the steps made, the examples that this round still has to bring, the source of randomness.
-
-    Every random number of the steps comes from `generator`, on the CPU, the same in every process.
-    """
-
-    generator: torch.Generator
-    step: int = 0
-    upcoming: list[int] = field(default_factory=list)
-
-    def next_index(self, count: int) -> int:
-        """An index below `count`; each comes once before any comes again."""
-        if not self.upcoming:
-            self.upcoming = torch.randperm(count, generator=self.generator).tolist()
-        return self.upcoming.pop(0)
-
-    def copy(self) -> "Position":
-        """One that stands where this stands, and moves by itself."""
-        generator = torch.Generator().set_state(self.generator.get_state())
-        return Position(generator, self.step, list(self.upcoming))
-
-
-def draw_batch(
-    examples: list[Example],
-    empty_ids: tuple[int, ...],
-    config: TrainConfig,
-    position: Position,
-    processes: Processes,
-) -> list[Sample]:
-    """Draw the batch of all processes for one step; the position's randomness and examples move along."""
-    return [
-        draw_sample(examples[position.next_index(len(examples))], empty_ids, config.caption_dropout, position.generator)
-        for _ in range(config.batch_size * processes.world_size)
-    ]
-
-
 def draw_sample(example: Example, empty_ids: tuple[int, ...], caption_dropout: float, generator: torch.Generator) -> Sample:
-    """Draw the noise level, the noise's seed and, with probability `caption_dropout`, the empty prompt."""
+    """Draw the sigma, the noise's seed and, with probability `caption_dropout`, the empty prompt."""
     dropped = torch.rand((), generator=generator).item() < caption_dropout
     sigma = sample_sigma(example.mu, generator)
     noise_seed = int(torch.randint(MAX_NOISE_SEED, (), generator=generator))
     return Sample(example, empty_ids if dropped else example.input_ids, sigma, noise_seed)
 
 
+class BatchSampler:
+    """Samples batches without replacement: each example comes once an epoch, in a new order.
+
+    Every random number of the steps comes from `generator`, on the CPU, so that all processes sample the same batches.
+    """
+
+    def __init__(
+        self,
+        examples: list[Example],
+        empty_ids: tuple[int, ...],
+        batch_size: int,
+        caption_dropout: float,
+        generator: torch.Generator,
+    ):
+        self.examples, self.empty_ids = examples, empty_ids
+        self.batch_size, self.caption_dropout, self.generator = batch_size, caption_dropout, generator
+        self.indices_left: list[int] = []
+
+    def next_batch(self) -> list[Sample]:
+        """The batch of the next step."""
+        return [
+            draw_sample(self.examples[self._next_index()], self.empty_ids, self.caption_dropout, self.generator)
+            for _ in range(self.batch_size)
+        ]
+
+    def _next_index(self) -> int:
+        if not self.indices_left:
+            self.indices_left = torch.randperm(len(self.examples), generator=self.generator).tolist()
+        return self.indices_left.pop(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the batches still to come."""
+        return {"indices_left": list(self.indices_left), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the sampler whose state this is."""
+        self.generator.set_state(state["generator"])
+        self.indices_left = list(state["indices_left"])
+
+
 def grouped(batch: list[Sample]) -> list[list[Sample]]:
-    """The batch in groups that can be stacked without padding: of one picture shape and one length of each of their prompts."""
-    groups: dict[tuple, list[Sample]] = {}
+    """The batch in groups that can be stacked without padding: same image size and same length of each of their prompts."""
+    groups: dict[tuple, list[Sample]] = defaultdict(list)
     for sample in batch:
         lengths = (len(ids) for ids in (sample.input_ids, *sample.example.preserved))
-        groups.setdefault((sample.example.grid, *lengths), []).append(sample)
+        groups[(sample.example.grid, *lengths)].append(sample)
     return list(groups.values())

@@ -1,9 +1,12 @@
-"""Rectified-flow matching as Qwen-Image uses it: noise levels, noisy latents, target, loss."""
+"""Rectified flow matching as Qwen-Image uses it: sigmas, noisy latents, target, loss."""
 
 import torch
 from torch import Tensor
 
-MIDDLE_SIGMA = 0.5  # the noise level of predictions that are made to compare or to warm up
+# Sigmas are multiples of 1/1000, the 1000 training timesteps of the model's FlowMatchEulerDiscreteScheduler: a fixed set, so that
+# what the transformer computes from the timestep alone can be a table (transformer/modulations.py).
+TIMESTEPS = 1000
+MIDDLE_SIGMA = 0.5  # of predictions that are made to compare
 
 
 def shift_mu(tokens: int, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float) -> float:
@@ -16,9 +19,9 @@ def shift_mu(tokens: int, base_tokens: int, max_tokens: int, base_shift: float, 
 
 
 def shift_sigmas(sigmas: Tensor, mu: float | Tensor) -> Tensor:
-    """Move noise levels in (0, 1) towards 1: exp(mu) s / (1 + (exp(mu) - 1) s).
+    """Move sigmas in (0, 1) towards 1: exp(mu) s / (1 + (exp(mu) - 1) s).
 
-    Equation 23 of Esser et al. 2024, arXiv:2403.03206, with exp(mu) for the square root of the resolution ratio, which is the
+    Equation 23 of Esser et al. 2024, arXiv:2403.03206, with exp(mu) for the square root of the resolution ratio; the
     "exponential" time shift of diffusers' FlowMatchEulerDiscreteScheduler.
     """
     factor = torch.exp(torch.as_tensor(mu, dtype=sigmas.dtype))
@@ -26,13 +29,19 @@ def shift_sigmas(sigmas: Tensor, mu: float | Tensor) -> Tensor:
 
 
 def sample_sigma(mu: float, generator: torch.Generator) -> Tensor:
-    """A noise level, shape (): logit-normal(0, 1), then shifted for the image's resolution.
+    """A sigma of `sigma_grid`, shape (): logit-normal(0, 1), shifted for the image's resolution, rounded to the grid.
 
     Logit-normal is what the Qwen-Image technical report (arXiv:2508.02324, section on pre-training) samples timesteps from.
-    The report names no shift; ours is the one that the checkpoint's scheduler applies when it draws a picture, so that
-    training visits noise levels as often as sampling does.
+    The report names no shift; ours is that of the checkpoint's scheduler, so that training visits sigmas as often as
+    inference does.
     """
-    return shift_sigmas(torch.sigmoid(torch.randn((), generator=generator)), mu)
+    sigma = shift_sigmas(torch.sigmoid(torch.randn((), generator=generator)), mu)
+    return (sigma * TIMESTEPS).round().clamp(1, TIMESTEPS) / TIMESTEPS
+
+
+def sigma_grid() -> Tensor:
+    """Every sigma that a training can sample, (1000,)."""
+    return torch.arange(1, TIMESTEPS + 1) / TIMESTEPS
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:

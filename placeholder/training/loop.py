@@ -1,30 +1,30 @@
-"""The training loop: a generator that makes one step after another and yields what each came to."""
+"""The training loop: a generator that makes one step after another and yields the losses of each."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
-from placeholder.config import TrainConfig
-from placeholder.distributed import SINGLE_PROCESS, Processes
-from placeholder.training.determinism import StrictSteps
-from placeholder.training.examples import Example, Position, Sample, draw_batch, grouped
-from placeholder.training.exchange import GradientExchange, computed_together
-from placeholder.training.losses import PromptEmbeds, preservation_losses, sample_losses
-from placeholder.training.optimizers import RowOptimizer
+from placeholder.devices import free_memory
+from placeholder.distributed import Processes
+from placeholder.training.examples import BatchSampler, Sample, grouped
+from placeholder.training.losses import Denoiser, PromptEmbeds, preservation_losses, sample_losses
+from placeholder.training.optimizers import TokenOptimizer
 from placeholder.transformer.checkpointing import BlockCheckpointing
+from placeholder.transformer.compile import CompiledBlocks
 
 LORA_MAX_GRAD_NORM = 1.0  # max_grad_norm of diffusers' DreamBooth LoRA scripts
+DONE, OUT_OF_MEMORY, HOPELESS = 0, 1, 2  # how computing the gradients went in one process
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step came to: its number from 1, its loss and its preservation loss, fp32 (), still on the device.
+    """One step: its number from 1, its loss and its preservation loss, fp32 (), still on the device.
 
-    `preservation` is None where nothing was preserved in this step; `checkpointed` is the number of blocks whose activations were checkpointed in its backward pass.
+    `preservation` is None where nothing was preserved; `checkpointed` is the number of checkpointed blocks.
     """
 
     number: int
@@ -33,85 +33,154 @@ class Step:
     checkpointed: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainState:
-    """What is trained and what it takes: the transformer with its LoRA, the prompts' embeddings, optimizers, checkpointing."""
+    """What is trained, what it is trained with, and how many steps were made."""
 
-    transformer: QwenImageTransformer2DModel
+    denoiser: Denoiser
     prompt_embeds: PromptEmbeds
     lora: list[nn.Parameter]
     lora_optimizer: torch.optim.Optimizer
+    sampler: BatchSampler
     checkpointing: BlockCheckpointing
-    row_optimizer: RowOptimizer | None = None
+    token_optimizer: TokenOptimizer | None = None
+    compiled: CompiledBlocks | None = None
+    step: int = 0
 
-    def rows_alone(self, config: TrainConfig) -> int:
-        """In how many steps, at the start, the rows learn alone."""
-        return round(config.steps * config.placeholder_warmup_fraction) if self.row_optimizer else 0
+    @property
+    def transformer(self) -> nn.Module:
+        """The transformer with its LoRA."""
+        return self.denoiser.transformer
+
+    @property
+    def token_rows(self) -> nn.Parameter | None:
+        """The placeholder tokens' embeddings (R, D), where tokens are trained."""
+        return self.token_optimizer and self.token_optimizer.rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on."""
+        token = self.token_optimizer
+        return {
+            "step": self.step,
+            "sampler": self.sampler.state_dict(),
+            "lora": self.lora,
+            "lora_optimizer": self.lora_optimizer.state_dict(),
+            "token": token and token.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the training whose state this is. Raises KeyError, ValueError or others where it is not one of such a training."""
+        with torch.no_grad():
+            for parameter, value in zip(self.lora, state["lora"], strict=True):
+                parameter.copy_(_of_shape(value, parameter))
+        self.lora_optimizer.load_state_dict(state["lora_optimizer"])
+        if self.token_optimizer:
+            self.token_optimizer.load_state_dict(state["token"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.step = state["step"]
 
 
-def training_steps(
-    train_state: TrainState,
-    examples: list[Example],
-    empty_ids: tuple[int, ...],
-    config: TrainConfig,
-    position: Position,
-    processes: Processes = SINGLE_PROCESS,
-) -> Iterator[Step]:
-    """Train from `position`, which moves along, to step `config.steps`.
+def _of_shape(value: Tensor, parameter: Tensor) -> Tensor:
+    if value.shape != parameter.shape:
+        raise ValueError(f"shape {tuple(value.shape)} instead of {tuple(parameter.shape)}")
+    return value
 
-    The gradient is that of the mean loss over a batch of `config.batch_size` for each process, plus `config.prior_preservation`
-    times the mean preservation loss of each preserved prompt in every `config.prior_preservation_interval`-th step. In the first `config.placeholder_warmup_fraction` of
-    the steps the rows learn alone. Their gradient and the LoRA's are handled apart: a shared clip would let the rows' first huge
-    gradients silence the LoRA. A step that runs out of CUDA memory in any process is made again in all of them with more blocks
-    checkpointed; torch.OutOfMemoryError is raised in all of them once that process recomputes every block.
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train, and when preservation acts.
+
+    In the first `token_only_steps` the token embeddings learn alone. `prior_preservation` is the weight of the preservation loss in
+    every `interval`-th step after that.
     """
-    rows_alone = train_state.rows_alone(config)
-    batch_size = config.batch_size * processes.world_size
-    strict = StrictSteps()
-    rows = train_state.row_optimizer and train_state.row_optimizer.rows
-    exchange = GradientExchange(processes, train_state.lora, rows)
-    for number in range(position.step + 1, config.steps + 1):
-        lora_learns = number > rows_alone
-        # The preserved prompts hold no token: while the rows learn alone there is nothing for them to do.
-        preserves = lora_learns and number % config.prior_preservation_interval == 0
-        batch = draw_batch(examples, empty_ids, config, position, processes)
-        weight = config.prior_preservation * preserves
-        compute = partial(gradients, train_state, processes.shard(batch), batch_size, weight)
-        loss, preservation = computed_together(compute, train_state.checkpointing, processes, strict)
-        rows_learn = any(sample.input_ids != empty_ids for sample in batch)
-        exchange.add_up([loss] if preservation is None else [loss, preservation], rows_learn)
+
+    steps: int
+    token_only_steps: int = 0
+    prior_preservation: float = 0.0
+    interval: int = 1
+
+
+def train_steps(state: TrainState, schedule: Schedule, processes: Processes) -> Iterator[Step]:
+    """Train from `state.step`, which moves along, to `schedule.steps`.
+
+    The gradient is that of the mean loss over the batches of all processes, plus `prior_preservation` times the mean preservation
+    loss of each preserved prompt. The token embeddings' gradient and the LoRA's are handled apart: a shared clip would let the
+    tokens' first huge gradients silence the LoRA. A step that runs out of GPU memory in any process is repeated in all of them with
+    more blocks checkpointed; torch.OutOfMemoryError is raised in all of them once all blocks are.
+    """
+    for number in range(state.step + 1, schedule.steps + 1):
+        lora_learns = number > schedule.token_only_steps
+        # The preserved prompts hold no token: while the tokens learn alone there is nothing for them to do.
+        preservation = schedule.prior_preservation if lora_learns and number % schedule.interval == 0 else 0.0
+        batch = state.sampler.next_batch()
+        losses = _computed(partial(gradients, state, processes.shard(batch), len(batch), preservation), state, processes)
+        _sum_over_processes(state, losses, any(sample.input_ids != state.sampler.empty_ids for sample in batch), processes)
         if lora_learns:
-            torch.nn.utils.clip_grad_norm_(train_state.lora, LORA_MAX_GRAD_NORM)
-            train_state.lora_optimizer.step()
-        if train_state.row_optimizer is not None:
-            train_state.row_optimizer.step()
-        position.step = number
-        yield Step(number, loss, preservation, train_state.checkpointing.checkpointed)
+            torch.nn.utils.clip_grad_norm_(state.lora, LORA_MAX_GRAD_NORM)
+            state.lora_optimizer.step()
+        if state.token_optimizer is not None:
+            state.token_optimizer.step()
+        state.step = number
+        yield Step(number, losses[0], losses[1] if preservation else None, state.checkpointing.checkpointed)
 
 
-def gradients(
-    train_state: TrainState, batch: list[Sample], batch_size: int, prior_preservation: float
-) -> tuple[Tensor, Tensor | None]:
-    """Set the gradients of the LoRA and of the rows from `batch`, which is all or a part of `batch_size` samples.
+def gradients(state: TrainState, batch: list[Sample], batch_size: int, prior_preservation: float) -> list[Tensor]:
+    """Set the gradients of the LoRA and the token embeddings from `batch`, which is all or a part of `batch_size` samples.
 
-    Returns its share in the mean loss and in the mean preservation loss, summed over the preserved prompts, fp32 ().
+    Returns its share of the mean loss and of the mean preservation loss, summed over the preserved prompts, fp32 ().
     """
-    loss, preservation = torch.zeros((), device=train_state.transformer.device), None
-    train_state.lora_optimizer.zero_grad(set_to_none=True)
-    window = None
-    if train_state.row_optimizer is not None:
-        train_state.row_optimizer.rows.grad = None
-        window = train_state.prompt_embeds.window([sample.input_ids for sample in batch])
+    state.lora_optimizer.zero_grad(set_to_none=True)
+    if state.token_rows is not None:
+        state.token_rows.grad = None
+    loss, preservation = torch.zeros(2, device=state.denoiser.device).unbind()
     for group in grouped(batch):
-        part = sample_losses(train_state.transformer, window or train_state.prompt_embeds, group).sum() / batch_size
+        part = sample_losses(state.denoiser, state.prompt_embeds, group).sum() / batch_size
         part.backward()
         loss += part.detach()
         if not prior_preservation:
             continue
         for prompts in zip(*(sample.example.preserved for sample in group), strict=True):
-            part = preservation_losses(train_state.transformer, train_state.prompt_embeds, group, prompts).sum() / batch_size
+            part = preservation_losses(state.denoiser, state.prompt_embeds, group, prompts).sum() / batch_size
             (prior_preservation * part).backward()
-            preservation = part.detach() if preservation is None else preservation + part.detach()
-    if window is not None:
-        window.backward()
-    return loss, preservation
+            preservation += part.detach()
+    return [loss, preservation]
+
+
+def _computed(compute: Callable[[], list[Tensor]], state: TrainState, processes: Processes) -> list[Tensor]:
+    """What `compute` returns, once it has returned in every process, so that none waits for gradients that never come."""
+    while True:
+        try:
+            found = compute()
+            outcome = processes.all_reduce_max(DONE)
+            if outcome == DONE:
+                return found
+        except torch.OutOfMemoryError:
+            outcome = processes.all_reduce_max(HOPELESS if state.checkpointing.all_checkpointed else OUT_OF_MEMORY)
+            if outcome == HOPELESS:
+                raise
+        except RuntimeError as error:
+            if state.compiled is None or not state.compiled.failed(error):
+                raise
+            continue
+        if outcome == HOPELESS:
+            raise torch.OutOfMemoryError("out of memory in another process, with every block checkpointed")
+        state.checkpointing.checkpoint_more()
+        free_memory()
+
+
+def _sum_over_processes(state: TrainState, losses: list[Tensor], tokens_learn: bool, processes: Processes) -> None:
+    """Sum losses and gradients over the processes in one all-reduce, in place.
+
+    `tokens_learn`: whether any prompt of the batch may hold a placeholder token; otherwise their embeddings have no gradient.
+    """
+    if processes.world_size == 1:
+        return
+    tensors = [*losses, *(parameter.grad for parameter in state.lora if parameter.grad is not None)]
+    rows = state.token_rows
+    if rows is not None and tokens_learn:
+        rows.grad = torch.zeros_like(rows) if rows.grad is None else rows.grad  # no prompt of this process holds a token
+        tensors.append(rows.grad)
+    total = torch.cat([tensor.flatten() for tensor in tensors])
+    processes.all_reduce_sum(total)
+    for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

@@ -1,150 +1,184 @@
-"""How a training is fitted into memory, and what is said of one that does not fit, before any weight is loaded."""
+"""The GPU memory of a training, counted from the model's configuration before any weight is loaded, and how to fit into it."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import QwenImageTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from placeholder.config import TrainConfig
 from placeholder.devices import KEPT_FREE
+from placeholder.lora.adapter import add_lora
 from placeholder.model.base import BaseModel
+from placeholder.model.loading import text_encoder_shell, transformer_shell
+from placeholder.model.quantization import STORAGES, Storage, stored_bytes
 from placeholder.model.vae import PIXELS_A_TOKEN
-from placeholder.training.needs import Need, training_needs
-from placeholder.transformer.checkpointing import BlockCheckpointing
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens
+from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_template
+from placeholder.training.examples import Example, draw_sample
+from placeholder.training.losses import Denoiser, sample_losses
+from placeholder.training.optimizers import STATES
+from placeholder.transformer.checkpointing import BlockCheckpointing, Footprint, measure
+from placeholder.transformer.modulations import depend_on_timestep_alone, modulation_layers, row_bytes
 
 GB = 1e9
-SMALLER_SIDES = (768, 512)  # pixels: what is proposed where a resolution does not fit
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a training needs with the transformer quantized in one way, its modulations `tabled` or not.
+
+    `encoding` is the peak before training, while the text encoder is whole; `text_encoder` is what of it stays.
+    """
+
+    quantization: Storage
+    tabled: bool
+    encoding: int
+    transformer: int
+    text_encoder: int
+    lora: int
+    footprint: Footprint
+
+    @property
+    def name(self) -> str:
+        """What the table of the plan calls it."""
+        return f"{self.quantization}+table" if self.tabled else self.quantization
+
+    def checkpointed(self, free: int) -> int:
+        """How many blocks have to be checkpointed to fit into `free` bytes; all, if that is not enough."""
+        return self.footprint.blocks_to_checkpoint(free - self.transformer - self.text_encoder - self.lora)
+
+    def peak(self, checkpointed: int) -> int:
+        """Peak memory of the whole training."""
+        step = self.transformer + self.text_encoder + self.lora + self.footprint.total(checkpointed)
+        return max(self.encoding, step)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of one training by storage, how many bytes are free for them, and which of them it takes."""
+    """The needs of one training by quantization, how many bytes it may use, and which need it takes."""
 
     title: str
     needs: tuple[Need, ...]
     free: int
     chosen: Need
 
-    @property
-    def kept(self) -> int:
-        """Bytes that are left alone."""
-        return round(self.free * KEPT_FREE / (1 - KEPT_FREE))
-
-    def as_before(self, tabled: bool | None) -> "Plan":
-        """With a table of the modulations, or without one, as the training was begun that is resumed, where that fits too."""
-        alike = [need for need in self.needs if (need.storage, need.tabled) == (self.chosen.storage, tabled)]
-        return replace(self, chosen=alike[0]) if alike and alike[0].fits(self.free) else self
-
-    def checkpointing(
-        self,
-        transformer: QwenImageTransformer2DModel,
-        lora: list[nn.Parameter],
-        states: int,
-        free: int,
-        log: Callable[[str], None],
-    ) -> BlockCheckpointing:
-        """As few checkpointed blocks as a full batch of the largest crop allows where `free` bytes are free once all is loaded.
-
-        `states` is how many numbers the optimizer keeps for each parameter.
-        """
-        exchanged = (
-            1 if torch.distributed.is_initialized() else 0
-        )  # the gradients once more: memory reserved for their exchange
-        gradients_and_states = (1 + states + exchanged) * sum(p.nbytes for p in lora)
-        free -= self.kept + gradients_and_states
-        need = self.chosen
-        checkpointed = need.footprint.blocks_to_checkpoint(free)
-        log(
-            f"Memory: {free / 1e9:.3g} GB free for activations, a step needs {need.footprint.total(0) / 1e9:.3g} GB: "
-            f"{checkpointed} of {need.footprint.blocks} blocks are checkpointed"
-        )
+    def checkpointing(self, transformer: nn.Module, lora: list[nn.Parameter], optimizer: str, free: int) -> BlockCheckpointing:
+        """As few checkpointed blocks as a full batch of the largest crop allows, with `free` bytes free once all is loaded."""
+        reserve = self.free * KEPT_FREE / (1 - KEPT_FREE)
+        gradients_and_states = (1 + STATES[optimizer]) * sum(parameter.nbytes for parameter in lora)
+        checkpointed = self.chosen.footprint.blocks_to_checkpoint(int(free - reserve - gradients_and_states))
         return BlockCheckpointing(transformer, checkpointed)
 
     def lines(self) -> list[str]:
         """The plan as a table in GB."""
         blocks = self.needs[0].footprint.blocks
-        checkpointed = [need.checkpointed(self.free) for need in self.needs]
+        counts = [need.checkpointed(self.free) for need in self.needs]
         rows = [
             ("GB expected", [f"{need.name}{' *' if need == self.chosen else ''}" for need in self.needs]),
             ("transformer", [_gb(need.transformer) for need in self.needs]),
             ("text encoder", [_gb(need.text_encoder) for need in self.needs]),
             ("LoRA, gradients, optimizer", [_gb(need.lora) for need in self.needs]),
-            ("activations", [_gb(need.footprint.total(count)) for need, count in zip(self.needs, checkpointed, strict=True)]),
-            ("peak", [_gb(need.peak(count)) for need, count in zip(self.needs, checkpointed, strict=True)]),
-            (f"blocks checkpointed, of {blocks}", [str(count) for count in checkpointed]),
+            ("activations", [_gb(need.footprint.total(count)) for need, count in zip(self.needs, counts, strict=True)]),
+            ("peak", [_gb(need.peak(count)) for need, count in zip(self.needs, counts, strict=True)]),
+            (f"checkpointed blocks, of {blocks}", [str(count) for count in counts]),
         ]
         lines = [f"Memory plan for {self.title}; {_gb(self.free)} GB may be used; * is what this training takes"]
         return lines + [f"  {name:<28}" + "".join(f"{cell:>13}" for cell in cells) for name, cells in rows]
 
 
-def plan_training(base: BaseModel, config: TrainConfig, grid: tuple[int, int], ids: int, free: int, processes: int = 1) -> Plan:
-    """Choose how the transformer's weights are stored: as they are, or with `quantize` the best storage that fits.
+def plan_memory(base: BaseModel, config: TrainConfig, grid: tuple[int, int], ids: int, free: int) -> Plan:
+    """Choose the transformer's quantization (with `quantize` the best that fits) and whether its modulations become a table.
 
-    On a GPU the modulations become a table where that spares recomputing. `grid` is the height and width in image tokens of the
-    largest crop, `ids` the length of the longest prompt with its template, `free` the free bytes of the device. Raises ValueError, with
-    what would fit, where nothing does.
+    `grid` is the height and width in image tokens of the largest crop, `ids` the length of the longest prompt with its template,
+    `free` the free bytes of the device. Raises ValueError where nothing fits.
     """
     usable = round((1 - KEPT_FREE) * free)
-    needs = training_needs(base, config, grid, ids, processes)
-    allowed = _allowed(needs, config)
-    title = _title(config, grid)
-    fitting = [need for need in allowed if need.fits(usable)]
-    if fitting:
-        alike = [need for need in fitting if need.storage == fitting[0].storage]
-        return Plan(title, needs, usable, min(alike, key=lambda need: need.checkpointed(usable)))
-    smallest = allowed[-1]
-    raise ValueError(
-        f"{title} needs {_gb(smallest.peak(smallest.footprint.blocks))} GB, {_gb(usable)} GB may be used: "
-        f"{_remedy(base, config, grid, ids, usable, needs, processes)}"
+    needs = memory_needs(base, config, grid, ids)
+    side = f"{grid[1] * PIXELS_A_TOKEN}x{grid[0] * PIXELS_A_TOKEN}"
+    token = "with a token" if config.tokens else "without a token"
+    title = f"training at {side} pixels, batch {config.batch_size}, rank {config.rank}, {token}"
+    allowed = [need for need in needs if (need.quantization != "none") == config.quantize]
+    fitting = [need for need in allowed if need.peak(need.footprint.blocks) <= usable]
+    if not fitting:
+        least = allowed[-1].peak(allowed[-1].footprint.blocks)
+        levers = [] if config.quantize else ["set quantize to true"]
+        levers += ["give a smaller resolution"]
+        levers += (
+            ["train without the token, so that the text encoder need not stay"] if config.tokens else ["take a larger GPU"]
+        )
+        raise ValueError(f"{title} needs {_gb(least)} GB, {_gb(usable)} GB may be used: {', or '.join(levers)}")
+    alike = [need for need in fitting if need.quantization == fitting[0].quantization]
+    return Plan(title, needs, usable, min(alike, key=lambda need: need.checkpointed(usable)))
+
+
+def memory_needs(base: BaseModel, config: TrainConfig, grid: tuple[int, int], ids: int) -> tuple[Need, ...]:
+    """What the training needs with each quantization, the largest first; for the arguments see `plan_memory`.
+
+    On a GPU quantized weights have their modulations tabled, others come with a table and without.
+    """
+    transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
+    weights = {kind: stored_bytes(transformer, transformer.transformer_blocks, kind) for kind in STORAGES}
+    embedder = stored_bytes(transformer.time_text_embed, transformer.time_text_embed, "none")
+    replaced = {
+        kind: embedder + sum(stored_bytes(layer, layer, kind) for layer in modulation_layers(transformer)) for kind in STORAGES
+    }
+    table_row = row_bytes(transformer)
+    encoder_bytes = stored_bytes(text_encoder, text_encoder.layers, "int8" if config.quantize_te else "none")
+    encoding = stored_bytes(text_encoder, text_encoder.layers, "none")
+    with fake_step(transformer, text_encoder, config, grid, ids) as loss:
+        footprint = measure(transformer, loss, text_encoder.parameters())
+    lora = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
+    variants = [(kind, False) for kind in STORAGES]
+    if base.device.type != "cpu" and depend_on_timestep_alone(transformer):  # on a CPU a table would lie in the same memory
+        variants = [("none", False), *((kind, True) for kind in STORAGES)]
+    return tuple(
+        Need(
+            kind,
+            tabled,
+            encoding=encoding,
+            transformer=weights[kind] - tabled * replaced[kind],
+            text_encoder=encoder_bytes if config.tokens else 0,
+            lora=(2 + STATES[config.optimizer]) * lora * torch.float32.itemsize,  # weights, gradients, the optimizer's states
+            footprint=replace(footprint, rest=footprint.rest + tabled * config.batch_size * table_row),
+        )
+        for kind, tabled in variants
     )
 
 
-def _remedy(
-    base: BaseModel,
-    config: TrainConfig,
-    grid: tuple[int, int],
-    ids: int,
-    usable: int,
-    needs: tuple[Need, ...],
-    processes: int,
-) -> str:
-    """What would fit instead: no autocaption, quantizing, a smaller resolution, both, no token; otherwise how large a GPU has to be."""
-    if config.autocaption:
-        found = training_needs(base, replace(config, autocaption=False), grid, ids, processes)
-        if any(need.fits(usable) for need in _allowed(found, config)):
-            return "set autocaption to false, which needs the text encoder's vision tower too, and write captions"
-    if not config.quantize and any(need.fits(usable) for need in _quantized(needs)):
-        return "set quantize to true"
-    for side in SMALLER_SIDES:
-        smaller = (side // PIXELS_A_TOKEN, side // PIXELS_A_TOKEN)
-        if math.prod(smaller) < math.prod(grid):
-            found = training_needs(base, config, smaller, ids, processes)
-            if any(need.fits(usable) for need in _allowed(found, config)):
-                return f"set resolution to {side}"
-            if any(need.fits(usable) for need in _quantized(found)):
-                return f"set resolution to {side} and quantize to true"
-    if config.tokens:
-        without = replace(config, train_placeholder_token=False, quantize=True)
-        if any(need.fits(usable) for need in _quantized(training_needs(base, without, grid, ids, processes))):
-            return "set quantize to true and train without the token, so that the text encoder need not stay"
-    least = min(need.peak(need.footprint.blocks) for need in needs)
-    return f"take a GPU with {least / (1 - KEPT_FREE) / GB:.0f} GB free, and set quantize to true"
+@contextmanager
+def fake_step(
+    transformer: nn.Module, text_encoder: nn.Module, config: TrainConfig, grid: tuple[int, int], ids: int
+) -> Iterator[Callable[[], Tensor]]:
+    """Add a LoRA to the shells and yield a function that computes a step's loss on FakeTensors, which have no contents."""
+    with torch.device("meta"):
+        add_lora(transformer, config.rank, seed=0)
+    width, channels = text_encoder.config.hidden_size, transformer.config.in_channels
+    tokens = PlaceholderTokens(0, {token: torch.zeros(1, width) for token in config.tokens}, width)
+    prompt = (0,) + (len(tokens.rows),) * (ids - 1)  # one placeholder, if there is any, and otherwise ids that none has
+    example = Example(torch.zeros(grid[0] * grid[1], channels), grid, 0.0, prompt)
+    batch = [draw_sample(example, (), 0.0, torch.Generator().manual_seed(0))] * config.batch_size
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _fill_with_fakes([transformer, text_encoder] if config.tokens else [transformer])
+        cached = torch.zeros(1, ids - prompt_template()[2], width)  # the embeddings of a prompt without a token, computed once
+        prompt_embeds = (
+            PromptEmbeddings(text_encoder, tokens) if config.tokens else lambda prompts: cached.expand(len(prompts), -1, -1)
+        )
+        yield lambda: sample_losses(Denoiser(transformer), prompt_embeds, batch).sum()
 
 
-def _allowed(needs: tuple[Need, ...], config: TrainConfig) -> list[Need]:
-    return [need for need in needs if (need.storage != "full") == config.quantize]
-
-
-def _quantized(needs: tuple[Need, ...]) -> list[Need]:
-    return [need for need in needs if need.storage != "full"]
-
-
-def _title(config: TrainConfig, grid: tuple[int, int]) -> str:
-    token = "with a token" if config.tokens else "without a token"
-    return f"training at {grid[1] * PIXELS_A_TOKEN}x{grid[0] * PIXELS_A_TOKEN} pixels, batch {config.batch_size}, rank {config.rank}, {token}"
+def _fill_with_fakes(modules: list[nn.Module]) -> None:
+    """Give every parameter and buffer on the meta device a fake one on the CPU, whose attention keeps what a GPU's keeps."""
+    for module in (part for whole in modules for part in whole.modules()):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
 def _gb(number: int) -> str:

@@ -1,13 +1,15 @@
-"""The optimizers: the LoRA's, chosen by name, and the token rows' own."""
+"""The optimizers: the LoRA's, chosen by name, and that of the placeholder tokens' embeddings."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 LORA_WEIGHT_DECAY = 1e-4  # adam_weight_decay of diffusers' DreamBooth LoRA scripts
-# How many numbers each optimizer keeps for each parameter, in the parameter's dtype, rounded up.
+# Numbers that each optimizer keeps for each parameter, in fp32, rounded up.
 STATES = {"adamw": 2, "adamw8bit": 1, "adam8bit": 1, "prodigy": 4}
-ROW_WARMUP_STEPS = 10
-ROW_RMS_LIMIT = 1.5  # times the median rms of the vocabulary's rows
+TOKEN_WARMUP_STEPS = 10
+TOKEN_RMS_LIMIT = 1.5  # times the median rms of the vocabulary's rows
 
 
 def lora_optimizer(name: str, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
@@ -31,16 +33,16 @@ def lora_optimizer(name: str, parameters: list[nn.Parameter], learning_rate: flo
     raise ValueError(f"optimizer is {name!r}: choose one of adamw, adamw8bit, adam8bit, prodigy")
 
 
-class RowOptimizer:
-    """AdamW for the placeholder rows alone: no weight decay, normalized gradients, a short warm-up, and a limit on the norm.
+class TokenOptimizer:
+    """AdamW for the placeholder tokens' embeddings: no weight decay, normalized gradients, a short warm-up, a limit on the norm.
 
-    The first gradients of a near-zero row are huge, because the encoder's RMSNorm divides by its size: taken as they are they
-    would fill Adam's second moment, so each row's gradient is scaled to norm 1. The limit keeps a row from outgrowing the
-    vocabulary: the learning rate, not the data, would set its final norm.
+    The first gradients of a near-zero embedding are huge, because the encoder's RMSNorm divides by its size: they would fill
+    Adam's second moment, so each row's gradient is scaled to norm 1. The limit keeps an embedding from outgrowing the
+    vocabulary's: the learning rate, not the data, would set its final norm.
     """
 
     def __init__(self, rows: nn.Parameter, learning_rate: float, rms_limit: float):
-        self.rows = rows
+        self.rows = rows  # (R, D)
         self.learning_rate = learning_rate
         self.rms_limit = rms_limit
         self.steps = 0
@@ -52,7 +54,7 @@ class RowOptimizer:
         if self.rows.grad is None:
             return
         self.steps += 1
-        self.adamw.param_groups[0]["lr"] = self.learning_rate * min(1.0, self.steps / ROW_WARMUP_STEPS)
+        self.adamw.param_groups[0]["lr"] = self.learning_rate * min(1.0, self.steps / TOKEN_WARMUP_STEPS)
         tiny = torch.finfo(self.rows.dtype).tiny
         self.rows.grad /= self.rows.grad.norm(dim=1, keepdim=True).clamp_min(tiny)
         self.adamw.step()
@@ -60,12 +62,22 @@ class RowOptimizer:
         rms = self.rows.square().mean(dim=1, keepdim=True).sqrt()  # (R, 1)
         self.rows *= (self.rms_limit / rms.clamp_min(tiny)).clamp_max(1.0)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The embeddings and all that their next update depends on."""
+        return {"rows": self.rows, "steps": self.steps, "adamw": self.adamw.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the optimizer whose state this is."""
+        if state["rows"].shape != self.rows.shape:
+            raise ValueError(f"shape {tuple(state['rows'].shape)} instead of {tuple(self.rows.shape)}")
+        self.rows.copy_(state["rows"])
+        self.steps = state["steps"]
+        self.adamw.load_state_dict(state["adamw"])
+
 
 @torch.no_grad()
-def row_rms_limit(vocabulary: Tensor, entries: int) -> float:
-    """ROW_RMS_LIMIT times the median rms of the first `entries` rows of the embedding matrix (rows, D).
-
-    The padding rows behind them were never trained and do not count.
-    """
+def token_rms_limit(vocabulary: Tensor, entries: int) -> float:
+    """TOKEN_RMS_LIMIT times the median rms of the first `entries` rows of the embedding matrix (rows, D); padding rows do not count."""
     rms = torch.cat([part.float().square().mean(dim=1) for part in vocabulary[:entries].split(16384)]).sqrt()
-    return ROW_RMS_LIMIT * rms.median().item()
+    return TOKEN_RMS_LIMIT * rms.median().item()

@@ -1,223 +1,194 @@
-"""From a data set and a configuration to everything a training needs: examples, models in their places, optimizers."""
+"""From a data set to a training that is ready for its first step: read the data, plan the memory, build the models."""
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.config import TrainConfig
-from placeholder.data.captions import Prompts, check_autocaption, draft, draft_length, prompts_of, trained_captions, undescribed
-from placeholder.data.dataset import Photo, dataset_digest, read_dataset, thumbnail
-from placeholder.devices import free_bytes, free_memory
-from placeholder.distributed import SINGLE_PROCESS, Processes
+from placeholder.data.captions import check_autocaption, describe_photos, draft, trained_captions, undescribed
+from placeholder.data.dataset import DatasetReport, Photo, dataset_digest, read_dataset, thumbnail
+from placeholder.devices import free_memory
 from placeholder.lora.adapter import add_lora
-from placeholder.model.base import BaseModel
-from placeholder.model.captioner import check_vision_tower, describe_photos, load_vlm
-from placeholder.model.loading import (
-    language_model,
-    load_text_encoder,
-    load_tokenizer,
-    load_transformer,
-    load_vae,
-    shift_constants,
-    text_width,
-)
+from placeholder.model.captioner import check_vision_tower, load_vlm
+from placeholder.model.loading import load_text_encoder, load_tokenizer, load_transformer, load_vae, shift_constants, text_width
 from placeholder.model.vae import PIXELS_A_TOKEN, encode_image
-from placeholder.report.samples import grid_prompts
-from placeholder.tokens.placeholder_tokens import check_tokens, fresh_tokens
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens, check_tokens, fresh_tokens
 from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, PromptEmbeddings, prompt_ids
-from placeholder.training.checkpoint import Checkpoint
-from placeholder.training.examples import Example
-from placeholder.training.flow import shift_mu
+from placeholder.training.context import Context, Training, TrainingData
+from placeholder.training.examples import BatchSampler, Example
+from placeholder.training.flow import shift_mu, sigma_grid
 from placeholder.training.loop import TrainState
-from placeholder.training.memory_plan import Plan, plan_training
-from placeholder.training.noise_levels import levels_in_use
-from placeholder.training.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms_limit
-from placeholder.training.resume import (
-    apply_start,
-    check_dataset,
-    check_storage,
-    start_position,
-    stored_descriptions,
-    stored_table,
-)
-from placeholder.training.timing import Timing
-from placeholder.training.training import Training
-from placeholder.transformer.payback import payback_of
-from placeholder.weights.archive import Weights
+from placeholder.training.losses import Denoiser
+from placeholder.training.memory_plan import Plan, plan_memory
+from placeholder.training.optimizers import TokenOptimizer, lora_optimizer, token_rms_limit
+from placeholder.training.prompts import Prompts, prompts_of
+from placeholder.training.resume import apply_start, check_dataset, check_quantization, stored_descriptions
 
-Log = Callable[[str], None]
-THUMBNAILS, THUMBNAIL_SIDE = 64, 128  # how many of the data set's pictures the report shows, and their pixels
+THUMBNAILS, THUMBNAIL_SIDE = 64, 128  # how many of the data set's images the report shows, and their pixels
 
 
 def prepare(
     dataset: Path,
-    config: TrainConfig,
-    base: BaseModel,
-    log: Log,
-    processes: Processes = SINGLE_PROCESS,
-    start: Checkpoint | Weights | None = None,
-    timing: Timing | None = None,
+    context: Context,
+    shown_prompts: Callable[[TrainConfig, list[str]], list[str]] = lambda config, captions: [],
+    planned: Callable[..., Plan] = plan_memory,
 ) -> Training:
-    """Read the data set, encode what cannot change, and put the models in their places; `config.seed` is not None.
+    """All stages from the archive of images on. `shown_prompts` gives the prompts of the report's images.
 
-    With a `start` the training goes on from there. Raises ValueError for a bad data set or token, and for a training that does
-    not fit into memory, before any weight is loaded.
+    Raises ValueError for bad data, a bad token, and a training that does not fit into memory, before any weight is loaded.
     """
-    timing = timing or Timing()
+    config, base, log, timing = context.config, context.base, context.log, context.timing
     with timing.part("load"):
         tokenizer = load_tokenizer(base)
     for warning in check_tokens(config.tokens, tokenizer):
         log(f"Warning: {warning}")
-    with timing.part("data set"):
-        photos, report = read_dataset(dataset, config.resolution)
-    for line in report.lines("to be described by autocaption") if config.autocaption else report.lines():
-        log(line)
-    waiting = undescribed(photos, config)
-    if waiting:
-        check_autocaption(config)
-        check_vision_tower(base)
-    descriptions = stored_descriptions(start, len(waiting))
-    drafted = bool(waiting) and descriptions is None  # until the models are loaded, the longest that may come stand in
-    say = _silent if drafted else log
-    captions = trained_captions(photos, config, say, descriptions or [draft(config)] * len(waiting))
-    digest = dataset_digest(photos, [caption.text for caption in captions])
-    processes.check_same("a data set", digest)
-    if not drafted:
-        check_dataset(start, digest)
-
+    photos, report, descriptions = read_photos(dataset, context)
     generator = torch.Generator().manual_seed(config.seed)
     tokens = fresh_tokens(config, text_width(base), tokenizer, generator, log).to(base.device)
-    empty_ids = prompt_ids(tokenizer, tokens, EMPTY_PROMPT)
-    prompts = prompts_of(captions, config, tokenizer, tokens, say)
-    longest = max(prompts.longest, draft_length(config, tokenizer, tokens) if waiting else 0)
-    largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
-    free = processes.all_reduce_min(free_bytes(base.device))
-    plan = plan_training(base, replace(config, autocaption=drafted), largest, longest, free, processes.world_size)
-    plan = plan.as_before(stored_table(start))
-    check_storage(start, plan.chosen.storage)
-    for line in plan.lines():
-        log(line)
-
+    plan = plan_photos(photos, descriptions, tokenizer, tokens, context, planned)
     with timing.part("load"):
         base.fetch(log)
-    with timing.part("cache"):
-        latents = _latents(photos, base, log)
-    if drafted:
-        text_encoder, descriptions = _captioning_text_encoder(base, config, tokenizer, waiting, processes, timing, log)
-        captions = trained_captions(photos, config, log, descriptions)
-        digest = dataset_digest(photos, [caption.text for caption in captions])
-        prompts = prompts_of(captions, config, tokenizer, tokens, log)
-    else:
-        with timing.part("load"):
-            text_encoder = load_text_encoder(base, config.quantize_te)
-    drawn = {text: prompt_ids(tokenizer, tokens, text) for text in grid_prompts(config, [caption.text for caption in captions])}
+    if descriptions is None:
+        descriptions = write_captions(photos, tokenizer, context)
+    captions = trained_captions(photos, config, log, descriptions)
+    digest = dataset_digest(photos, [caption.text for caption in captions])
+    context.processes.check_same("a data set", digest)
+    check_dataset(context.start, digest)
+    prompts = prompts_of(captions, config, tokenizer, tokens, log)
+    shown = {text: prompt_ids(tokenizer, tokens, text) for text in shown_prompts(config, [each.text for each in captions])}
+    thumbnails = [thumbnail(photo, THUMBNAIL_SIDE) for photo in photos[:THUMBNAILS] if config.report]
+    data = TrainingData(report, captions, descriptions, digest, thumbnails)
+    empty_ids = prompt_ids(tokenizer, tokens, EMPTY_PROMPT)
+    examples = encode_photos(photos, prompts, context)
+    prompt_embeds, token_optimizer = encode_text([empty_ids, *prompts.all, *shown.values()], tokenizer, tokens, context)
+    sampler = BatchSampler(
+        examples, empty_ids, config.batch_size * context.processes.world_size, config.caption_dropout, generator
+    )
+    with timing.part("load"):
+        state = build(plan, prompt_embeds, token_optimizer, sampler, context)
+    initial_rows = tokens.rows.detach().clone()
+    if context.start is not None:
+        log(apply_start(context.start, state, tokens))
+    return Training(data, plan, state, tokenizer, tokens, initial_rows, prompt_embeds, shown)
+
+
+def read_photos(dataset: Path, context: Context) -> tuple[list[Photo], DatasetReport, list[str] | None]:
+    """The images with their captions, and what autocaption wrote for those without; None where it has still to write it."""
+    config = context.config
+    with context.timing.part("data set"):
+        photos, report = read_dataset(dataset, config.resolution)
+    for line in report.lines("to be captioned by autocaption") if config.autocaption else report.lines():
+        context.log(line)
+    missing = undescribed(photos, config)
+    if not missing:
+        return photos, report, []
+    check_autocaption(config)
+    check_vision_tower(context.base)
+    return photos, report, stored_descriptions(context.start, len(missing))
+
+
+def plan_photos(
+    photos: list[Photo],
+    descriptions: list[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: PlaceholderTokens,
+    context: Context,
+    planned: Callable[..., Plan],
+) -> Plan:
+    """The memory plan for the largest crop and the longest prompt; captions still to be written count as long as they may become."""
+    config = context.config
+    drafts = [draft(config)] * len(undescribed(photos, config)) if descriptions is None else descriptions
+    captions = trained_captions(photos, config, _silent, drafts)
+    longest = prompts_of(captions, config, tokenizer, tokens, _silent).longest
+    largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
+    free = context.processes.all_reduce_min(context.base.free_bytes())
+    plan = planned(context.base, replace(config, autocaption=descriptions is None), largest, longest, free)
+    check_quantization(context.start, plan.chosen.quantization)
+    for line in plan.lines():
+        context.log(line)
+    return plan
+
+
+def _silent(_line: str) -> None:
+    """Nothing of a draft is worth a line."""
+
+
+def write_captions(photos: list[Photo], tokenizer: PreTrainedTokenizerBase, context: Context) -> list[str]:
+    """What autocaption writes for the images without a caption, by the whole of Qwen2.5-VL, which is loaded for it alone."""
+    with context.timing.part("load"):
+        vlm = load_vlm(context.base)
+    with context.timing.part("captions"):
+        missing = undescribed(photos, context.config)
+        found = describe_photos(vlm, tokenizer, missing, context.config, context.processes, context.log)
+    del vlm
+    free_memory()
+    return found
+
+
+def encode_photos(photos: list[Photo], prompts: Prompts, context: Context) -> list[Example]:
+    """An example for each crop, with its latents in the host's memory; the VAE is loaded for it alone."""
+    shift = shift_constants(context.base)
+    with context.timing.part("cache"):
+        vae = load_vae(context.base, torch.float32)
+        examples = []
+        for photo, input_ids, preserved in zip(photos, prompts.ids, prompts.preserved, strict=True):
+            for pixels, weights in zip(photo.crops, photo.weights or [None] * len(photo.crops), strict=True):
+                latents = encode_image(vae, pixels).cpu()  # (L, C)
+                mu = shift_mu(len(latents), *shift)
+                examples.append(Example(latents, _grid(pixels), mu, input_ids, preserved, weights))
+    context.log(f"Latents: {len(examples)} crops cached")
+    return examples
+
+
+def encode_text(
+    prompts: list[tuple[int, ...]], tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, context: Context
+) -> tuple[PromptEmbeddings, TokenOptimizer | None]:
+    """The embeddings of prompts without a placeholder, cached; the text encoder stays only where tokens are trained."""
+    config, token_optimizer = context.config, None
+    with context.timing.part("load"):
+        text_encoder = load_text_encoder(context.base, config.quantize_te)
     prompt_embeds = PromptEmbeddings(text_encoder, tokens)
-    with timing.part("cache"):
-        kept = chain.from_iterable(prompts.preserved)
-        cached = prompt_embeds.cache([empty_ids, *prompts.ids, *kept, *drawn.values()])
-    log(f"Text embeddings: {cached} prompts cached")
-    row_optimizer = None
+    with context.timing.part("cache"):
+        cached = prompt_embeds.cache(prompts)
+    context.log(f"Text embeddings: {cached} prompts cached")
     if config.tokens:
-        limit = row_rms_limit(text_encoder.embed_tokens.weight, len(tokenizer))
-        row_optimizer = RowOptimizer(tokens.rows, config.placeholder_learning_rate, limit)
+        limit = token_rms_limit(text_encoder.embed_tokens.weight, len(tokenizer))
+        token_optimizer = TokenOptimizer(tokens.rows, config.placeholder_learning_rate, limit)
     else:
         prompt_embeds.release()
     del text_encoder
     free_memory()  # the VAE too
-
-    examples, position = _examples(latents, prompts, photos, base), start_position(start, generator)
-    with timing.part("load"):
-        levels = levels_in_use(base, config, examples, empty_ids, position, processes) if plan.chosen.tabled else None
-        train_state = _trainee(config, plan, base, levels, prompt_embeds, row_optimizer, log)
-    initial_rows = tokens.rows.detach().clone()
-    if start is not None:
-        log(apply_start(start, train_state, tokens, position))
-    return Training(
-        train_state,
-        examples,
-        empty_ids,
-        position,
-        tokenizer,
-        tokens,
-        initial_rows,
-        prompt_embeds,
-        report,
-        digest,
-        plan,
-        payback_of(config, examples, empty_ids, train_state.transformer, log),
-        captions=captions,
-        descriptions=descriptions or [],
-        thumbnails=[thumbnail(photo, THUMBNAIL_SIDE) for photo in photos[:THUMBNAILS] if config.report],
-        prompts=drawn,
-    )
+    return prompt_embeds, token_optimizer
 
 
-def _silent(_line: str) -> None:
-    """A log that nobody reads."""
-
-
-def _captioning_text_encoder(
-    base: BaseModel,
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    photos: list[Photo],
-    processes: Processes,
-    timing: Timing,
-    log: Log,
-) -> tuple[nn.Module, list[str]]:
-    """The text encoder as `load_text_encoder` has it, and descriptions of the pictures by the whole of which it is a part."""
-    with timing.part("load"):
-        whole = load_vlm(base)
-    with timing.part("captions"):
-        descriptions = describe_photos(whole, tokenizer, photos, config, processes, log)
-    return language_model(whole, base, config.quantize_te), descriptions
-
-
-def _grid(pixels: Tensor) -> tuple[int, int]:
-    """Height and width in image tokens of a crop (3, H, W)."""
-    return pixels.shape[1] // PIXELS_A_TOKEN, pixels.shape[2] // PIXELS_A_TOKEN
-
-
-def _latents(photos: list[Photo], base: BaseModel, log: Log) -> list[list[tuple[Tensor, tuple[int, int]]]]:
-    """For each picture its crops as packed latents, in the host's memory, with their height and width in tokens."""
-    vae = load_vae(base, torch.float32)
-    latents = [[(encode_image(vae, pixels).cpu(), _grid(pixels)) for pixels in photo.crops] for photo in photos]
-    log(f"Latents: {sum(map(len, latents))} crops cached")
-    return latents
-
-
-def _examples(latents: list, prompts: Prompts, photos: list[Photo], base: BaseModel) -> list[Example]:
-    shift = shift_constants(base)
-    return [
-        Example(packed, grid, shift_mu(len(packed), *shift), caption_ids, preserved_ids, weights)
-        for crops, caption_ids, preserved_ids, photo in zip(latents, prompts.ids, prompts.preserved, photos, strict=True)
-        for (packed, grid), weights in zip(crops, photo.weights or [None] * len(crops), strict=True)
-    ]
-
-
-def _trainee(
-    config: TrainConfig,
+def build(
     plan: Plan,
-    base: BaseModel,
-    levels: Tensor | None,
     prompt_embeds: PromptEmbeddings,
-    row_optimizer: RowOptimizer | None,
-    log: Log,
+    token_optimizer: TokenOptimizer | None,
+    sampler: BatchSampler,
+    context: Context,
 ) -> TrainState:
-    transformer = load_transformer(base, plan.chosen.storage, levels)
-    if levels is not None:
+    """The transformer as planned, with a fresh LoRA, its optimizer, and as many checkpointed blocks as the free memory demands."""
+    config, log = context.config, context.log
+    transformer = load_transformer(context.base, plan.chosen.quantization, sigma_grid() if plan.chosen.tabled else None)
+    if plan.chosen.tabled:
         table = transformer.time_text_embed.rows
-        log(f"Modulations: a table of {len(table)} noise levels, {table.nbytes / 1e9:.3g} GB in the host's memory")
+        log(f"Modulations: a table of {len(table)} sigmas, {table.nbytes / 1e9:.3g} GB in the host's memory")
     lora = add_lora(transformer, config.rank, config.seed)
     log(f"LoRA: rank {config.rank}, {sum(p.numel() for p in lora)} parameters in {len(lora) // 2} layers")
     if config.optimizer == "prodigy":
         log("Prodigy finds the LoRA's step size itself: learning_rate is not used")
     optimizer = lora_optimizer(config.optimizer, lora, config.learning_rate)
-    checkpointing = plan.checkpointing(transformer, lora, STATES[config.optimizer], free_bytes(transformer.device), log)
-    return TrainState(transformer, prompt_embeds, lora, optimizer, checkpointing, row_optimizer)
+    checkpointing = plan.checkpointing(transformer, lora, config.optimizer, context.base.free_bytes())
+    log(f"Memory: {checkpointing.checkpointed} of {checkpointing.blocks} blocks are checkpointed")
+    return TrainState(Denoiser(transformer), prompt_embeds, lora, optimizer, sampler, checkpointing, token_optimizer)
+
+
+def _grid(pixels: Tensor) -> tuple[int, int]:
+    """Height and width in image tokens of a crop (3, H, W)."""
+    return pixels.shape[1] // PIXELS_A_TOKEN, pixels.shape[2] // PIXELS_A_TOKEN

@@ -1,4 +1,4 @@
-"""Attention of a transformer block with rotary embeddings in real numbers: compilers do not fuse complex ones."""
+"""Attention with rotary embeddings in real numbers, for compiled blocks: PyTorch's compiler does not fuse complex ones."""
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def real_rotations(frequencies: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Complex rotations (L, D/2) of the picture's tokens and (T, D/2) of the prompt's, each as cos and signed sin (L, 1, D)."""
+    """Complex rotations (L, D/2) of the image's tokens and (T, D/2) of the prompt's, each as cos and signed sin (L, 1, D)."""
     return tuple(
         (
             rotations.real.repeat_interleave(2, dim=-1)[:, None],
@@ -27,7 +27,7 @@ def rotate(x: Tensor, rotations: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class RealRotaryAttention(QwenDoubleStreamAttnProcessor2_0):
-    """diffusers' processor, to rounding, for rotary embeddings from `real_rotations`; with complex ones it is that processor.
+    """diffusers' attention processor, equal up to rounding, for rotary embeddings from `real_rotations`.
 
     There is no mask: no prompt of a training is padded.
     """
@@ -35,26 +35,23 @@ class RealRotaryAttention(QwenDoubleStreamAttnProcessor2_0):
     def __call__(
         self,
         attn: Attention,
-        hidden_states: Tensor,  # (B, L, C), of the picture
+        hidden_states: Tensor,  # (B, L, C), of the image
         encoder_hidden_states: Tensor,  # (B, T, C), of the prompt
         encoder_hidden_states_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What attention adds to the picture's tokens (B, L, C) and to the prompt's (B, T, C)."""
-        if image_rotary_emb is None or isinstance(image_rotary_emb[0], Tensor):
-            masks = encoder_hidden_states_mask, attention_mask
-            return super().__call__(attn, hidden_states, encoder_hidden_states, *masks, image_rotary_emb)
-        of_picture, of_prompt = image_rotary_emb
+        """What attention adds to the image's tokens (B, L, C) and to the prompt's (B, T, C)."""
+        image_rotations, text_rotations = image_rotary_emb
         width = attn.inner_dim // attn.heads
 
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, width))  # (B, L, H, D)
 
-        query = rotate(attn.norm_q(heads(attn.to_q(hidden_states))), of_picture)
-        key = rotate(attn.norm_k(heads(attn.to_k(hidden_states))), of_picture)
-        text_query = rotate(attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states))), of_prompt)
-        text_key = rotate(attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states))), of_prompt)
+        query = rotate(attn.norm_q(heads(attn.to_q(hidden_states))), image_rotations)
+        key = rotate(attn.norm_k(heads(attn.to_k(hidden_states))), image_rotations)
+        text_query = rotate(attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states))), text_rotations)
+        text_key = rotate(attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states))), text_rotations)
         values = heads(attn.add_v_proj(encoder_hidden_states)), heads(attn.to_v(hidden_states))
         attended = dispatch_attention_fn(
             torch.cat([text_query, query], dim=1),
@@ -63,5 +60,5 @@ class RealRotaryAttention(QwenDoubleStreamAttnProcessor2_0):
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )  # (B, T + L, H, D)
-        text, picture = attended.flatten(2).to(query.dtype).tensor_split([encoder_hidden_states.shape[1]], dim=1)
-        return attn.to_out[0](picture.contiguous()), attn.to_add_out(text.contiguous())
+        text, image = attended.flatten(2).to(query.dtype).tensor_split([encoder_hidden_states.shape[1]], dim=1)
+        return attn.to_out[0](image.contiguous()), attn.to_add_out(text.contiguous())

@@ -1,0 +1,70 @@
+"""What a training is given and what it consists of."""
+
+from dataclasses import dataclass, field
+
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from placeholder.config import TrainConfig
+from placeholder.data.captions import Caption
+from placeholder.data.dataset import DatasetReport
+from placeholder.distributed import SINGLE_PROCESS, Processes
+from placeholder.errors import Log
+from placeholder.model.base import BaseModel
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens
+from placeholder.tokens.prompt_encoder import PromptEmbeddings
+from placeholder.training.loop import Schedule, TrainState
+from placeholder.training.memory_plan import Plan
+from placeholder.training.progress import Timing
+from placeholder.training.resume import Start
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage of a training needs. `config.seed` is not None; `start` is what the training is resumed from."""
+
+    config: TrainConfig
+    base: BaseModel
+    log: Log
+    processes: Processes = SINGLE_PROCESS
+    start: Start = None
+    timing: Timing = field(default_factory=Timing)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What is known of the data: the report on it, the captions as trained, the digest that tells it again.
+
+    `descriptions` are what autocaption wrote; `thumbnails` those of the first images, for the report.
+    """
+
+    report: DatasetReport
+    captions: list[Caption]
+    descriptions: list[str]
+    digest: str
+    thumbnails: list[Image.Image]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that is ready to start. `initial_rows` is a copy of the token embeddings (R, D) before the first step.
+
+    `shown_prompts`: the ids of the prompts that images are generated of for the report.
+    """
+
+    data: TrainingData
+    plan: Plan
+    state: TrainState
+    tokenizer: PreTrainedTokenizerBase
+    tokens: PlaceholderTokens
+    initial_rows: Tensor
+    prompt_embeds: PromptEmbeddings
+    shown_prompts: dict[str, tuple[int, ...]]
+
+
+def schedule(config: TrainConfig) -> Schedule:
+    """How long a training takes, and when preservation acts."""
+    token_only = round(config.steps * config.placeholder_warmup_fraction) if config.tokens else 0
+    weight = config.prior_preservation if config.preserves else 0.0
+    return Schedule(config.steps, token_only, weight, config.prior_preservation_interval)
