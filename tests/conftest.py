@@ -8,7 +8,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import threading
-from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +20,6 @@ from placeholder import generate as generate_module
 from placeholder.config import TrainConfig
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_text_encoder, load_tokenizer
-from placeholder.training import memory_plan as plan_module
 from placeholder.training import setup as prepare_module
 from standin.small_base import build_small_base, build_tiny_base
 from tests.support.samples import Run, train, write_dataset
@@ -64,24 +62,6 @@ def quick_tokenizer(tokenizer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
         patch.setattr(generate_module, "load_tokenizer", lambda _base: tokenizer)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_plan():
-    """The memory that a kind of training needs is counted once: it depends on none of these options."""
-    count, counted = plan_module.training_needs, {}
-    alike = {"seed": None, "steps": 1, "learning_rate": 1e-3, "caption_dropout": 0.0, "log_prompt_ids": False, "report": False}
-    alike |= {"autocaption_prefix": None, "autocaption_suffix": None}
-
-    def needs(base, config, *others):
-        key = repr((base, replace(config, **alike), others))
-        if key not in counted:
-            counted[key] = count(base, config, *others)
-        return counted[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "training_needs", needs)
         yield
 
 

@@ -2,7 +2,6 @@
 
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from PIL import Image
@@ -14,8 +13,8 @@ from placeholder.data.dataset import Photo
 from placeholder.distributed import Processes
 from placeholder.errors import label
 from placeholder.model.captioner import MAX_NEW_TOKENS, describe
-from placeholder.tokens.placeholder_tokens import PlaceholderTokens, place_token, without_token
-from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, prompt_ids
+from placeholder.tokens.placeholder_tokens import place_token, without_token
+from placeholder.tokens.prompt_encoder import EMPTY_PROMPT
 
 Source = Literal["file", "default", "auto"]
 MAX_FILES = 10_000  # the archive may hold twice as many
@@ -45,19 +44,6 @@ class Caption(NamedTuple):
     file: str = ""
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """The captions as ids inside the template, and for each of them the ids of what is to be kept beside it."""
-
-    ids: list[tuple[int, ...]]
-    preserved: list[tuple[tuple[int, ...], ...]]
-
-    @property
-    def longest(self) -> int:
-        """The number of ids of the longest prompt."""
-        return max(len(ids) for ids in (*self.ids, *(ids for kept in self.preserved for ids in kept)))
-
-
 def undescribed(photos: list[Photo], config: TrainConfig) -> list[Photo]:
     """The pictures that autocaption is to describe."""
     return [photo for photo in photos if photo.caption is None] if config.autocaption else []
@@ -66,12 +52,6 @@ def undescribed(photos: list[Photo], config: TrainConfig) -> list[Photo]:
 def draft(config: TrainConfig) -> str:
     """As long a description as there may be, for the memory plan and for what can be checked before there is one."""
     return " ".join(config.tokens[:1] * DRAFT_MENTIONS) + DRAFT_WORDS
-
-
-def draft_length(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens) -> int:
-    """The number of ids of the longest prompt that autocaption may make."""
-    caption = _caption(Photo("", None, ()), config, iter([draft(config)]))
-    return len(prompt_ids(tokenizer, tokens, caption.text))
 
 
 def check_autocaption(config: TrainConfig) -> None:
@@ -134,25 +114,6 @@ def caption_files(captions: list[Caption]) -> dict[str, bytes]:
             taken.add(name)
         files[name] = f"{caption.text}\n".encode()
     return files
-
-
-def prompts_of(
-    captions: list[Caption],
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: PlaceholderTokens,
-    log: Callable[[str], None],
-) -> Prompts:
-    """The ids of the captions, and of what is to be kept beside them."""
-    texts = [caption.text for caption in captions]
-    ids = [prompt_ids(tokenizer, tokens, text) for text in texts]
-    preserved = [
-        tuple(prompt_ids(tokenizer, tokens, prompt) for prompt in prompts) for prompts in preserved_prompts(texts, config, log)
-    ]
-    if config.log_prompt_ids:
-        for text in dict.fromkeys(texts):
-            log(f"Prompt '{text}' tokenized to: {tokens.tokenize(tokenizer, text)}")
-    return Prompts(ids, preserved)
 
 
 def preserved_prompts(captions: list[str], config: TrainConfig, log: Callable[[str], None]) -> list[tuple[str, ...]]:

@@ -81,7 +81,7 @@ def language_model(
 
 
 def load_transformer(
-    base: BaseModel, storage: Storage = "full", levels: Tensor | None = None, streamed: bool = False
+    base: BaseModel, storage: Storage = "none", levels: Tensor | None = None, streamed: bool = False
 ) -> QwenImageTransformer2DModel:
     """The denoising transformer, frozen; for `streamed` see `load_text_encoder`.
 

@@ -38,7 +38,7 @@ def placement_of(base: BaseModel) -> Placement:
     """The placement of a base model in the memory that is free now, from its configuration: no weights are read."""
     transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
     return place(
-        stored_bytes(transformer, transformer, "full"),
-        stored_bytes(text_encoder, text_encoder, "full"),
+        stored_bytes(transformer, transformer, "none"),
+        stored_bytes(text_encoder, text_encoder, "none"),
         free_bytes(base.device),
     )

@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Storage = Literal["full", "int8", "nf4"]
-STORAGES: tuple[Storage, ...] = ("full", "int8", "nf4")  # the largest first
+Storage = Literal["none", "int8", "nf4"]
+STORAGES: tuple[Storage, ...] = ("none", "int8", "nf4")  # the largest first
 NF4_BLOCK = 64  # weights that share a scale, bitsandbytes' default
 NF4_SCALE_BLOCK = 256  # scales that share a scale of their own, its "double quantization"
 

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from placeholder.config import TrainConfig
+from placeholder.data.captions import preserved_prompts
+from placeholder.errors import Log
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens
+from placeholder.tokens.prompt_encoder import prompt_ids
 from placeholder.training.flow import sample_sigma
 
 MAX_NOISE_SEED = 2**63 - 1
@@ -27,6 +33,34 @@ class Example:
     input_ids: tuple[int, ...]
     preserved: tuple[tuple[int, ...], ...] = ()
     weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The captions as ids inside the prompt template, and for each of them the ids of the prompts to preserve beside it."""
+
+    ids: list[tuple[int, ...]]
+    preserved: list[tuple[tuple[int, ...], ...]]
+
+    @property
+    def all(self) -> list[tuple[int, ...]]:
+        """Every prompt that a step may encode."""
+        return [*self.ids, *(ids for preserved in self.preserved for ids in preserved)]
+
+
+def prompts_of(
+    captions: list[str], config: TrainConfig, tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, log: Log
+) -> Prompts:
+    """The ids of the captions, and of what is to be preserved beside them."""
+    ids = [prompt_ids(tokenizer, tokens, caption) for caption in captions]
+    preserved = [
+        tuple(prompt_ids(tokenizer, tokens, prompt) for prompt in prompts)
+        for prompts in preserved_prompts(captions, config, log)
+    ]
+    if config.log_prompt_ids:
+        for caption in dict.fromkeys(captions):
+            log(f"Prompt '{caption}' tokenized to: {tokens.tokenize(tokenizer, caption)}")
+    return Prompts(ids, preserved)
 
 
 @dataclass(frozen=True)

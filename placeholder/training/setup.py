@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from placeholder.config import TrainConfig
 from placeholder.data.captions import check_autocaption, describe_photos, draft, trained_captions, undescribed
 from placeholder.data.dataset import DatasetReport, Photo, dataset_digest, read_dataset, thumbnail
-from placeholder.devices import free_memory
+from placeholder.devices import free_bytes, free_memory
 from placeholder.lora.adapter import add_lora
 from placeholder.model.captioner import check_vision_tower, load_vlm
 from placeholder.model.loading import load_text_encoder, load_tokenizer, load_transformer, load_vae, shift_constants, text_width
@@ -20,13 +20,12 @@ from placeholder.model.vae import PIXELS_A_TOKEN, encode_image
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, check_tokens, fresh_tokens
 from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, PromptEmbeddings, prompt_ids
 from placeholder.training.context import Context, Training, TrainingData
-from placeholder.training.examples import BatchSampler, Example
+from placeholder.training.examples import BatchSampler, Example, Prompts, prompts_of
 from placeholder.training.flow import shift_mu, sigma_grid
 from placeholder.training.loop import TrainState
 from placeholder.training.losses import Denoiser
 from placeholder.training.memory_plan import Plan, plan_memory
 from placeholder.training.optimizers import TokenOptimizer, lora_optimizer, token_rms_limit
-from placeholder.training.prompts import Prompts, prompts_of
 from placeholder.training.resume import apply_start, check_dataset, check_quantization, stored_descriptions
 
 THUMBNAILS, THUMBNAIL_SIDE = 64, 128  # how many of the data set's images the report shows, and their pixels
@@ -56,11 +55,12 @@ def prepare(
     if descriptions is None:
         descriptions = write_captions(photos, tokenizer, context)
     captions = trained_captions(photos, config, log, descriptions)
-    digest = dataset_digest(photos, [caption.text for caption in captions])
+    texts = [caption.text for caption in captions]
+    digest = dataset_digest(photos, texts)
     context.processes.check_same("a data set", digest)
     check_dataset(context.start, digest)
-    prompts = prompts_of(captions, config, tokenizer, tokens, log)
-    shown = {text: prompt_ids(tokenizer, tokens, text) for text in shown_prompts(config, [each.text for each in captions])}
+    prompts = prompts_of(texts, config, tokenizer, tokens, log)
+    shown = {text: prompt_ids(tokenizer, tokens, text) for text in shown_prompts(config, texts)}
     thumbnails = [thumbnail(photo, THUMBNAIL_SIDE) for photo in photos[:THUMBNAILS] if config.report]
     data = TrainingData(report, captions, descriptions, digest, thumbnails)
     empty_ids = prompt_ids(tokenizer, tokens, EMPTY_PROMPT)
@@ -103,10 +103,10 @@ def plan_photos(
     """The memory plan for the largest crop and the longest prompt; captions still to be written count as long as they may become."""
     config = context.config
     drafts = [draft(config)] * len(undescribed(photos, config)) if descriptions is None else descriptions
-    captions = trained_captions(photos, config, _silent, drafts)
-    longest = prompts_of(captions, config, tokenizer, tokens, _silent).longest
+    texts = [caption.text for caption in trained_captions(photos, config, _silent, drafts)]
+    longest = max(map(len, prompts_of(texts, config, tokenizer, tokens, _silent).all))
     largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
-    free = context.processes.all_reduce_min(context.base.free_bytes())
+    free = context.processes.all_reduce_min(free_bytes(context.base.device))
     plan = planned(context.base, replace(config, autocaption=descriptions is None), largest, longest, free)
     check_quantization(context.start, plan.chosen.quantization)
     for line in plan.lines():
@@ -184,7 +184,7 @@ def build(
     if config.optimizer == "prodigy":
         log("Prodigy finds the LoRA's step size itself: learning_rate is not used")
     optimizer = lora_optimizer(config.optimizer, lora, config.learning_rate)
-    checkpointing = plan.checkpointing(transformer, lora, config.optimizer, context.base.free_bytes())
+    checkpointing = plan.checkpointing(transformer, lora, config.optimizer, free_bytes(context.base.device))
     log(f"Memory: {checkpointing.checkpointed} of {checkpointing.blocks} blocks are checkpointed")
     return TrainState(Denoiser(transformer), prompt_embeds, lora, optimizer, sampler, checkpointing, token_optimizer)
 

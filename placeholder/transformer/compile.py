@@ -1,10 +1,12 @@
 """Regional compilation: the transformer's repeated blocks, compiled by diffusers' compile_repeated_blocks, in the steps of a training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+import torch._functorch.config
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from placeholder.errors import Log
 from placeholder.transformer.attention import RealRotaryAttention, real_rotations
@@ -26,7 +28,7 @@ def uncompiled() -> AbstractContextManager[None]:
 class CompiledBlocks:
     """A transformer whose blocks compile when they first run; they go on uncompiled where that fails."""
 
-    def __init__(self, transformer: nn.Module, log: Log):
+    def __init__(self, transformer: nn.Module, log: Log, backend: str = "inductor"):
         self.transformer, self.log = transformer, log
         self._processors = [block.attn.processor for block in transformer.transformer_blocks]
         for block in transformer.transformer_blocks:
@@ -37,7 +39,10 @@ class CompiledBlocks:
             parameter.requires_grad_(False)
         self._hook = transformer.pos_embed.register_forward_hook(lambda _module, _args, found: real_rotations(found))
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-        transformer.compile_repeated_blocks(fullgraph=True, options=OPTIONS)
+        if any(map(is_traceable_wrapper_subclass, transformer.parameters())):
+            # What a matrix product of the backward pass reads may be computed again: quantized weights would be kept dequantized.
+            torch._functorch.config.ban_recompute_materialized_backward = False
+        transformer.compile_repeated_blocks(fullgraph=True, backend=backend, options=OPTIONS)
 
     def failed(self, error: RuntimeError) -> bool:
         """Whether `error` comes from the compiler; the blocks are uncompiled then, and the log has a warning."""
@@ -59,7 +64,7 @@ class CompiledBlocks:
 
 
 @contextmanager
-def compiled_blocks(transformer: nn.Module, wanted: bool, log: Callable[[str], None]) -> Iterator[CompiledBlocks | None]:
+def compiled_blocks(transformer: nn.Module, wanted: bool, log: Log) -> Iterator[CompiledBlocks | None]:
     """The blocks compiled for a while, where that is wanted."""
     if not wanted:
         yield None

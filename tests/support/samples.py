@@ -3,6 +3,7 @@
 import io
 import tarfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.job import Job
 from placeholder.model.base import BaseModel
+from placeholder.training.memory_plan import Plan, plan_memory
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ class Run:
         return load(self.entry(name))
 
 
-def train(dataset: Path, config: TrainConfig, output: Path, base: BaseModel) -> Run:
+def train(dataset: Path, config: TrainConfig, output: Path, base: BaseModel, planned: Callable[..., Plan] = plan_memory) -> Run:
     """A whole training, with its log kept."""
     log: list[str] = []
-    meta = finetune(Job(dataset, config, output), base, log.append)
+    meta = finetune(Job(dataset, config, output), base, log.append, planned=planned)
     return Run(config, output, meta, log)
 
 

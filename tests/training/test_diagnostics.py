@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from placeholder.config import TrainConfig
+from placeholder.distributed import SINGLE_PROCESS
 from placeholder.lora.adapter import without_lora
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
+from placeholder.training.context import Context
 from placeholder.training.diagnostics import Diagnostics, diagnose, nearest_tokens, rows_as
+from placeholder.training.loop import Schedule, train_steps
 from placeholder.training.setup import prepare
 from tests.conftest import SHORT
 
@@ -19,28 +22,20 @@ FOUND = Diagnostics(loss=1.0, loss_row_reset=1.5, loss_lora_off=1.6, loss_base=2
 def training(dataset, base):
     """A short training with a token, before its first step."""
     config = TrainConfig(**SHORT, train_placeholder_token=True, placeholder_token=("<zwx>",), prior_preservation=0.0)
-    return config, prepare(dataset, config, base, log=lambda line: None)
-
-
-def measured(training) -> Diagnostics:
-    vocabulary = training.prompt_embeds.text_encoder.embed_tokens.weight
-    return diagnose(
-        training.train_state, training.tokens, training.initial_rows, training.examples, vocabulary, training.tokenizer
-    )
+    return prepare(dataset, Context(config, base, log=lambda line: None))
 
 
 def test_the_four_losses_are_those_of_the_trained_and_the_untrained_parts(training):
-    config, training = training
-    before = measured(training)
+    before = diagnose(training)
     assert before.loss == before.loss_row_reset == before.loss_lora_off == before.loss_base
-    list(training.steps(config))
-    after = measured(training)
+    list(train_steps(training.state, Schedule(SHORT["steps"]), SINGLE_PROCESS))
+    after = diagnose(training)
     assert after.loss_base == before.loss_base
     assert len({after.loss, after.loss_row_reset, after.loss_lora_off, after.loss_base}) == 4
     assert after.loss < after.loss_base
-    with without_lora(training.train_state.transformer), rows_as(training.tokens, training.initial_rows):
-        assert measured(training).loss == after.loss_base
-    assert measured(training) == after
+    with without_lora(training.state.transformer), rows_as(training.tokens, training.initial_rows):
+        assert diagnose(training).loss == after.loss_base
+    assert diagnose(training) == after
 
 
 def test_the_nearest_entry_to_a_copied_row_is_the_one_it_was_copied_from(tokenizer, text_encoder):
@@ -66,7 +61,10 @@ def test_a_training_that_gained_nothing_is_warned_of_as_that():
 
 def test_the_lines_name_the_losses_and_the_nearest_entries():
     first, second = FOUND.lines()
-    assert first == "Loss on fixed noise: 1.0000; with the token's row reset 1.5000; without the LoRA 1.6000; base model 2.0000"
+    assert (
+        first
+        == "Loss on fixed noise: 1.0000; with the token's embedding reset 1.5000; without the LoRA 1.6000; base model 2.0000"
+    )
     assert second == "Nearest to <zwx>: 'cat' 0.50"
     assert FOUND.meta()["diagnostics"]["row_share"] == 0.5
 
@@ -81,7 +79,6 @@ def test_a_zero_prior_training_logs_and_stores_its_diagnostics(zero_prior, basel
 
 
 def test_rows_are_put_back_after_an_error(training):
-    _, training = training
     before = training.tokens.rows.detach().clone()
     with pytest.raises(KeyError), rows_as(training.tokens, torch.zeros_like(before)):
         assert not training.tokens.rows.any()

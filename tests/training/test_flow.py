@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
-from placeholder.training.flow import add_noise, flow_loss, sample_sigma, shift_mu, shift_sigmas, velocity_target
+from placeholder.training.flow import add_noise, flow_loss, sample_sigma, shift_mu, shift_sigmas, sigma_grid, velocity_target
 from standin.small_base import scheduler
 
 
@@ -21,18 +21,19 @@ def test_the_shift_is_half_at_256_tokens_and_nine_tenths_at_8192():
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 0.9])
-def test_shifted_noise_levels_equal_the_schedulers(mu):
+def test_shifted_sigmas_equal_the_schedulers(mu):
     sigmas = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     torch.testing.assert_close(shift_sigmas(sigmas, mu), scheduler().time_shift(mu, 1.0, sigmas), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.7])
-def test_sampled_noise_levels_are_logit_normal_about_the_shift(mu):
+def test_sampled_sigmas_are_logit_normal_about_the_shift_and_lie_on_the_grid(mu):
     generator = torch.Generator().manual_seed(0)
     sigmas = torch.stack([sample_sigma(mu, generator) for _ in range(4000)])
-    logits = torch.logit(sigmas)  # the shift adds mu to the logit
-    assert sigmas.min() > 0
-    assert sigmas.max() < 1
+    grid = sigma_grid()
+    assert grid.shape == (1000,) and grid[0] == pytest.approx(0.001) and grid[-1] == 1.0
+    assert set(sigmas.tolist()) <= set(grid.tolist())
+    logits = torch.logit(sigmas, eps=5e-4)  # the shift adds mu to the logit
     assert logits.mean().item() == pytest.approx(mu, abs=4 / math.sqrt(4000))
     assert logits.std().item() == pytest.approx(1, abs=0.05)
 

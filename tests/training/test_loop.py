@@ -7,19 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from placeholder.config import TrainConfig
+from placeholder.distributed import SINGLE_PROCESS
 from placeholder.lora.adapter import add_lora, without_lora
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_text_encoder, load_transformer, load_vae
 from placeholder.model.vae import encode_image
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
 from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_ids
-from placeholder.training import loop as trainer_module
-from placeholder.training.determinism import deterministic
-from placeholder.training.examples import Example, Position, Sample, draw_sample, grouped
-from placeholder.training.loop import TrainState, training_steps
-from placeholder.training.losses import predict_velocity, preservation_losses, sample_losses
-from placeholder.training.optimizers import RowOptimizer, lora_optimizer
+from placeholder.training.examples import BatchSampler, Example, Sample, draw_sample, grouped
+from placeholder.training.loop import LORA_MAX_GRAD_NORM, Schedule, TrainState, train_steps
+from placeholder.training.losses import Denoiser, preservation_losses, sample_losses
+from placeholder.training.optimizers import TokenOptimizer, lora_optimizer
 from placeholder.transformer.checkpointing import BlockCheckpointing
 from tests.support.peak import PeakBytes
 from tests.support.samples import picture
@@ -34,6 +32,7 @@ class Parts:
     def __init__(self, base, tokenizer, text_encoder, tokens=("<zwx>",), rank=4, captions=CAPTIONS):
         self.transformer = load_transformer(base)
         self.lora = add_lora(self.transformer, rank, seed=0)
+        self.denoiser = Denoiser(self.transformer)
         generator = torch.Generator().manual_seed(0)
         self.tokens = PlaceholderTokens(151665, initial_embeddings(tokens, 32, 1e-5, generator), 32)
         self.prompt_embeds = PromptEmbeddings(text_encoder, self.tokens)
@@ -52,7 +51,7 @@ class Parts:
         caption_dropout=0.0,
         seed=0,
         lora_optimizer=None,
-        row_optimizer=None,
+        token_optimizer=None,
         examples=None,
         warmup_fraction=0.0,
         prior_preservation=0.0,
@@ -61,25 +60,25 @@ class Parts:
     ):
         """The loop over these parts; LoRA and row stay as they are unless their optimizers are given."""
         optimizer = lora_optimizer or torch.optim.SGD(self.lora, lr=0.0)
+        sampler = self.sampler(seed, batch_size, caption_dropout, examples)
         checkpointing = BlockCheckpointing(self.transformer, checkpointed)
-        train_state = TrainState(self.transformer, self.prompt_embeds, self.lora, optimizer, checkpointing, row_optimizer)
-        config = TrainConfig(
-            steps=steps,
-            batch_size=batch_size,
-            caption_dropout=caption_dropout,
-            placeholder_warmup_fraction=warmup_fraction,
-            prior_preservation=prior_preservation,
-            prior_preservation_interval=prior_preservation_interval,
+        state = TrainState(
+            self.denoiser, self.prompt_embeds, self.lora, optimizer, sampler, checkpointing, token_optimizer=token_optimizer
         )
-        generator = torch.Generator().manual_seed(seed)
-        return training_steps(train_state, examples or self.examples, self.empty_ids, config, Position(generator))
+        schedule = Schedule(steps, round(steps * warmup_fraction), prior_preservation, prior_preservation_interval)
+        return train_steps(state, schedule, SINGLE_PROCESS)
 
-    def wake_lora(self):
+    def sampler(self, seed=0, batch_size=1, caption_dropout=0.0, examples=None) -> BatchSampler:
+        """The batches of a loop with that seed."""
+        generator = torch.Generator().manual_seed(seed)
+        return BatchSampler(examples or self.examples, self.empty_ids, batch_size, caption_dropout, generator)
+
+    def wake_lora(self, size=0.05):
         """Give the LoRA's B, zero at first, some size, so that A has a gradient too."""
         generator = torch.Generator().manual_seed(9)
         with torch.no_grad():
             for parameter in self.lora:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
 
 
 @pytest.fixture
@@ -108,7 +107,7 @@ def test_the_loss_of_each_sample_equals_the_papers_equation(parts):
     parts.wake_lora()
     group = [draw_sample(parts.examples[0], parts.empty_ids, 0.0, generator) for _ in range(3)]
     with torch.no_grad():
-        found = sample_losses(parts.transformer, parts.prompt_embeds, group)
+        found = sample_losses(parts.denoiser, parts.prompt_embeds, group)
         for sample, loss in zip(group, found, strict=True):
             embeds = parts.prompt_embeds([sample.input_ids])
             expected = reference_loss(
@@ -134,10 +133,9 @@ def test_the_row_and_the_lora_learn_exactly_as_with_a_gradient_mask_on_the_whole
     reference = Parts(base, tokenizer, text_encoder)
     row_adamw = torch.optim.AdamW([matrix], lr=learning_rate, weight_decay=0.0)
     lora_adamw = torch.optim.AdamW(reference.lora, lr=1e-3, weight_decay=1e-4)
-    generator = torch.Generator().manual_seed(3)
-    position, expected = Position(generator), []
+    sampler, expected = reference.sampler(seed=3), []
     for step in range(1, steps + 1):
-        sample = draw_sample(reference.examples[position.next_index(3)], reference.empty_ids, 0.0, generator)
+        (sample,) = sampler.next_batch()
         embeds = whole(input_ids=torch.tensor([sample.input_ids])).last_hidden_state[:, 34:]
         loss = reference_loss(
             reference.transformer, sample.example.latents, sample.noise, sample.sigma, embeds, sample.example.grid
@@ -154,8 +152,8 @@ def test_the_row_and_the_lora_learn_exactly_as_with_a_gradient_mask_on_the_whole
     changed = (matrix.detach() != before).any(dim=1)
     assert changed.nonzero().flatten().tolist() == [token_id]
 
-    rows = RowOptimizer(parts.tokens.rows, learning_rate, NO_LIMIT)
-    loop = parts.steps(steps, seed=3, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-3), row_optimizer=rows)
+    rows = TokenOptimizer(parts.tokens.rows, learning_rate, NO_LIMIT)
+    loop = parts.steps(steps, seed=3, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-3), token_optimizer=rows)
     for step, (loss, row) in zip(loop, expected, strict=True):
         assert step.loss.item() == pytest.approx(loss, rel=1e-5)
         torch.testing.assert_close(parts.tokens.rows.detach()[0], row, rtol=1e-6, atol=1e-7)
@@ -171,10 +169,8 @@ def test_a_batch_of_mixed_shapes_and_lengths_has_the_mean_gradient_of_its_sample
 
     singles = Parts(base, tokenizer, text_encoder)
     singles.wake_lora()
-    generator = torch.Generator().manual_seed(5)
-    position = Position(generator)
-    batch = [draw_sample(singles.examples[position.next_index(3)], singles.empty_ids, 0.3, generator) for _ in range(4)]
-    losses = [sample_losses(singles.transformer, singles.prompt_embeds, [sample])[0] for sample in batch]
+    batch = singles.sampler(seed=5, batch_size=4, caption_dropout=0.3).next_batch()
+    losses = [sample_losses(singles.denoiser, singles.prompt_embeds, [sample])[0] for sample in batch]
     torch.stack(losses).mean().backward()
     learning = [(found, single) for found, single in zip(parts.lora, singles.lora, strict=True) if single.grad is not None]
     norm = torch.nn.utils.get_total_norm([single.grad for _, single in learning])
@@ -223,15 +219,15 @@ def test_preservation_is_nothing_while_the_lora_is_zero_and_then_the_distance_fr
     example = parts.examples[0]
     generator = torch.Generator().manual_seed(2)
     group = [draw_sample(example, parts.empty_ids, 1.0, generator) for _ in range(2)]
-    assert preservation_losses(parts.transformer, parts.prompt_embeds, group, [plain] * 2).tolist() == [0.0, 0.0]
+    assert preservation_losses(parts.denoiser, parts.prompt_embeds, group, [plain] * 2).tolist() == [0.0, 0.0]
     parts.wake_lora()
-    losses = preservation_losses(parts.transformer, parts.prompt_embeds, group, [plain] * 2)
+    losses = preservation_losses(parts.denoiser, parts.prompt_embeds, group, [plain] * 2)
     for sample, loss in zip(group, losses, strict=True):
         noisy = sample.sigma * sample.noise + (1 - sample.sigma) * example.latents
         arguments = (sample.sigma[None], parts.prompt_embeds([plain]), example.grid)
         with without_lora(parts.transformer):
-            base = predict_velocity(parts.transformer, noisy[None], *arguments)
-        expected = torch.nn.functional.mse_loss(predict_velocity(parts.transformer, noisy[None], *arguments), base)
+            base = parts.denoiser(noisy[None], *arguments)
+        expected = torch.nn.functional.mse_loss(parts.denoiser(noisy[None], *arguments), base)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     losses.sum().backward()
     assert parts.tokens.rows.grad is None
@@ -240,19 +236,19 @@ def test_preservation_is_nothing_while_the_lora_is_zero_and_then_the_distance_fr
     )  # what the last block asks and sends as text is not read
 
 
-def test_preservation_adds_its_gradient_with_its_weight(base, tokenizer, text_encoder, monkeypatch):
-    monkeypatch.setattr(trainer_module, "LORA_MAX_GRAD_NORM", 1e9)
+def test_preservation_adds_its_gradient_with_its_weight(base, tokenizer, text_encoder):
     gradients = []
     for weight in (0.0, 1.0, 3.0):
         parts = Parts(base, tokenizer, text_encoder)
-        parts.wake_lora()
+        parts.wake_lora(0.002)  # so small that nothing is clipped
         plain = prompt_ids(tokenizer, parts.tokens, "a photo of a thing")
         examples = [replace(example, preserved=(plain,)) for example in parts.examples]
         (step,) = parts.steps(1, examples=examples, prior_preservation=weight)
         assert (step.preservation is not None and step.preservation > 0) == (weight > 0)
-        gradients.append(parts.lora[1].grad)
-    torch.testing.assert_close(gradients[2] - gradients[0], 3 * (gradients[1] - gradients[0]), rtol=1e-3, atol=1e-6)
-    assert (gradients[1] - gradients[0]).norm() > 1e-4
+        gradients.append([parameter.grad for parameter in parts.lora if parameter.grad is not None])
+    assert torch.nn.utils.get_total_norm(gradients[2]) < LORA_MAX_GRAD_NORM
+    for without, once, thrice in zip(*gradients, strict=True):
+        torch.testing.assert_close(thrice - without, 3 * (once - without), rtol=1e-2, atol=1e-8)
 
 
 def test_every_preserved_prompt_counts(base, tokenizer, text_encoder):
@@ -279,17 +275,17 @@ def test_preservation_acts_in_every_third_step_once_the_lora_learns(parts, token
         warmup_fraction=0.5,
         prior_preservation=1.0,
         prior_preservation_interval=3,
-        row_optimizer=RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT),
+        token_optimizer=TokenOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT),
     )
     assert [step.number for step in steps if step.preservation is not None] == [9, 12]
 
 
 def test_the_row_learns_alone_first_and_then_the_lora_joins_in(parts):
-    rows = RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT)
+    rows = TokenOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT)
     optimizer = lora_optimizer("adamw", parts.lora, 1e-2)
     start, row = [parameter.detach().clone() for parameter in parts.lora], parts.tokens.rows.detach().clone()
     moved = []
-    for _ in parts.steps(4, lora_optimizer=optimizer, row_optimizer=rows, warmup_fraction=0.5):
+    for _ in parts.steps(4, lora_optimizer=optimizer, token_optimizer=rows, warmup_fraction=0.5):
         lora_moved = any(not torch.equal(now, before) for now, before in zip(parts.lora, start, strict=True))
         moved.append((lora_moved, not torch.equal(parts.tokens.rows, row)))
     assert moved == [(False, True), (False, True), (True, True), (True, True)]
@@ -298,15 +294,15 @@ def test_the_row_learns_alone_first_and_then_the_lora_joins_in(parts):
 def test_a_dropped_caption_trains_the_lora_and_leaves_the_row(parts):
     start = parts.tokens.rows.detach().clone()
     before = [parameter.detach().clone() for parameter in parts.lora]
-    row_optimizer = RowOptimizer(parts.tokens.rows, 1e-2, NO_LIMIT)
+    token_optimizer = TokenOptimizer(parts.tokens.rows, 1e-2, NO_LIMIT)
     parts.prompt_embeds.cache([parts.empty_ids])
     list(
         parts.steps(
-            3, caption_dropout=1.0, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-3), row_optimizer=row_optimizer
+            3, caption_dropout=1.0, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-3), token_optimizer=token_optimizer
         )
     )
     assert torch.equal(parts.tokens.rows.detach(), start)
-    assert row_optimizer.steps == 0
+    assert token_optimizer.steps == 0
     assert not all(torch.equal(a, b) for a, b in zip(parts.lora, before, strict=True))
 
 
@@ -319,11 +315,18 @@ def test_captions_are_dropped_as_often_as_asked(share, parts):
     assert all(sample.input_ids in (parts.empty_ids, parts.examples[0].input_ids) for sample in samples)
 
 
-def test_every_example_comes_once_before_any_comes_again():
-    position = Position(torch.Generator().manual_seed(0))
-    rounds = [[position.next_index(5) for _ in range(5)] for _ in range(6)]
-    assert all(sorted(indices) == [0, 1, 2, 3, 4] for indices in rounds)
-    assert len({tuple(indices) for indices in rounds}) > 1
+def test_every_example_comes_once_an_epoch_and_the_sampler_goes_on_from_its_state(parts):
+    sampler = parts.sampler(batch_size=3)
+    epochs = [[id(sample.example) for sample in sampler.next_batch()] for _ in range(6)]
+    assert all(sorted(epoch) == sorted(map(id, parts.examples)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+    sampler = parts.sampler(batch_size=2, caption_dropout=0.5)
+    sampler.next_batch()
+    state = sampler.state_dict()
+    expected = [sampler.next_batch() for _ in range(4)]
+    again = parts.sampler(seed=7, batch_size=2, caption_dropout=0.5)
+    again.load_state_dict(state)
+    assert [again.next_batch() for _ in range(4)] == expected
 
 
 def test_the_loop_yields_every_step_as_it_is_made(parts):
@@ -351,12 +354,12 @@ def test_overfitting_three_pictures_lowers_the_loss_on_fixed_noise_by_a_fifth(to
 
     def loss() -> float:
         with torch.no_grad():
-            groups = [sample_losses(parts.transformer, parts.prompt_embeds, group) for group in grouped(fixed)]
+            groups = [sample_losses(parts.denoiser, parts.prompt_embeds, group) for group in grouped(fixed)]
             return torch.cat(groups).mean().item()
 
     before = loss()
-    rows = RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT) if tokens else None
-    list(parts.steps(150, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-2), row_optimizer=rows))
+    rows = TokenOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT) if tokens else None
+    list(parts.steps(150, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-2), token_optimizer=rows))
     assert loss() < 0.8 * before
 
 
@@ -366,10 +369,10 @@ def test_the_row_alone_lowers_the_loss_too(parts):
 
     def loss() -> float:
         with torch.no_grad():
-            return sample_losses(parts.transformer, parts.prompt_embeds, fixed).mean().item()
+            return sample_losses(parts.denoiser, parts.prompt_embeds, fixed).mean().item()
 
     before = loss()
-    list(parts.steps(60, examples=parts.examples[:1], row_optimizer=RowOptimizer(parts.tokens.rows, 1e-2, NO_LIMIT)))
+    list(parts.steps(60, examples=parts.examples[:1], token_optimizer=TokenOptimizer(parts.tokens.rows, 1e-2, NO_LIMIT)))
     assert loss() < before - 1e-4
 
 
@@ -379,7 +382,7 @@ def test_on_a_bf16_base_lora_and_row_stay_fp32_and_learn(base, tokenizer):
     before = [parameter.detach().clone() for parameter in (*parts.lora, parts.tokens.rows)]
     optimizers = {
         "lora_optimizer": lora_optimizer("adamw", parts.lora, 1e-3),
-        "row_optimizer": RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT),
+        "token_optimizer": TokenOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT),
     }
     losses = [step.loss for step in parts.steps(3, batch_size=2, **optimizers)]
     assert all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses)
@@ -395,8 +398,8 @@ def test_nothing_of_the_base_model_gets_a_gradient(checkpointing, parts, text_en
     if checkpointing:
         parts.transformer.enable_gradient_checkpointing()
     before = {name: value.clone() for name, value in parts.transformer.state_dict().items() if "lora_" not in name}
-    rows = RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT)
-    list(parts.steps(2, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-2), row_optimizer=rows))
+    rows = TokenOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT)
+    list(parts.steps(2, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-2), token_optimizer=rows))
     learning = {id(parameter) for parameter in (*parts.lora, parts.tokens.rows)}
     everything: list[nn.Parameter] = [*parts.transformer.parameters(), *text_encoder.parameters()]
     assert all(parameter.grad is None for parameter in everything if id(parameter) not in learning)
@@ -417,65 +420,42 @@ def test_gradient_checkpointing_changes_no_gradient(base, tokenizer, text_encode
         torch.testing.assert_close(checkpointed, plain)
 
 
-def test_a_step_that_runs_out_of_memory_is_made_again_with_more_blocks_recomputed(parts, monkeypatch):
-    whole = [(step.loss, step.checkpointed) for step in parts.steps(3, batch_size=2)]
-    original, calls = trainer_module.sample_losses, []
+class RunningOut(Denoiser):
+    """Runs out of GPU memory in some of its calls."""
 
-    def running_out_once(*args):
-        calls.append(parts.transformer)
-        if len(calls) == 3:
+    def __init__(self, transformer, calls):
+        super().__init__(transformer)
+        self.calls, self.count = calls, 0
+
+    def __call__(self, *args):
+        self.count += 1
+        if self.count in self.calls:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(*args)
+        return super().__call__(*args)
 
-    monkeypatch.setattr(trainer_module, "sample_losses", running_out_once)
+
+def test_a_step_that_runs_out_of_memory_is_repeated_with_more_checkpointed_blocks(parts):
+    whole = [(step.loss, step.checkpointed) for step in parts.steps(3, batch_size=2)]
+    parts.denoiser = RunningOut(parts.transformer, {3})
     again = [(step.loss, step.checkpointed) for step in parts.steps(3, batch_size=2)]
     assert [checkpointed for _, checkpointed in whole] == [0, 0, 0]
     assert sorted({checkpointed for _, checkpointed in again}) == [0, 1]
     assert all(torch.equal(loss, other) for (loss, _), (other, _) in zip(whole, again, strict=True))
 
 
-def test_running_out_of_memory_with_every_block_recomputed_is_an_error(parts, monkeypatch):
-    def running_out(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(trainer_module, "sample_losses", running_out)
+def test_running_out_of_memory_with_every_block_checkpointed_is_an_error(parts):
+    parts.denoiser = RunningOut(parts.transformer, range(10))
     with pytest.raises(torch.OutOfMemoryError):
-        next(parts.steps(1, checkpointed=1))
-
-
-def test_steps_on_a_gpu_are_strictly_deterministic_until_one_is_refused(parts, monkeypatch):
-    whole = [step.loss for step in parts.steps(2)]
-    original, warn_only = trainer_module.sample_losses, []
-
-    def refusing_strict_steps(*args):
-        warn_only.append(torch.is_deterministic_algorithms_warn_only_enabled())
-        if not warn_only[-1]:
-            raise RuntimeError("it does not have a deterministic implementation")
-        return original(*args)
-
-    monkeypatch.setattr(trainer_module, "sample_losses", refusing_strict_steps)
-    with deterministic(torch.device("cuda")), pytest.warns(UserWarning, match="other weights on this GPU: it does not have"):
-        again = [step.loss for step in parts.steps(2)]
-    assert warn_only == [False, True, True]
-    assert all(map(torch.equal, whole, again))
-
-
-def test_an_error_of_another_kind_ends_the_steps(parts, monkeypatch):
-    def failing(*args):
-        raise RuntimeError("shapes do not fit")
-
-    monkeypatch.setattr(trainer_module, "sample_losses", failing)
-    with deterministic(torch.device("cuda")), pytest.raises(RuntimeError, match="shapes do not fit"):
-        next(parts.steps(1))
+        next(parts.steps(1, checkpointed=2))
 
 
 def test_a_step_never_holds_a_gradient_of_the_vocabularys_size(parts):
     """The vocabulary is the real one, of 152,064 rows, on a model so small that its matrix outweighs all else."""
-    config = {"row_optimizer": RowOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT), "batch_size": 2}
+    config = {"token_optimizer": TokenOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT), "batch_size": 2}
     steps = parts.steps(2, **config)
     next(steps)
     with PeakBytes() as counted:
         next(steps)
     matrix = parts.prompt_embeds.text_encoder.embed_tokens.weight
-    assert config["row_optimizer"].steps == 2  # the row learned
+    assert config["token_optimizer"].steps == 2  # the row learned
     assert counted.peak < matrix.nbytes / 4, (counted.peak, matrix.nbytes)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from placeholder.config import OPTIMIZERS
-from placeholder.training.optimizers import RowOptimizer, lora_optimizer, row_rms_limit
+from placeholder.training.optimizers import TokenOptimizer, lora_optimizer, token_rms_limit
 
 NO_LIMIT = 1e9
 
@@ -54,7 +54,7 @@ def test_an_unknown_optimizer_gets_its_sentence():
 
 def test_the_learning_rate_of_the_rows_warms_up_over_ten_steps():
     rows = rows_of(0.0)
-    optimizer = RowOptimizer(rows, 1e-3, NO_LIMIT)
+    optimizer = TokenOptimizer(rows, 1e-3, NO_LIMIT)
     for step in range(1, 15):
         before = rows.detach().clone()
         rows.grad = torch.ones_like(rows)
@@ -66,7 +66,7 @@ def test_the_learning_rate_of_the_rows_warms_up_over_ten_steps():
 def test_an_update_does_not_depend_on_how_large_the_gradient_is():
     def after(scale: float) -> torch.Tensor:
         rows = rows_of(0.1)
-        optimizer = RowOptimizer(rows, 1e-2, NO_LIMIT)
+        optimizer = TokenOptimizer(rows, 1e-2, NO_LIMIT)
         for step in range(5):
             rows.grad = scale ** (step % 2) * torch.linspace(-1, 2, 8).view(1, 8)
             optimizer.step()
@@ -77,7 +77,7 @@ def test_an_update_does_not_depend_on_how_large_the_gradient_is():
 
 def test_each_row_has_its_gradient_normalized_apart():
     rows, alone = rows_of(0.1, 0.2), rows_of(0.2)
-    both, single = RowOptimizer(rows, 1e-2, NO_LIMIT), RowOptimizer(alone, 1e-2, NO_LIMIT)
+    both, single = TokenOptimizer(rows, 1e-2, NO_LIMIT), TokenOptimizer(alone, 1e-2, NO_LIMIT)
     for step in range(5):
         gradient = torch.linspace(-1, 2, 8) * (step + 1)
         rows.grad = torch.stack([1e5 * gradient.flip(0), gradient])
@@ -89,7 +89,7 @@ def test_each_row_has_its_gradient_normalized_apart():
 
 def test_nothing_is_decayed_and_no_gradient_is_no_step():
     rows = rows_of(0.5)
-    optimizer = RowOptimizer(rows, 1e-2, NO_LIMIT)
+    optimizer = TokenOptimizer(rows, 1e-2, NO_LIMIT)
     optimizer.step()
     assert optimizer.steps == 0
     rows.grad = torch.zeros_like(rows)
@@ -99,7 +99,7 @@ def test_nothing_is_decayed_and_no_gradient_is_no_step():
 
 def test_a_row_never_outgrows_the_limit_and_a_smaller_one_is_left_alone():
     rows = rows_of(0.0, 0.0)
-    optimizer = RowOptimizer(rows, 1.0, rms_limit=0.25)
+    optimizer = TokenOptimizer(rows, 1.0, rms_limit=0.25)
     for _ in range(20):
         rows.grad = torch.stack([torch.linspace(-1, 2, 8), torch.zeros(8)])
         optimizer.step()
@@ -111,5 +111,5 @@ def test_a_row_never_outgrows_the_limit_and_a_smaller_one_is_left_alone():
 
 def test_the_limit_is_one_and_a_half_times_the_median_row_of_the_true_entries():
     vocabulary = torch.cat([torch.full((3, 4), 1.0), torch.full((4, 4), -2.0), torch.full((4, 4), 100.0), torch.zeros(90, 4)])
-    assert row_rms_limit(vocabulary, 9) == pytest.approx(3.0)
-    assert row_rms_limit(vocabulary.bfloat16(), 11) == pytest.approx(3.0)
+    assert token_rms_limit(vocabulary, 9) == pytest.approx(3.0)
+    assert token_rms_limit(vocabulary.bfloat16(), 11) == pytest.approx(3.0)

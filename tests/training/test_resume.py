@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from placeholder.training.training_state import capture, restore
 
 from demo.server import ROOT
 from placeholder.finetune import Stop, StoppedError, finetune
@@ -22,7 +23,6 @@ from placeholder.training.checkpoint import FACTS_KEY, read_checkpoint, stored_c
 from placeholder.training.examples import Position
 from placeholder.training.loop import TrainState
 from placeholder.training.optimizers import RowOptimizer, lora_optimizer
-from placeholder.training.training_state import capture, restore
 from placeholder.transformer.checkpointing import BlockCheckpointing
 from tests.support.samples import Run, write_dataset
 

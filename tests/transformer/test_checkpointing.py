@@ -1,16 +1,13 @@
-"""What autograd keeps of a step, and recomputing as few blocks as the free memory demands."""
+"""Activation checkpointing: same gradients, less kept, as few blocks as the free memory demands."""
 
 import pytest
 import torch
 
 from placeholder.devices import free_bytes
 from placeholder.lora.adapter import add_lora
-from placeholder.training import setup as prepare_module
-from placeholder.training.losses import predict_velocity
+from placeholder.training.losses import Denoiser
 from placeholder.transformer.checkpointing import BlockCheckpointing, Footprint, measure, saved_bytes
-from placeholder.weights.archive import LORA_NAME
 from standin.small_base import Size, new_transformer
-from tests.support.samples import train
 
 BLOCKS = 5
 
@@ -29,7 +26,7 @@ class Forward:
         self.noisy, self.embeds = torch.randn(2, 16, 64), torch.randn(2, 7, 32)
 
     def loss(self) -> torch.Tensor:
-        return predict_velocity(self.transformer, self.noisy, torch.full((2,), 0.5), self.embeds, (4, 4)).square().mean()
+        return Denoiser(self.transformer)(self.noisy, torch.full((2,), 0.5), self.embeds, (4, 4)).square().mean()
 
     def gradients(self, checkpointed: int) -> list[torch.Tensor]:
         BlockCheckpointing(self.transformer, checkpointed)
@@ -66,7 +63,7 @@ def test_the_footprint_of_two_blocks_foretells_what_all_of_them_keep(forward):
 
 
 @pytest.mark.parametrize("checkpointed", range(1, BLOCKS))
-def test_recomputing_blocks_changes_no_bit_of_the_gradients_and_keeps_less(forward, checkpointed):
+def test_checkpointing_changes_no_bit_of_the_gradients_and_keeps_less(forward, checkpointed):
     footprint = measure(forward.transformer, forward.loss, ())
     for gradient, other in zip(forward.gradients(0), forward.gradients(checkpointed), strict=True):
         assert torch.equal(gradient, other)
@@ -79,35 +76,24 @@ def test_recomputing_blocks_changes_no_bit_of_the_gradients_and_keeps_less(forwa
 @pytest.mark.parametrize(
     ("free", "expected"), [(1000, 0), (760, 0), (759, 1), (670, 1), (669, 2), (581, 2), (100, 6), (0, 6), (-50, 6)]
 )
-def test_as_few_blocks_are_recomputed_as_the_free_bytes_demand(free, expected):
+def test_as_few_blocks_are_checkpointed_as_the_free_bytes_demand(free, expected):
     footprint = Footprint(blocks=6, block=100, checkpointed_block=10, rest=60)
     assert footprint.total(0) == 760
     assert footprint.blocks_to_checkpoint(free) == expected
 
 
-def test_nothing_is_recomputed_where_that_spares_nothing():
+def test_nothing_is_checkpointed_where_that_saves_nothing():
     assert Footprint(blocks=6, block=10, checkpointed_block=10, rest=60).blocks_to_checkpoint(0) == 0
 
 
-def test_the_number_rises_by_an_eighth_of_the_blocks_until_all_are_recomputed(forward):
+def test_the_number_rises_by_an_eighth_of_the_blocks_until_all_are_checkpointed(forward):
     checkpointing = BlockCheckpointing(forward.transformer, 3)
-    assert checkpointing.checkpoint_more() and checkpointing.checkpointed == 4
-    assert checkpointing.checkpoint_more() and checkpointing.checkpointed == 5
-    assert not checkpointing.checkpoint_more() and checkpointing.checkpointed == 5
+    checkpointing.checkpoint_more()
+    assert checkpointing.checkpointed == 4 and not checkpointing.all_checkpointed
+    checkpointing.checkpoint_more()
+    checkpointing.checkpoint_more()
+    assert checkpointing.checkpointed == 5 and checkpointing.all_checkpointed
 
 
 def test_free_bytes_of_the_cpu_are_those_the_system_can_still_give():
     assert 1e8 < free_bytes(torch.device("cpu")) < 1e14
-
-
-@pytest.mark.parametrize(("left", "checkpointed"), [(10**12, 0), (0, 2)])
-def test_a_training_recomputes_blocks_only_where_memory_is_short(
-    base, dataset, zero_prior, tmp_path, monkeypatch, left, checkpointed
-):
-    free = iter([10**12, left])  # before anything is loaded, and once all weights are in their places
-    monkeypatch.setattr(prepare_module, "free_bytes", lambda device: next(free))
-    again = train(dataset, zero_prior.config, tmp_path / "again.zip", base)
-    assert f"{checkpointed} of 2 blocks are checkpointed" in "\n".join(again.log)
-    lora = again.tensors(LORA_NAME)
-    for key, value in zero_prior.tensors(LORA_NAME).items():
-        assert torch.equal(value, lora[key])
