@@ -26,12 +26,14 @@ from benchmarks.scale import step_flops
 from benchmarks.step import Inputs, Script
 from placeholder.config import TrainConfig
 from placeholder.devices import free_memory, peak_bytes, reset_peak
+from placeholder.distributed import SINGLE_PROCESS
 from placeholder.lora.adapter import add_lora
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_transformer
 from placeholder.model.vae import pack
-from placeholder.training.examples import Example, Position
-from placeholder.training.loop import TrainState, training_steps
+from placeholder.training.examples import BatchSampler, Example
+from placeholder.training.loop import Schedule, TrainState, train_steps
+from placeholder.training.losses import Denoiser
 from placeholder.training.optimizers import lora_optimizer
 from placeholder.transformer.checkpointing import BlockCheckpointing
 
@@ -69,10 +71,10 @@ def arms(model: QwenImageTransformer2DModel, lora: list[nn.Parameter], side: int
     inputs = random_inputs(side, text_tokens, model)
     script = GpuScript(inputs, model, lora, "bf16" if model.dtype == torch.bfloat16 else "no")
     example = Example(pack(inputs.latents)[0].cpu(), (side // 16, side // 16), 0.5, ())
-    checkpointing = BlockCheckpointing(model, 0)
-    train_state = TrainState(model, lambda prompts: inputs.embeds, lora, lora_optimizer("adamw", lora, RATE), checkpointing)
-    config = TrainConfig(steps=10**9, learning_rate=RATE, caption_dropout=0.0)
-    ours = training_steps(train_state, [example], (), config, Position(torch.Generator().manual_seed(0)))
+    checkpointing, optimizer = BlockCheckpointing(model, 0), lora_optimizer("adamw", lora, RATE)
+    sampler = BatchSampler([example], (), 1, 0.0, torch.Generator().manual_seed(0))
+    state = TrainState(Denoiser(model), lambda prompts: inputs.embeds, lora, optimizer, sampler, checkpointing)
+    ours = train_steps(state, Schedule(10**9), SINGLE_PROCESS)
 
     def enter_ours() -> None:
         model.enable_gradient_checkpointing(checkpointing._run)

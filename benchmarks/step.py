@@ -11,7 +11,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,17 +27,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.flops import flop_counter
-from placeholder.config import TrainConfig
+from placeholder.distributed import SINGLE_PROCESS
 from placeholder.lora.adapter import TARGET_MODULES, add_lora
 from placeholder.model.vae import pack
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
 from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_template
-from placeholder.training.examples import Example, Position, Sample
-from placeholder.training.loop import TrainState, training_steps
-from placeholder.training.losses import sample_losses
-from placeholder.training.optimizers import RowOptimizer, lora_optimizer, row_rms_limit
+from placeholder.training.examples import BatchSampler, Example, Sample
+from placeholder.training.loop import Schedule, TrainState, train_steps
+from placeholder.training.losses import Denoiser, sample_losses
+from placeholder.training.optimizers import TokenOptimizer, lora_optimizer, token_rms_limit
 from placeholder.transformer.checkpointing import BlockCheckpointing, saved_bytes
-from placeholder.transformer.compile import compiled_blocks
+from placeholder.transformer.compile import CompiledBlocks
 from standin.small_base import Size, new_text_encoder, scheduler
 
 BLOCKS, HEADS, HEAD_WIDTH = 6, 4, 64
@@ -126,7 +125,7 @@ class Script:
         return error.reshape(batch, -1).mean(1).mean()
 
     def halfway(self) -> Tensor:
-        """The loss at a noise level of 0.5."""
+        """The loss at a sigma of 0.5."""
         shape = self.inputs.latents[:, :, None].shape
         return self.loss(torch.zeros(shape), torch.full((1, 1, 1, 1, 1), 0.5), torch.tensor([500.0]))
 
@@ -156,7 +155,7 @@ class Ours:
     def __init__(self, inputs: Inputs, token: bool = False):
         self.transformer = transformer()
         self.lora = add_lora(self.transformer, RANK, SEED)
-        self.row_optimizer, self.encoder = None, None
+        token_optimizer, self.encoder = None, None
         ids: tuple[int, ...] = ()
         self.prompt_embeds: Callable = lambda prompts: inputs.embeds
         if token:
@@ -165,29 +164,32 @@ class Ours:
             self.encoder = new_text_encoder(size).model.language_model.requires_grad_(False)
             rows = initial_embeddings(("<zwx>",), size.text_width, 1e-5, torch.Generator().manual_seed(SEED))
             tokens = PlaceholderTokens(WORDS, rows, size.text_width)
-            limit = row_rms_limit(self.encoder.embed_tokens.weight, WORDS)
-            self.row_optimizer = RowOptimizer(tokens.rows, 1e-3, limit)
+            limit = token_rms_limit(self.encoder.embed_tokens.weight, WORDS)
+            token_optimizer = TokenOptimizer(tokens.rows, 1e-3, limit)
             self.prompt_embeds = PromptEmbeddings(self.encoder, tokens)
             words = torch.randint(0, WORDS, (prompt_template()[2] + TEXT_TOKENS - 1,)).tolist()
             ids = (*words, WORDS)
-        config = TrainConfig(steps=10**9, learning_rate=RATE, caption_dropout=0.0, placeholder_warmup_fraction=0.0)
         self.example = Example(pack(inputs.latents)[0], GRID, 0.5, ids)
-        optimizer = lora_optimizer("adamw", self.lora, RATE)
-        self.checkpointing = BlockCheckpointing(self.transformer, 0)
-        train_state = TrainState(
-            self.transformer, self.prompt_embeds, self.lora, optimizer, self.checkpointing, self.row_optimizer
+        self.denoiser = Denoiser(self.transformer)
+        self.state = TrainState(
+            self.denoiser,
+            self.prompt_embeds,
+            self.lora,
+            lora_optimizer("adamw", self.lora, RATE),
+            BatchSampler([self.example], (), 1, 0.0, torch.Generator().manual_seed(SEED)),
+            BlockCheckpointing(self.transformer, 0),
+            token_optimizer,
         )
-        generator = torch.Generator().manual_seed(SEED)
-        self._steps: Iterator = training_steps(train_state, [self.example], (), config, Position(generator))
+        self._steps: Iterator = train_steps(self.state, Schedule(10**9), SINGLE_PROCESS)
 
     def loss(self, noise: Tensor, sigma: Tensor) -> Tensor:
-        """The loss for packed noise (L, 64) and a noise level ()."""
+        """The loss for packed noise (L, 64) and a sigma ()."""
         sample = Sample(self.example, self.example.input_ids, sigma, noise_seed=0)
         vars(sample)["noise"] = noise  # in the place of its own
-        return sample_losses(self.transformer, self.prompt_embeds, [sample]).mean()
+        return sample_losses(self.denoiser, self.prompt_embeds, [sample]).mean()
 
     def halfway(self) -> Tensor:
-        """The loss at a noise level of 0.5."""
+        """The loss at a sigma of 0.5."""
         return self.loss(torch.zeros_like(self.example.latents), torch.tensor(0.5))
 
     def step(self) -> None:
@@ -195,12 +197,11 @@ class Ours:
         next(self._steps)
 
 
-@contextmanager
-def compiled_arm() -> Iterator[Ours]:
-    """Our loop with compiled blocks, for as long as the context lasts."""
+def compiled_arm() -> Ours:
+    """Our loop with compiled blocks."""
     ours = Ours(Inputs.random())
-    with compiled_blocks(ours.transformer, ours.checkpointing, True, _stop):
-        yield ours
+    ours.state.compiled = CompiledBlocks(ours.transformer, _stop)
+    return ours
 
 
 def _stop(warning: str) -> None:
@@ -297,19 +298,13 @@ def timings(timed: dict[str, Script | Ours], rounds: int) -> dict[str, list[floa
 
 
 def main() -> None:
-    """Gate, count, time, and write the results."""
-    with compiled_arm() as compiled:
-        write_results(compiled)
-
-
-def write_results(compiled: Ours) -> None:
-    """All of it, with the arm that is compiled when it first runs."""
+    """Check that the arms do the same work, count, time, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    timed = arms()
+    timed, compiled = arms(), compiled_arm()
     uncompiled_gate = gate(timed["script"], timed["ours"])
     start = time.perf_counter()
     compiled_gate = gate(timed["script"], compiled)  # the first pass, in which all is compiled

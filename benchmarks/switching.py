@@ -19,7 +19,7 @@ from placeholder.job import Job
 from placeholder.lora.adapter import ADAPTER, load_lora, unload_lora
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_transformer
-from placeholder.training.losses import predict_velocity
+from placeholder.training.losses import Denoiser
 from placeholder.transformer.layers import fuse_lora_addition
 from placeholder.weights.archive import read_weights
 from standin.small_base import build_small_base
@@ -94,10 +94,10 @@ def passes(base: BaseModel, archive: Path) -> dict[str, float]:
 
     @torch.no_grad()
     def timed() -> float:
-        return statistics.median(seconds(predict_velocity, transformer, *inputs) for _ in range(PASSES))
+        return statistics.median(seconds(Denoiser(transformer), *inputs) for _ in range(PASSES))
 
     with torch.no_grad():
-        before = predict_velocity(transformer, *inputs)
+        before = Denoiser(transformer)(*inputs)
     found: dict[str, list[float]] = {
         "pass_s": [],
         "pass_peft_s": [],
@@ -116,7 +116,7 @@ def passes(base: BaseModel, archive: Path) -> dict[str, float]:
         found["pass_by_product_s"].append(timed())
         unload_lora(transformer)
     with torch.no_grad():
-        left = (predict_velocity(transformer, *inputs) - before).abs().max().item()
+        left = (Denoiser(transformer)(*inputs) - before).abs().max().item()
     return {name: statistics.median(values) for name, values in found.items()} | {"left_by_merging": left}
 
 

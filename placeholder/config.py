@@ -48,7 +48,7 @@ YAML_SECTIONS: dict[str, tuple[str, ...]] = {
         "sample_prompts",
     ),
     "debug": ("log_prompt_ids",),
-    "model": ("quantize", "quantize_te", "torch_compile"),
+    "model": ("quantize", "quantize_te", "torch_compile", "deterministic"),
 }
 
 
@@ -83,6 +83,7 @@ class TrainConfig:
     quantize: bool = False
     quantize_te: bool = False
     torch_compile: bool | None = None
+    deterministic: bool = False
     log_prompt_ids: bool = False
     seed: int | None = None
     report: bool = True
@@ -249,6 +250,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "quantize": flag,
     "quantize_te": flag,
     "torch_compile": lambda name, value: None if value is None else flag(name, value),
+    "deterministic": flag,
     "log_prompt_ids": flag,
     "seed": lambda name, value: None if value is None else whole(name, value, 0, MAX_SEED),
     "report": flag,

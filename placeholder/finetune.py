@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from placeholder.config import TrainConfig
 from placeholder.devices import deterministic, peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.errors import MAX_SEED, Log
@@ -18,12 +19,12 @@ from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict, 
 from placeholder.model.base import BaseModel
 from placeholder.report.report import Report
 from placeholder.report.samples import grid_prompts
-from placeholder.report.trackers import WandbTracker
+from placeholder.report.trackers import TrackedSteps, WandbTracker
 from placeholder.training.checkpoint import Checkpoint, CheckpointWriter, Stop, prepare_folder
 from placeholder.training.context import Context, Training, schedule
 from placeholder.training.diagnostics import diagnose
 from placeholder.training.flow import MIDDLE_SIGMA
-from placeholder.training.loop import Step, train_steps
+from placeholder.training.loop import Step, TrainState, train_steps
 from placeholder.training.memory_plan import Plan, plan_memory
 from placeholder.training.progress import Progress
 from placeholder.training.resume import read_start, resume_path, resumed_config
@@ -59,9 +60,8 @@ def finetune(
     context, shared = resolve(job, base, log, processes)
     config, first = context.config, processes.rank == 0
     with ExitStack() as stack:
-        tracker = stack.enter_context(WandbTracker(job.tracker, log)) if job.tracker and first else None
-        if tracker:
-            tracker.start(config, shared)
+        tracker = stack.enter_context(WandbTracker(job.tracker if first else None, log))
+        tracker.start(config, shared)
         stack.enter_context(deterministic(base.device, config.deterministic))
         reset_peak()
         training = prepare(job.dataset, context, grid_prompts, planned)
@@ -69,8 +69,8 @@ def finetune(
         progress = Progress(config.steps, training.tokens, log, training.state.step, start and start.facts["progress"])
         report = Report(training, context, lambda: stop.wanted) if config.report and first else None
         observers: list[Observer] = [progress, *filter(None, [report])]
-        if tracker:
-            observers.append(tracker.observing(training, config, progress, report))
+        if job.tracker and first:
+            observers.append(TrackedSteps(tracker, training, config, progress, report))
         if job.checkpoints and first:
             observers.append(
                 CheckpointWriter(job.checkpoints, training.state, lambda: facts(training, config, progress) | shared, log, stop)
@@ -85,8 +85,8 @@ def finetune(
             meta["started_from"] = content_digest(job.resume_from)
         if report:
             report.end()
-        if tracker:
-            tracker.end(meta, report)
+        grid = ("\n".join(training.shown_prompts), report.grid) if report and report.grid else None
+        tracker.end(config.steps, meta, grid)
         write_verified(
             job.output, training, meta, context, lambda: report.files(progress.curve, meta, diagnostics) if report else {}
         )
@@ -114,7 +114,7 @@ def resolve(job: Job, base: BaseModel, log: Log, processes: Processes) -> tuple[
     return Context(config, base, log, processes, start), shared
 
 
-def with_seed(config: Any, log: Log) -> Any:
+def with_seed(config: TrainConfig, log: Log) -> TrainConfig:
     """The configuration with the seed that the training really uses."""
     drawn = config.seed is None
     config = replace(config, seed=secrets.randbelow(MAX_SEED + 1)) if drawn else config
@@ -132,7 +132,7 @@ def train(training: Training, context: Context, progress: Progress, observers: l
                     observer.step(step)
 
 
-def facts(training: Training, config: Any, progress: Progress) -> dict[str, Any]:
+def facts(training: Training, config: TrainConfig, progress: Progress) -> dict[str, Any]:
     """What a checkpoint holds beside the training's state."""
     return {
         "config": asdict(config),
@@ -147,20 +147,30 @@ def results(
     training: Training, context: Context, progress: Progress, shared: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """What meta.json holds, and the lines of the diagnostics."""
-    found = progress.figures() | shared | {"base_model_revision": context.base.commit}
-    context.timing.seconds["steps"] = found["training_seconds"]
+    config, data, chosen = context.config, training.data, training.plan.chosen
+    figures = progress.figures() | shared | {"base_model_revision": context.base.commit}
+    context.timing.seconds["steps"] = figures["training_seconds"]
     lines: list[str] = []
-    if context.config.tokens:
+    if config.tokens:
         diagnostics = diagnose(training)
         lines = diagnostics.lines()
-        found |= diagnostics.meta()
+        figures |= diagnostics.meta()
     for line in lines:
         context.log(line)
-    expected, peak = training.plan.chosen.peak(training.state.checkpointing.checkpointed), peak_bytes()
+    expected, peak = chosen.peak(training.state.checkpointing.checkpointed), peak_bytes()
     if peak is not None:
         context.log(f"Memory: peak {peak / 1e9:.1f} GB, {expected / 1e9:.1f} GB expected")
-    found |= {"expected_peak_gb": expected / 1e9, "peak_gb": None if peak is None else peak / 1e9}
-    return training_meta(context.config, training, found), lines
+    figures |= {"expected_peak_gb": expected / 1e9, "peak_gb": None if peak is None else peak / 1e9}
+    found = {
+        "transformer_storage": chosen.quantization,
+        "modulations_tabled": chosen.tabled,
+        "images": data.report.images,
+        "captions_found": data.report.captions_found,
+        "captions_described": sum(caption.source == "auto" for caption in data.captions),
+        "buckets": data.report.buckets,
+        "dataset_digest": data.digest,
+    }
+    return training_meta(config, training.tokens.ids, found, figures), lines
 
 
 def write_verified(
@@ -174,7 +184,7 @@ def write_verified(
         with context.timing.part("save"):
             write_weights(unverified, weights, lora_metadata(transformer), modelspec(meta))
         add_files(unverified, files())
-        verify_archive(unverified, weights, training)
+        verify_archive(unverified, weights, training.state)
         unverified.replace(output)
     finally:
         unverified.unlink(missing_ok=True)
@@ -185,7 +195,7 @@ def write_verified(
 
 
 @torch.no_grad()
-def verify_archive(path: Path, trained: Weights, training: Training) -> None:
+def verify_archive(path: Path, trained: Weights, state: TrainState) -> None:
     """Read the archive again and compare it with what was trained; takes the LoRA off the transformer.
 
     Raises RuntimeError unless the embeddings and the LoRA come back bit for bit, every LoRA key is applied to the transformer, and
@@ -195,11 +205,10 @@ def verify_archive(path: Path, trained: Weights, training: Training) -> None:
     for what, found, expected in (("embedding", stored.embeddings, trained.embeddings), ("LoRA", stored.lora, trained.lora)):
         if found.keys() != expected.keys() or any(not torch.equal(value, found[key]) for key, value in expected.items()):
             raise RuntimeError(f"the archive does not hold the {what} that was trained")
-    state = training.state
     example, transformer = state.sampler.examples[0], state.transformer
 
     def velocity() -> Tensor:
-        embeds = training.prompt_embeds([example.input_ids])
+        embeds = state.prompt_embeds([example.input_ids])
         latents = example.latents[None].to(state.denoiser.device)
         return state.denoiser(latents, torch.full((1,), MIDDLE_SIGMA), embeds, example.grid)
 

@@ -15,20 +15,21 @@ from safetensors.torch import load, save
 
 from placeholder import finetune as finetune_module
 from placeholder.config import YAML_SECTIONS, TrainConfig, train_config
-from placeholder.finetune import prove_archive
+from placeholder.finetune import verify_archive
 from placeholder.job import Job
 from placeholder.lora.adapter import B, add_lora
 from placeholder.model.loading import load_text_encoder, load_transformer
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
 from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_ids
-from placeholder.training import setup as prepare_module
-from placeholder.training.examples import Example
-from placeholder.training.loop import Step
-from placeholder.training.optimizers import row_rms_limit
-from placeholder.training.progress import Record
+from placeholder.training.examples import BatchSampler, Example
+from placeholder.training.loop import Step, TrainState
+from placeholder.training.losses import Denoiser
+from placeholder.training.optimizers import token_rms_limit
+from placeholder.training.progress import Progress
 from placeholder.weights.archive import LORA_NAME, Weights, read_weights
 from placeholder.weights.metadata import MEASURED, TIME_VARIABLE
 from tests.conftest import SHORT
+from tests.support.bases import WatchedBase
 from tests.support.samples import Run, read_zip, train, write_dataset, write_zip
 
 ROW_NAME = "embeddings/zwx.safetensors"
@@ -40,21 +41,6 @@ def assert_same_tensors(one: Run, other: Run) -> None:
         found, expected = one.tensors(name), other.tensors(name)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
-
-
-@pytest.fixture
-def loaded(monkeypatch) -> dict[str, torch.nn.Module]:
-    """The modules that a training loads, by the name of the function that loads them."""
-    kept: dict[str, torch.nn.Module] = {}
-    for name in ("load_text_encoder", "load_transformer"):
-        original = getattr(prepare_module, name)
-
-        def load_and_keep(*arguments, name=name, original=original):
-            kept[name] = original(*arguments)
-            return kept[name]
-
-        monkeypatch.setattr(prepare_module, name, load_and_keep)
-    return kept
 
 
 def test_the_zero_prior_archive_holds_the_lora_the_row_and_meta_json(zero_prior):
@@ -147,9 +133,9 @@ def test_the_log_says_what_happened_once_in_its_words(zero_prior):
         "Seed: 1",
         "Data set: 3 images, 2 captions found, 1 filled in with default_caption",
         "Buckets: 64x64: 2, 80x48: 1",
-        "Captions: 0 of 3 lacked the token and got it in front",
         "Placeholder token '<zwx>' registered with ID: 151665",
         "Gradient mask active: only token 151665 receives updates",
+        "Captions: 0 of 3 lacked the token and got it in front",
         "Prior preservation: prompts such as 'a photo of' keep what the base model draws for them",
         "Prompt 'a photo of <zwx>' tokenized to: [64, 6548, 315, 220, 151665]",
         "Prompt '<zwx> in a garden' tokenized to: [151665, 304, 264, 13551]",
@@ -174,12 +160,12 @@ def test_a_baseline_says_that_a_named_token_is_not_used_and_caches_every_prompt(
 PROGRESS = r" *(\d+)%\|[ #0-9]{10}\| (\d+)/15 \[\d\d:\d\d<\d\d:\d\d, *[\d.]+(?:it/s|s/it), loss=\d+\.\d{4}"
 
 
-def progress(run: Run, more: str) -> list[re.Match]:
+def lines_of(run: Run, more: str) -> list[re.Match]:
     return [found for line in run.log if (found := re.fullmatch(PROGRESS + more + r"\]", line))]
 
 
 def test_each_step_of_a_short_training_has_a_progress_line(zero_prior, baseline):
-    with_row, without = progress(zero_prior, r"(?:, preservation=\d+\.\d{4})?, row norm=([\d.e+-]+)"), progress(baseline, "")
+    with_row, without = lines_of(zero_prior, r"(?:, preservation=\d+\.\d{4})?, row norm=([\d.e+-]+)"), lines_of(baseline, "")
     for lines in (with_row, without):
         assert [int(line[2]) for line in lines] == list(range(1, 16))
         assert [int(line[1]) for line in lines] == [round(100 * step / 15) for step in range(1, 16)]
@@ -192,28 +178,28 @@ def test_each_step_of_a_short_training_has_a_progress_line(zero_prior, baseline)
 def test_a_long_training_has_about_a_hundred_progress_lines_with_the_mean_loss_between_them():
     log: list[str] = []
     steps = (Step(number, torch.tensor(float(number)), None, 0) for number in range(1, 1001))
-    record = Record(1000, PlaceholderTokens(151665, {}, 32), log.append)
-    for step in steps:
-        record.note(step)
+    progress = Progress(1000, PlaceholderTokens(151665, {}, 32), log.append)
+    for step in progress.timed(steps):
+        progress.step(step)
     assert len(log) == 101
     assert log[0].startswith("  0%|          | 1/1000 [")
     assert log[37].startswith(" 37%|###       | 370/1000 [")
     assert log[37].endswith("loss=365.5000]")
-    assert record.figures()["loss"] == 995.5
+    assert progress.figures()["loss"] == 995.5
 
 
 @pytest.mark.parametrize("tokens", [("<zwx>",), ()])
-def test_training_leaves_every_parameter_of_the_text_encoder_bit_identical(tokens, loaded, dataset, base, tmp_path):
+def test_training_leaves_every_parameter_of_the_base_model_bit_identical(tokens, dataset, base, tmp_path):
     config = replace(ZERO_PRIOR, train_placeholder_token=bool(tokens), placeholder_token=tokens, steps=5)
-    run = train(dataset, config, tmp_path / "weights.zip", base)
-    after, before = loaded["load_text_encoder"].state_dict(), load_text_encoder(base).state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert len(after["embed_tokens.weight"]) == 152064
-    assert all(parameter.grad is None for parameter in loaded["load_text_encoder"].parameters())
-    transformer = load_transformer(base).state_dict()
-    assert loaded["load_transformer"].state_dict().keys() == transformer.keys()
-    assert all(torch.equal(value, transformer[name]) for name, value in loaded["load_transformer"].state_dict().items())
+    watched = WatchedBase.of(base)
+    run = train(dataset, config, tmp_path / "weights.zip", watched)
+    text_encoder = watched.loaded["text_encoder"].model.language_model
+    for found, expected in ((text_encoder, load_text_encoder(base)), (watched.loaded["transformer"], load_transformer(base))):
+        after, before = found.state_dict(), expected.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert len(text_encoder.embed_tokens.weight) == 152064
+    assert all(parameter.grad is None for parameter in text_encoder.parameters())
     if tokens:
         (start,) = initial_embeddings(tokens, 32, 1e-5, torch.Generator().manual_seed(1)).values()
         row = run.tensors(ROW_NAME)["qwen25_7b"]
@@ -303,36 +289,36 @@ def test_the_row_is_limited_to_one_and_a_half_times_the_vocabularys_median(datas
     rms = run.tensors(ROW_NAME)["qwen25_7b"].square().mean().sqrt().item()
     median = text_encoder.embed_tokens.weight[:151665].square().mean(dim=1).sqrt().median().item()
     assert rms == pytest.approx(1.5 * median, rel=1e-3)
-    assert rms == pytest.approx(row_rms_limit(text_encoder.embed_tokens.weight, 151665), rel=1e-3)
+    assert rms == pytest.approx(token_rms_limit(text_encoder.embed_tokens.weight, 151665), rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"quantize": True, "optimizer": "adamw8bit"}, "load_transformer"),
-        ({"quantize_te": True, "optimizer": "adam8bit", "train_placeholder_token": False}, "load_text_encoder"),
+        ({"quantize": True, "optimizer": "adamw8bit"}, "transformer"),
+        ({"quantize_te": True, "optimizer": "adam8bit", "train_placeholder_token": False}, "text_encoder"),
     ],
 )
-def test_a_quantized_training_holds_8_bit_weights_and_gives_an_archive(options, name, loaded, dataset, base, tmp_path):
+def test_a_quantized_training_holds_8_bit_weights_and_gives_an_archive(options, name, dataset, base, tmp_path):
     from torchao.quantization import Int8Tensor
 
-    run = train(dataset, replace(ZERO_PRIOR, batch_size=4, **options), tmp_path / "weights.zip", base)
-    kinds = {kept: any(isinstance(p, Int8Tensor) for p in module.parameters()) for kept, module in loaded.items()}
-    assert kinds == {"load_transformer": False, "load_text_encoder": False} | {name: True}
+    watched = WatchedBase.of(base)
+    run = train(dataset, replace(ZERO_PRIOR, batch_size=4, **options), tmp_path / "weights.zip", watched)
+    for component in ("transformer", "text_encoder"):
+        quantized = any(isinstance(parameter, Int8Tensor) for parameter in watched.loaded[component].parameters())
+        assert quantized == (component == name)
     lora = read_weights(run.archive).lora
     assert any(value.any() for key, value in lora.items() if key.endswith(B))
-    assert len(progress(run, ".*")) == 15
+    assert len(lines_of(run, ".*")) == 15
 
 
-def test_a_loss_that_is_not_finite_stops_the_training_with_a_sentence(dataset, base, tmp_path, monkeypatch):
-    def load_poisoned(*arguments):
-        transformer = load_transformer(*arguments)
-        transformer.img_in.weight[0, 0] = float("nan")
-        return transformer
+def test_a_loss_that_is_not_finite_stops_the_training_with_a_sentence(dataset, base, tmp_path):
+    def poison(name, component):
+        if name == "transformer":
+            component.img_in.weight.data[0, 0] = float("nan")
 
-    monkeypatch.setattr(prepare_module, "load_transformer", load_poisoned)
     with pytest.raises(RuntimeError, match="the loss became nan by step 1: train again with a lower learning_rate or"):
-        train(dataset, ZERO_PRIOR, tmp_path / "weights.zip", base)
+        train(dataset, ZERO_PRIOR, tmp_path / "weights.zip", WatchedBase.of(base, change=poison))
     assert not (tmp_path / "weights.zip").exists()
 
 
@@ -344,15 +330,11 @@ def test_a_loss_that_is_not_finite_stops_the_training_with_a_sentence(dataset, b
         ([], ("<zwx>",), r"the data set holds no usable picture \(it holds no file\)"),
     ],
 )
-def test_bad_input_is_refused_before_any_weight_is_loaded(captions, tokens, sentence, base, tmp_path, monkeypatch):
-    def never(*_):
-        raise AssertionError("weights were loaded")
-
-    for name in ("load_vae", "load_text_encoder", "load_transformer"):
-        monkeypatch.setattr(prepare_module, name, never)
-    dataset = write_dataset(tmp_path / "data.zip", captions)
+def test_bad_input_is_refused_before_any_weight_is_loaded(captions, tokens, sentence, base, tmp_path):
+    dataset, watched = write_dataset(tmp_path / "data.zip", captions), WatchedBase.of(base)
     with pytest.raises(ValueError, match=sentence):
-        train(dataset, replace(ZERO_PRIOR, placeholder_token=tokens), tmp_path / "weights.zip", base)
+        train(dataset, replace(ZERO_PRIOR, placeholder_token=tokens), tmp_path / "weights.zip", watched)
+    assert set(watched.loaded) <= {"tokenizer"}
 
 
 def test_an_unbracketed_token_is_warned_about_in_the_log(base, tmp_path):
@@ -366,19 +348,19 @@ def test_an_unbracketed_token_is_warned_about_in_the_log(base, tmp_path):
 
 
 class Proof:
-    """What `prove_archive` is given after a training."""
+    """What `verify_archive` is given after a training."""
 
     def __init__(self, run: Run, base, tokenizer, text_encoder):
         self.trained = read_weights(run.archive)
         tokens = PlaceholderTokens(151665, self.trained.embeddings, 32)
-        self.prompt_embeds = PromptEmbeddings(text_encoder, tokens)
         latents = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-        self.example = Example(latents, (4, 4), 0.5, prompt_ids(tokenizer, tokens, "a photo of <zwx>"))
-        self.transformer = load_transformer(base)
-        add_lora(self.transformer, 4, 0)
+        example = Example(latents, (4, 4), 0.5, prompt_ids(tokenizer, tokens, "a photo of <zwx>"))
+        transformer = load_transformer(base)
+        lora, sampler = add_lora(transformer, 4, 0), BatchSampler([example], (), 1, 0.0, torch.Generator())
+        self.state = TrainState(Denoiser(transformer), PromptEmbeddings(text_encoder, tokens), lora, None, sampler, None)
 
     def __call__(self, archive: Path, trained: Weights | None = None) -> None:
-        prove_archive(archive, trained or self.trained, self.transformer, self.prompt_embeds, self.example)
+        verify_archive(archive, trained or self.trained, self.state)
 
 
 @pytest.fixture
@@ -394,18 +376,18 @@ def tampered(run: Run, path: Path, name: str, change) -> Path:
     return write_zip(path, entries | {name: save(tensors)})
 
 
-def test_a_true_archive_is_proved_and_the_lora_taken_off(proof, zero_prior):
+def test_a_true_archive_is_verified_and_the_lora_taken_off(proof, zero_prior):
     proof(zero_prior.archive)
-    assert not any("lora" in name for name, _ in proof.transformer.named_parameters())
+    assert not any("lora" in name for name, _ in proof.state.transformer.named_parameters())
 
 
-def test_an_archive_with_another_row_is_not_proved(proof, zero_prior, tmp_path):
+def test_an_archive_with_another_embedding_is_not_verified(proof, zero_prior, tmp_path):
     path = tampered(zero_prior, tmp_path / "weights.zip", ROW_NAME, lambda tensors: tensors["qwen25_7b"][0, 3].add_(1e-6))
     with pytest.raises(RuntimeError, match="the archive does not hold the embedding that was trained"):
         proof(path)
 
 
-def test_an_archive_with_another_lora_is_not_proved(proof, zero_prior, tmp_path):
+def test_an_archive_with_another_lora_is_not_verified(proof, zero_prior, tmp_path):
     def change(tensors):
         next(iter(tensors.values()))[0, 0] += 1
 
@@ -414,7 +396,7 @@ def test_an_archive_with_another_lora_is_not_proved(proof, zero_prior, tmp_path)
         proof(path)
 
 
-def test_an_archive_that_lacks_a_layer_is_not_proved(proof, zero_prior, tmp_path):
+def test_an_archive_that_lacks_a_layer_is_not_verified(proof, zero_prior, tmp_path):
     def change(tensors):
         for part in ("lora_A", "lora_B"):
             del tensors[f"transformer.transformer_blocks.0.attn.to_q.{part}.weight"]
@@ -424,7 +406,7 @@ def test_an_archive_that_lacks_a_layer_is_not_proved(proof, zero_prior, tmp_path
         proof(path)
 
 
-def test_a_lora_that_changes_nothing_is_not_proved(proof, zero_prior, tmp_path):
+def test_a_lora_that_changes_nothing_is_not_verified(proof, zero_prior, tmp_path):
     def change(tensors):
         for key, value in tensors.items():
             if key.endswith(B):

@@ -12,6 +12,7 @@ from diffusers import (
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from placeholder.devices import free_bytes
 from placeholder.model.download import cached_commit, fetch, split_revision
 
 # Replicate reads progress from log lines that look like a bar; only the training's own may.
@@ -57,6 +58,10 @@ class BaseModel:
     def commit(self) -> str | None:
         """The commit of the hub's repository that is loaded; None for a folder, and before anything was fetched."""
         return cached_commit(self.source, self.revision)
+
+    def free_bytes(self) -> int:
+        """Bytes that can still be allocated on the device."""
+        return free_bytes(self.device)
 
     def fetch(self, log: Callable[[str], None]) -> None:
         """Have all files at hand before the first is read, fetched side by side from the hub where the source is not a folder."""

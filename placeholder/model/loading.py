@@ -81,15 +81,15 @@ def language_model(
 
 
 def load_transformer(
-    base: BaseModel, storage: Storage = "none", levels: Tensor | None = None, streamed: bool = False
+    base: BaseModel, storage: Storage = "none", sigmas: Tensor | None = None, streamed: bool = False
 ) -> QwenImageTransformer2DModel:
     """The denoising transformer, frozen; for `streamed` see `load_text_encoder`.
 
     With noise `levels` (N,) its modulations are a table for these in the host's memory, whatever the storage of the other weights.
     """
     transformer = base.component(QwenImageTransformer2DModel, "transformer", dtype=base.dtype, use_safetensors=True)
-    if levels is not None:
-        tabulate(transformer, levels, base.device)
+    if sigmas is not None:
+        tabulate(transformer, sigmas, base.device)
     store(transformer.transformer_blocks, storage, base.dtype, base.device)
     return _placed(transformer, base, streamed)
 

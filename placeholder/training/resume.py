@@ -57,7 +57,8 @@ def resumed_config(start: Checkpoint | Weights, config: TrainConfig, facts: dict
     wanted = {name: value for name, value in asdict(config).items() if name not in MAY_DIFFER} | facts
     for name, value in wanted.items():
         stored = start.facts.get(name) if name in facts else recorded.get(name)
-        if (list(value) if isinstance(value, tuple) else value) != stored:
+        value = list(value) if isinstance(value, tuple) else value  # as JSON has it
+        if value != stored:
             raise ValueError(
                 f"{start.name} was made with {name} {shown(stored)}, this training has {shown(value)}: give the same to go on, "
                 "or leave resume_from out"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from placeholder.config import TrainConfig
 from placeholder.data.captions import check_autocaption, describe_photos, draft, trained_captions, undescribed
 from placeholder.data.dataset import DatasetReport, Photo, dataset_digest, read_dataset, thumbnail
-from placeholder.devices import free_bytes, free_memory
+from placeholder.devices import free_memory
 from placeholder.lora.adapter import add_lora
 from placeholder.model.captioner import check_vision_tower, load_vlm
 from placeholder.model.loading import load_text_encoder, load_tokenizer, load_transformer, load_vae, shift_constants, text_width
@@ -106,7 +106,7 @@ def plan_photos(
     texts = [caption.text for caption in trained_captions(photos, config, _silent, drafts)]
     longest = max(map(len, prompts_of(texts, config, tokenizer, tokens, _silent).all))
     largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
-    free = context.processes.all_reduce_min(free_bytes(context.base.device))
+    free = context.processes.all_reduce_min(context.base.free_bytes())
     plan = planned(context.base, replace(config, autocaption=descriptions is None), largest, longest, free)
     check_quantization(context.start, plan.chosen.quantization)
     for line in plan.lines():
@@ -184,7 +184,7 @@ def build(
     if config.optimizer == "prodigy":
         log("Prodigy finds the LoRA's step size itself: learning_rate is not used")
     optimizer = lora_optimizer(config.optimizer, lora, config.learning_rate)
-    checkpointing = plan.checkpointing(transformer, lora, config.optimizer, free_bytes(context.base.device))
+    checkpointing = plan.checkpointing(transformer, lora, config.optimizer, context.base.free_bytes())
     log(f"Memory: {checkpointing.checkpointed} of {checkpointing.blocks} blocks are checkpointed")
     return TrainState(Denoiser(transformer), prompt_embeds, lora, optimizer, sampler, checkpointing, token_optimizer)
 

@@ -12,18 +12,16 @@ import torch
 import transformers
 
 from placeholder.config import TrainConfig
-from placeholder.training.training import Training
 
 TIME_VARIABLE = "SOURCE_DATE_EPOCH"
 MEASURED = ("training_seconds", "compile_seconds", "expected_peak_gb", "peak_gb")  # figures that differ from run to run
 
 
-def training_meta(config: TrainConfig, training: Training, figures: dict[str, Any]) -> dict[str, Any]:
-    """meta.json: the resolved configuration, what was found and learned, and the versions that made it.
-
-    With SOURCE_DATE_EPOCH it holds that time and nothing that was measured, so that the same run gives the same bytes.
-    """
-    ids = next(iter(training.tokens.ids.values()), None)
+def training_meta(
+    config: TrainConfig, token_ids: dict[str, list[int]], found: dict[str, Any], figures: dict[str, Any]
+) -> dict[str, Any]:
+    """meta.json."""
+    ids = next(iter(token_ids.values()), None)
     fixed = fixed_time()
     if fixed:
         figures = {name: value for name, value in figures.items() if name not in MEASURED}
@@ -34,15 +32,9 @@ def training_meta(config: TrainConfig, training: Training, figures: dict[str, An
         "resolution": ",".join(map(str, config.resolution)),
         "placeholder_token": ",".join(config.tokens) or None,
         "placeholder_token_id": ids[0] if ids else None,
-        "placeholder_token_ids": training.tokens.ids,
+        "placeholder_token_ids": token_ids,
         "lora_alpha": config.rank,
-        "transformer_storage": training.plan.chosen.storage,
-        "modulations_tabled": training.plan.chosen.tabled,
-        "images": training.report.images,
-        "captions_found": training.report.captions_found,
-        "captions_described": sum(caption.source == "auto" for caption in training.captions),
-        "buckets": training.report.buckets,
-        "dataset_digest": training.dataset_digest,
+        **found,
         **figures,
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers, peft)},
     }

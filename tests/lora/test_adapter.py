@@ -20,7 +20,7 @@ from placeholder.lora.adapter import (
     unload_lora,
 )
 from placeholder.model.loading import load_transformer
-from placeholder.training.losses import predict_velocity
+from placeholder.training.losses import Denoiser
 
 MODULES = [
     f"transformer_blocks.{block}.attn.{name}"
@@ -33,7 +33,7 @@ def velocity(transformer) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     noisy, embeds = torch.randn(1, 16, 64, generator=generator), torch.randn(1, 5, 32, generator=generator)
     with torch.no_grad():
-        return predict_velocity(transformer, noisy, torch.full((1,), 0.5), embeds, (4, 4))
+        return Denoiser(transformer)(noisy, torch.full((1,), 0.5), embeds, (4, 4))
 
 
 def random_lora(rank: int = 4, seed: int = 0, modules: list[str] = MODULES) -> dict[str, torch.Tensor]:

@@ -29,10 +29,8 @@ def test_a_checkpoint_comes_back_as_it_was_written(folder):
     found = read_checkpoint(write_checkpoint(folder, 5, TENSORS, {"step": 5, "loss": 0.1, "deep": [{"x": None}]}))
     assert found.name == "checkpoint-000005.safetensors"
     assert found.facts == {"step": 5, "loss": 0.1, "deep": [{"x": None}]}
-    assert found.tensors.keys() == TENSORS.keys()
-    assert all(
-        torch.equal(value, TENSORS[name]) and value.dtype == TENSORS[name].dtype for name, value in found.tensors.items()
-    )
+    assert found.state.keys() == TENSORS.keys()
+    assert all(torch.equal(value, TENSORS[name]) and value.dtype == TENSORS[name].dtype for name, value in found.state.items())
 
 
 def test_the_newest_two_are_kept(folder):

@@ -20,6 +20,7 @@ from placeholder.training.setup import prepare
 from placeholder.transformer.checkpointing import measure
 from placeholder.weights.archive import LORA_NAME
 from tests.conftest import SHORT
+from tests.support.bases import WatchedBase
 from tests.support.peak import PeakBytes
 from tests.support.samples import train
 
@@ -153,35 +154,21 @@ def test_the_plan_is_a_table_in_gigabytes():
     assert [float(cell) for cell in table["peak"]] == pytest.approx([sum(column) for column in columns], abs=0.2)
 
 
-class SmallCard(BaseModel):
-    """A base model on a device with little free memory: what is free before loading, and once all weights are loaded."""
-
-    def __init__(self, base: BaseModel, *free: int):
-        super().__init__(base.source, base.device, base.dtype)
-        object.__setattr__(self, "frees", iter(free))
-
-    def free_bytes(self) -> int:
-        return next(self.frees)
-
-    def fetch(self, log):
-        if not hasattr(self, "frees"):
-            raise AssertionError("weights were loaded")
-
-
 def test_quantize_takes_four_bits_where_eight_do_not_fit(base, dataset, tmp_path):
     config = TrainConfig(**SHORT, **QUANTIZED, **TOKEN)
     none, int8, nf4 = memory_needs(base, config, (4, 4), 34 + 10)
     assert nf4.peak(2) < int8.peak(2) < none.peak(2)
     free = round((nf4.peak(2) + int8.peak(2)) / 2 / 0.9)
-    run = train(dataset, config, tmp_path / "nf4.zip", SmallCard(base, free, free))
+    run = train(dataset, config, tmp_path / "nf4.zip", WatchedBase.of(base, frees=[free, free]))
     assert run.meta["transformer_storage"] == "nf4"
     assert any(value.any() for key, value in run.tensors(LORA_NAME).items() if "lora_B" in key)
 
 
 def test_what_does_not_fit_is_refused_before_any_weight_is_loaded(base, dataset, tmp_path):
-    card = SmallCard(base, 10**6)
+    card = WatchedBase.of(base, frees=[10**6])
     with pytest.raises(ValueError, match="needs .* GB, 0.001 GB may be used"):
         train(dataset, TrainConfig(**SHORT), tmp_path / "never.zip", card)
+    assert set(card.loaded) <= {"tokenizer"}
 
 
 def test_what_is_trained_is_what_was_planned(base, dataset):
@@ -189,5 +176,5 @@ def test_what_is_trained_is_what_was_planned(base, dataset):
     need, *_ = memory_needs(base, config, (4, 4), 34 + 10)
     free = round((need.peak(1) + need.peak(0)) / 2 / 0.9)
     loaded = need.transformer + need.text_encoder + need.lora // 4  # the LoRA without gradients and states
-    training = prepare(dataset, Context(config, SmallCard(base, free, free - loaded), log=lambda line: None))
+    training = prepare(dataset, Context(config, WatchedBase.of(base, frees=[free, free - loaded]), log=lambda line: None))
     assert training.state.checkpointing.checkpointed == training.plan.chosen.checkpointed(training.plan.free) > 0

@@ -5,25 +5,22 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from placeholder.training.training_state import capture, restore
 
 from demo.server import ROOT
-from placeholder.finetune import Stop, StoppedError, finetune
+from placeholder.finetune import finetune
 from placeholder.job import CheckpointFolder, Job
 from placeholder.model.base import MODEL_VARIABLE
-from placeholder.service.job import ProcessJob
-from placeholder.training import setup as prepare_module
-from placeholder.training.checkpoint import FACTS_KEY, read_checkpoint, stored_checkpoints, write_checkpoint
-from placeholder.training.examples import Position
+from placeholder.report.report import config_yaml
+from placeholder.training.checkpoint import FACTS_KEY, Stop, StoppedError, read_checkpoint, stored_checkpoints, write_checkpoint
+from placeholder.training.examples import BatchSampler
 from placeholder.training.loop import TrainState
-from placeholder.training.optimizers import RowOptimizer, lora_optimizer
-from placeholder.transformer.checkpointing import BlockCheckpointing
+from placeholder.training.losses import Denoiser
+from placeholder.training.optimizers import TokenOptimizer, lora_optimizer
 from tests.support.samples import Run, write_dataset
 
 LORA, ROWS = "lora/lora_weights.safetensors", "embeddings/zwx.safetensors"
@@ -69,11 +66,21 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(step, interrupt
 
 
 def process(config, folder: Path, dataset: Path, base) -> subprocess.Popen:
-    """The training in a process of its own, with its log on a pipe."""
-    job = ProcessJob(str(dataset), str(folder / "w.zip"), asdict(config), None, str(folder / "checkpoints"), EVERY)
-    (folder / "job.json").write_text(json.dumps(asdict(job)))
+    """The training on the command line, with its log on a pipe."""
+    (folder / "config.yaml").write_text(config_yaml(config))
+    command = [
+        sys.executable,
+        "-m",
+        "placeholder",
+        "train",
+        dataset,
+        "-o",
+        folder / "w.zip",
+        "--config",
+        folder / "config.yaml",
+    ]
     return subprocess.Popen(
-        [sys.executable, "-m", "placeholder.service.launch", str(folder / "job.json")],
+        [*map(str, command), "--checkpoint-folder", str(folder / "checkpoints"), "--checkpoint-every", str(EVERY)],
         cwd=ROOT,
         env=os.environ | {MODEL_VARIABLE: base.source},
         stdout=subprocess.PIPE,
@@ -104,10 +111,8 @@ def test_a_killed_training_loses_no_more_than_the_steps_since_its_checkpoint(zer
 
 def test_a_training_that_is_told_to_end_leaves_a_last_checkpoint(zero_prior, dataset, base, tmp_path):
     running = process(replace(zero_prior.config, steps=20000), tmp_path, dataset, base)
-    start = time.monotonic()
     told = send_at(" 200/20000 [", signal.SIGTERM, running)
-    assert time.monotonic() - start < 60
-    assert running.returncode == 1
+    assert running.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in told
     (_, last) = stored_checkpoints(tmp_path / "checkpoints")
     assert f"Checkpoint: step {int(last.stem[-6:])}" in told
@@ -132,10 +137,10 @@ def test_a_training_can_be_resumed_with_more_steps_and_when_it_was_complete(zero
 
 
 def test_a_full_disk_costs_the_checkpoint_and_not_the_training(zero_prior, dataset, base, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("placeholder.finetune.write_checkpoint", full)
+    monkeypatch.setattr("placeholder.training.checkpoint.save_file", full)
     log: list[str] = []
     checkpoints = CheckpointFolder(tmp_path / "checkpoints", 10)
     finetune(Job(dataset, zero_prior.config, tmp_path / "w.zip", checkpoints=checkpoints), base, log.append)
@@ -168,19 +173,13 @@ def test_the_weights_of_an_earlier_training_are_where_a_new_one_starts(zero_prio
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused_before_any_weight_is_loaded(
-    changes, sentence, interrupted, zero_prior, dataset, base, tmp_path, monkeypatch
+    changes, sentence, interrupted, zero_prior, dataset, base, tmp_path
 ):
-    monkeypatch.setattr(prepare_module, "load_vae", never)
     with pytest.raises(ValueError, match=sentence):
         resumed(interrupted, zero_prior, dataset, base, tmp_path / "w.zip", **changes)
 
 
-def never(*_):
-    raise AssertionError("weights were loaded")
-
-
-def test_a_checkpoint_of_another_data_set_or_base_is_refused(interrupted, zero_prior, base, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "load_vae", never)
+def test_a_checkpoint_of_another_data_set_or_base_is_refused(interrupted, zero_prior, base, dataset, tmp_path):
     other = write_dataset(tmp_path / "other.zip", ["a photo of <zwx>", "<zwx> in a house", None])
     with pytest.raises(ValueError, match="checkpoint-000008.safetensors was made on another data set: give the one"):
         resumed(interrupted, zero_prior, other, base, tmp_path / "w.zip")
@@ -198,60 +197,57 @@ def test_weights_that_the_training_cannot_start_from_are_refused(zero_prior, bas
 
 
 def test_what_is_not_there_gets_its_sentence(zero_prior, dataset, base, tmp_path):
-    with pytest.raises(ValueError, match="resume_from .*missing is not there: give a checkpoint, a folder"):
+    with pytest.raises(ValueError, match="resume_from .*missing does not exist: give a checkpoint, a folder"):
         resumed(tmp_path / "missing", zero_prior, dataset, base, tmp_path / "w.zip")
     with pytest.raises(ValueError, match="resume_from .* holds no checkpoint: leave it out"):
         resumed(tmp_path, zero_prior, dataset, base, tmp_path / "w.zip")
 
 
-@pytest.mark.parametrize("facts", [{}, {"config": 3}, {"config": {}}, {"step": "x"}, {"record": None}, {"state": {"items": 3}}])
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"config": 3}, {"config": {}}, {"step": "x"}, {"progress": None}, {"state": {"items": 3}}, {"state": 3}, {"x": 1}],
+)
 def test_a_checkpoint_with_other_facts_gets_a_sentence(facts, interrupted, zero_prior, dataset, base, tmp_path):
     from safetensors.torch import save_file
 
     stored = read_checkpoint(interrupted / "checkpoint-000008.safetensors")
-    changed = stored.facts | facts if facts else {}
-    save_file(stored.tensors, tmp_path / "c.safetensors", metadata={FACTS_KEY: json.dumps(changed)})
-    with pytest.raises(ValueError, match="c.safetensors|the checkpoint is not one of such a training"):
+    state = {"state": {"items": [["step", 8]]}}
+    changed = stored.facts | state | facts if facts else state
+    save_file({"x": torch.zeros(1)}, tmp_path / "c.safetensors", metadata={FACTS_KEY: json.dumps(changed)})
+    with pytest.raises(
+        ValueError, match="c.safetensors (does not say|is damaged|is not a checkpoint of such|was made with rank None)"
+    ):
         resumed(tmp_path / "c.safetensors", zero_prior, dataset, base, tmp_path / "w.zip")
 
 
 class Small(torch.nn.Module):
     """A transformer as far as the state is concerned."""
 
-    def __init__(self):
-        super().__init__()
-        self.transformer_blocks = torch.nn.ModuleList()
-
-    def enable_gradient_checkpointing(self, _run):
-        pass
+    device, dtype, time_text_embed = torch.device("cpu"), torch.float32, None
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adam8bit", "prodigy"])
 def test_every_optimizer_goes_on_as_if_nothing_had_happened(name, tmp_path):
-    def fresh() -> tuple[TrainState, Position]:
+    def fresh() -> TrainState:
         generator = torch.Generator().manual_seed(0)
         # Two larger than 4096 numbers, from where on bitsandbytes stores states in 8 bits.
         lora = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((80, 80), (4, 6), (70, 70))]
-        rows = RowOptimizer(torch.nn.Parameter(torch.randn(2, 8, generator=generator)), 1e-2, 100.0)
-        train_state = TrainState(Small(), None, lora, lora_optimizer(name, lora, 1e-2), BlockCheckpointing(Small(), 0), rows)
-        return train_state, Position(generator)
+        tokens = TokenOptimizer(torch.nn.Parameter(torch.randn(2, 8, generator=generator)), 1e-2, 100.0)
+        sampler = BatchSampler([None] * 5, (), 1, 0.0, generator)
+        return TrainState(Denoiser(Small()), None, lora, lora_optimizer(name, lora, 1e-2), sampler, None, tokens)
 
-    def train(train_state: TrainState, position: Position, steps: int) -> list[torch.Tensor]:
+    def train(state: TrainState, steps: int) -> list[torch.Tensor]:
         for _ in range(steps):
-            position.step += 1
-            for parameter in (*train_state.lora, train_state.row_optimizer.rows):
-                parameter.grad = torch.randn(parameter.shape, generator=position.generator) + position.next_index(5)
-            train_state.lora_optimizer.step()
-            train_state.row_optimizer.step()
-        return [parameter.detach().clone() for parameter in (*train_state.lora, train_state.row_optimizer.rows)]
+            state.step += 1
+            for parameter in (*state.lora, state.token_rows):
+                parameter.grad = torch.randn(parameter.shape, generator=state.sampler.generator) + state.sampler._next_index()
+            state.lora_optimizer.step()
+            state.token_optimizer.step()
+        return [parameter.detach().clone() for parameter in (*state.lora, state.token_rows)]
 
-    whole = train(*fresh(), 12)
-    first = fresh()
-    train(*first, 7)
-    tensors, state = capture(*first)
-    stored = read_checkpoint(write_checkpoint(CheckpointFolder(tmp_path, 1), 7, tensors, {"state": state}))
-    second = fresh()
-    restore(*second, stored.tensors, stored.facts["state"])
-    assert second[1].step == 7
-    again = train(*second, 5)
-    assert all(torch.equal(found, wanted) for found, wanted in zip(again, whole, strict=True))
+    whole = train(fresh(), 12)
+    first, second = fresh(), fresh()
+    train(first, 7)
+    second.load_state_dict(read_checkpoint(write_checkpoint(CheckpointFolder(tmp_path, 1), 7, first.state_dict(), {})).state)
+    assert second.step == 7
+    assert all(torch.equal(found, wanted) for found, wanted in zip(train(second, 5), whole, strict=True))

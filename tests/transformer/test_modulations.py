@@ -112,7 +112,7 @@ def test_a_training_learns_the_same_with_a_table(base, dataset, tmp_path, option
     plain = train(dataset, config, tmp_path / "plain.zip", base)
     found = train(dataset, config, tmp_path / "tabled.zip", base, tabled)
     assert (plain.meta["modulations_tabled"], found.meta["modulations_tabled"]) == (False, True)
-    assert "Modulations: a table of 1000 sigmas, 0.004 GB in the host's memory" in found.log
+    assert any(line.startswith("Modulations: a table of 1000 sigmas, ") for line in found.log)
     assert not any("not sampled" in line for line in found.log)
     alone = config.batch_size == 1
     for name in [LORA_NAME, *([embedding_name("<zwx>")] if "placeholder_token" in options else [])]:
