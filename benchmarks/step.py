@@ -32,7 +32,7 @@ from placeholder.config import TrainConfig
 from placeholder.lora.adapter import TARGET_MODULES, add_lora
 from placeholder.model.vae import pack
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
-from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_template
+from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_template
 from placeholder.training.examples import Example, Position, Sample
 from placeholder.training.loop import TrainState, training_steps
 from placeholder.training.losses import sample_losses
@@ -167,7 +167,7 @@ class Ours:
             tokens = PlaceholderTokens(WORDS, rows, size.text_width)
             limit = row_rms_limit(self.encoder.embed_tokens.weight, WORDS)
             self.row_optimizer = RowOptimizer(tokens.rows, 1e-3, limit)
-            self.prompt_embeds = PromptEmbeddings(self.encoder, tokens)
+            self.prompt_embeds = PromptEncoder(self.encoder, tokens)
             words = torch.randint(0, WORDS, (prompt_template()[2] + TEXT_TOKENS - 1,)).tolist()
             ids = (*words, WORDS)
         config = TrainConfig(steps=10**9, learning_rate=RATE, caption_dropout=0.0, placeholder_warmup_fraction=0.0)

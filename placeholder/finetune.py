@@ -19,7 +19,7 @@ from placeholder.model.base import BaseModel
 from placeholder.report import tracking
 from placeholder.report.report import Report
 from placeholder.report.wandb_run import WandbRun
-from placeholder.tokens.prompt_encoder import PromptEmbeddings
+from placeholder.tokens.prompt_encoder import PromptEncoder
 from placeholder.training.checkpoint import Checkpoint, prepare_folder, write_checkpoint
 from placeholder.training.diagnostics import Diagnostics, diagnose
 from placeholder.training.examples import Example
@@ -193,7 +193,7 @@ def _diagnostics(training: Training, log: Log) -> Diagnostics:
 
 @torch.no_grad()
 def prove_archive(
-    path: Path, trained: Weights, transformer: QwenImageTransformer2DModel, prompt_embeds: PromptEmbeddings, example: Example
+    path: Path, trained: Weights, transformer: QwenImageTransformer2DModel, prompt_embeds: PromptEncoder, example: Example
 ) -> None:
     """Open the archive again and hold it against what was trained; takes the LoRA off the transformer.
 

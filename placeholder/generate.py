@@ -21,8 +21,9 @@ from placeholder.model.loading import load_scheduler, load_text_encoder, load_to
 from placeholder.model.offloading import cache_first_block, stop_caching, stop_streaming, stream
 from placeholder.model.placement import placement_of
 from placeholder.request import Request
-from placeholder.tokens.placeholder_tokens import PlaceholderTokens, archive_tokens, check_tokens
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import encode_prompts, pipeline_inputs, prompt_ids
+from placeholder.tokens.vocabulary import archive_tokens, check_tokens
 from placeholder.transformer.layers import fuse_lora_addition
 from placeholder.weights.archive import Weights, content_digest, read_weights
 

@@ -20,7 +20,7 @@ from placeholder.job import Job
 from placeholder.lora.adapter import B, add_lora
 from placeholder.model.loading import load_text_encoder, load_transformer
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
-from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_ids
+from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_ids
 from placeholder.training import setup as prepare_module
 from placeholder.training.examples import Example
 from placeholder.training.loop import Step
@@ -371,7 +371,7 @@ class Proof:
     def __init__(self, run: Run, base, tokenizer, text_encoder):
         self.trained = read_weights(run.archive)
         tokens = PlaceholderTokens(151665, self.trained.embeddings, 32)
-        self.prompt_embeds = PromptEmbeddings(text_encoder, tokens)
+        self.prompt_embeds = PromptEncoder(text_encoder, tokens)
         latents = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
         self.example = Example(latents, (4, 4), 0.5, prompt_ids(tokenizer, tokens, "a photo of <zwx>"))
         self.transformer = load_transformer(base)

@@ -98,12 +98,10 @@ def gradients(
     """
     loss, preservation = torch.zeros((), device=train_state.transformer.device), None
     train_state.lora_optimizer.zero_grad(set_to_none=True)
-    window = None
     if train_state.row_optimizer is not None:
         train_state.row_optimizer.rows.grad = None
-        window = train_state.prompt_embeds.window([sample.input_ids for sample in batch])
     for group in grouped(batch):
-        part = sample_losses(train_state.transformer, window or train_state.prompt_embeds, group).sum() / batch_size
+        part = sample_losses(train_state.transformer, train_state.prompt_embeds, group).sum() / batch_size
         part.backward()
         loss += part.detach()
         if not prior_preservation:
@@ -112,6 +110,4 @@ def gradients(
             part = preservation_losses(train_state.transformer, train_state.prompt_embeds, group, prompts).sum() / batch_size
             (prior_preservation * part).backward()
             preservation = part.detach() if preservation is None else preservation + part.detach()
-    if window is not None:
-        window.backward()
     return loss, preservation

@@ -16,7 +16,7 @@ from placeholder.model.captioner import vlm_bytes
 from placeholder.model.loading import text_encoder_shell, transformer_shell
 from placeholder.model.quantization import STORAGES, Storage, stored_bytes
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
-from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_template
+from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_template
 from placeholder.training.examples import Example, draw_sample
 from placeholder.training.losses import sample_losses
 from placeholder.training.optimizers import STATES
@@ -126,7 +126,7 @@ def fake_step(
             1, ids - prompt_template()[2], width
         )  # what a caption without a token becomes once, before training
         prompt_embeds = (
-            PromptEmbeddings(text_encoder, tokens) if config.tokens else lambda prompts: cached.expand(len(prompts), -1, -1)
+            PromptEncoder(text_encoder, tokens) if config.tokens else lambda prompts: cached.expand(len(prompts), -1, -1)
         )
         yield lambda: sample_losses(transformer, prompt_embeds, batch).sum()
 

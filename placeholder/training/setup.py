@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.config import TrainConfig
-from placeholder.data.captions import Prompts, check_autocaption, draft, draft_length, prompts_of, trained_captions, undescribed
+from placeholder.data.captions import check_autocaption, describe_photos, draft, trained_captions, undescribed
 from placeholder.data.dataset import Photo, dataset_digest, read_dataset, thumbnail
 from placeholder.devices import free_bytes, free_memory
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.lora.adapter import add_lora
 from placeholder.model.base import BaseModel
-from placeholder.model.captioner import check_vision_tower, describe_photos, load_vlm
+from placeholder.model.captioner import check_vision_tower, load_vlm
 from placeholder.model.loading import (
     language_model,
     load_text_encoder,
@@ -29,8 +29,9 @@ from placeholder.model.loading import (
 )
 from placeholder.model.vae import PIXELS_A_TOKEN, encode_image
 from placeholder.report.samples import grid_prompts
-from placeholder.tokens.placeholder_tokens import check_tokens, fresh_tokens
-from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, PromptEmbeddings, prompt_ids
+from placeholder.tokens.placeholder_tokens import fresh_tokens
+from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, PromptEncoder, prompt_ids
+from placeholder.tokens.vocabulary import check_tokens
 from placeholder.training.checkpoint import Checkpoint
 from placeholder.training.examples import Example
 from placeholder.training.flow import shift_mu
@@ -38,6 +39,7 @@ from placeholder.training.loop import TrainState
 from placeholder.training.memory_plan import Plan, plan_training
 from placeholder.training.noise_levels import levels_in_use
 from placeholder.training.optimizers import STATES, RowOptimizer, lora_optimizer, row_rms_limit
+from placeholder.training.prompts import Prompts, draft_length, prompts_of
 from placeholder.training.resume import (
     apply_start,
     check_dataset,
@@ -117,7 +119,7 @@ def prepare(
         with timing.part("load"):
             text_encoder = load_text_encoder(base, config.quantize_te)
     drawn = {text: prompt_ids(tokenizer, tokens, text) for text in grid_prompts(config, [caption.text for caption in captions])}
-    prompt_embeds = PromptEmbeddings(text_encoder, tokens)
+    prompt_embeds = PromptEncoder(text_encoder, tokens)
     with timing.part("cache"):
         kept = chain.from_iterable(prompts.preserved)
         cached = prompt_embeds.cache([empty_ids, *prompts.ids, *kept, *drawn.values()])
@@ -206,7 +208,7 @@ def _trainee(
     plan: Plan,
     base: BaseModel,
     levels: Tensor | None,
-    prompt_embeds: PromptEmbeddings,
+    prompt_embeds: PromptEncoder,
     row_optimizer: RowOptimizer | None,
     log: Log,
 ) -> TrainState:

@@ -12,7 +12,7 @@ from placeholder.data.captions import Caption
 from placeholder.data.dataset import DatasetReport
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
-from placeholder.tokens.prompt_encoder import PromptEmbeddings
+from placeholder.tokens.prompt_encoder import PromptEncoder
 from placeholder.training.examples import Example, Position
 from placeholder.training.loop import Step, TrainState, training_steps
 from placeholder.training.memory_plan import Plan
@@ -34,7 +34,7 @@ class Training:
     tokenizer: PreTrainedTokenizerBase
     tokens: PlaceholderTokens
     initial_rows: Tensor
-    prompt_embeds: PromptEmbeddings
+    prompt_embeds: PromptEncoder
     report: DatasetReport
     dataset_digest: str
     plan: Plan
