@@ -86,8 +86,8 @@ class Target:
         try:
             self.generator.load(self.case)
         finally:
-            self.generator.unload()
-            self.generator.archives.clear()
+            self.generator.weights.remove()
+            self.generator.weights.archives.clear()
 
     def dataset(self) -> None:
         """Read the case's data set and place a token in its captions."""
