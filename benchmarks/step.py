@@ -31,7 +31,7 @@ from placeholder.distributed import SINGLE_PROCESS
 from placeholder.lora.adapter import TARGET_MODULES, add_lora
 from placeholder.model.vae import pack
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
-from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_template
+from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_template
 from placeholder.training.examples import BatchSampler, Example, Sample
 from placeholder.training.loop import Schedule, TrainState, train_steps
 from placeholder.training.losses import Denoiser, sample_losses
@@ -166,7 +166,7 @@ class Ours:
             tokens = PlaceholderTokens(WORDS, rows, size.text_width)
             limit = token_rms_limit(self.encoder.embed_tokens.weight, WORDS)
             token_optimizer = TokenOptimizer(tokens.rows, 1e-3, limit)
-            self.prompt_embeds = PromptEmbeddings(self.encoder, tokens)
+            self.prompt_embeds = PromptEncoder(self.encoder, tokens)
             words = torch.randint(0, WORDS, (prompt_template()[2] + TEXT_TOKENS - 1,)).tolist()
             ids = (*words, WORDS)
         self.example = Example(pack(inputs.latents)[0], GRID, 0.5, ids)

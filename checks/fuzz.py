@@ -23,11 +23,11 @@ from checks.mutations_dataset import mutated_dataset
 from checks.mutations_weights import mutated_weights
 from demo.server import ROOT
 from placeholder.config import train_config
+from placeholder.data.captions import place_token
 from placeholder.data.dataset import read_dataset
 from placeholder.generate import ImageGenerator
 from placeholder.lora.adapter import TARGET_MODULES, A, B
 from placeholder.model.base import BaseModel
-from placeholder.tokens.placeholder_tokens import place_token
 from placeholder.weights.archive import Weights, write_weights
 from standin.small_base import build_tiny_base
 from tests.support.samples import read_zip
@@ -86,8 +86,8 @@ class Target:
         try:
             self.generator.load(self.case)
         finally:
-            self.generator.unload()
-            self.generator.archives.clear()
+            self.generator.weights.remove()
+            self.generator.weights.archives.clear()
 
     def dataset(self) -> None:
         """Read the case's data set and place a token in its captions."""

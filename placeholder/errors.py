@@ -11,6 +11,7 @@ from typing import Any
 from placeholder.devices import free_memory
 
 Log = Callable[[str], None]
+
 MAX_TEXT_CHARACTERS = 20_000
 MAX_SEED = 2**32 - 1
 

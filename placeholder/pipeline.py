@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from placeholder.errors import number
 from placeholder.lora.adapter import ADAPTER, load_lora, scale_lora, unload_lora
 from placeholder.service.files import local_file
-from placeholder.tokens.placeholder_tokens import PlaceholderTokens, archive_tokens
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import prompt_ids
+from placeholder.tokens.vocabulary import archive_tokens
 from placeholder.weights.archive import Weights, read_weights
 
 WRAPPED = "_get_qwen_prompt_embeds"  # the pipeline's one way from prompts to embeddings, private to it, wrapped here alone

@@ -16,11 +16,9 @@ import pytest
 import torch
 
 from demo.server import ROOT
-from placeholder import generate as generate_module
 from placeholder.config import TrainConfig
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_text_encoder, load_tokenizer
-from placeholder.training import setup as prepare_module
 from standin.small_base import build_small_base, build_tiny_base
 from tests.support.samples import Run, train, write_dataset
 from tests.support.vision_base import build_vision_base
@@ -54,15 +52,6 @@ def tokenizer(base):
     loaded = load_tokenizer(base)
     yield loaded
     assert len(loaded) == 151665
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_tokenizer(tokenizer):
-    """Trainings and predictions in this process share the tokenizer: loading one takes as long as a short training."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
-        patch.setattr(generate_module, "load_tokenizer", lambda _base: tokenizer)
-        yield
 
 
 @pytest.fixture(scope="session")

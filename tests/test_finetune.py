@@ -20,7 +20,7 @@ from placeholder.job import Job
 from placeholder.lora.adapter import B, add_lora
 from placeholder.model.loading import load_text_encoder, load_transformer
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
-from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_ids
+from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_ids
 from placeholder.training.examples import BatchSampler, Example
 from placeholder.training.loop import Step, TrainState
 from placeholder.training.losses import Denoiser
@@ -357,7 +357,7 @@ class Proof:
         example = Example(latents, (4, 4), 0.5, prompt_ids(tokenizer, tokens, "a photo of <zwx>"))
         transformer = load_transformer(base)
         lora, sampler = add_lora(transformer, 4, 0), BatchSampler([example], (), 1, 0.0, torch.Generator())
-        self.state = TrainState(Denoiser(transformer), PromptEmbeddings(text_encoder, tokens), lora, None, sampler, None)
+        self.state = TrainState(Denoiser(transformer), PromptEncoder(text_encoder, tokens), lora, None, sampler, None)
 
     def __call__(self, archive: Path, trained: Weights | None = None) -> None:
         verify_archive(archive, trained or self.trained, self.state)

@@ -1,4 +1,4 @@
-"""Reading zip and tar archives that come from strangers: told apart by content, read in memory, never unpacked to disk."""
+"""Reading zip and tar archives from strangers: told apart by content, read in memory, never unpacked to disk."""
 
 import gzip
 import io
@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from placeholder.data.entries import BoundedFile, Entry, OverrunError, Tally, inner_archive, plain_names
+from placeholder.data.entries import LIMITS, BoundedFile, Entry, Limits, OverrunError, Tally, inner_archive, plain_names
 from placeholder.errors import label, quoted, reason
 
-MAX_DIRECTORY_BYTES = 16 * 1024**2  # of a zip's table of contents: 800 bytes an entry
-MAX_HEADERS_BYTES = 48 * 1024**2  # of all headers of a tar: 2.5 kB an entry
-MAX_HEADER_BYTES = 1024**2  # of one entry of a tar, with the long names and attributes that stand before it
 BLOCK_BYTES = 1024**2
 MAGIC_BYTES = 6
 ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")  # APPNOTE.TXT 4.3.7 and, for an empty archive, 4.3.16
@@ -30,7 +27,7 @@ OTHER_MAGIC = {  # each format's own description of its first bytes
     b"BZh": "bzip2",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
-# What the standard library raises for archives that were cut or changed; ValueError for names and numbers that are none.
+# What the standard library raises for archives that were cut or changed; ValueError for impossible names and numbers.
 DAMAGE = (
     OverrunError,
     zipfile.BadZipFile,
@@ -47,7 +44,7 @@ DAMAGE = (
 
 @dataclass(frozen=True)
 class Archive:
-    """An open archive: its name, its files in stored order, and a way to read one."""
+    """An open archive: its name, its files in stored order, and a function that reads one by name."""
 
     name: str
     entries: dict[str, Entry]
@@ -59,17 +56,17 @@ class Archive:
         return tuple(self.entries)
 
     def size(self, name: str) -> int:
-        """How many bytes the file has, known before it is read."""
+        """The file's size in bytes, known before it is read."""
         return self.entries[name].size
 
 
 @contextmanager
-def open_archive(path: Path | str) -> Iterator[Archive]:
+def open_archive(path: Path | str, limits: Limits = LIMITS) -> Iterator[Archive]:
     """Open a zip or a (gzipped) tar for reading.
 
-    Folders are left out, and a backslash in a name counts as `/`, for PowerShell writes it so. Raises ValueError for anything
-    else, for entries that are no plain files, that leave the archive, that are encrypted or stored twice, for damage, and
-    above a limit of placeholder/data/entries.py. Memory follows what is there, not what a header claims.
+    Folders are left out, and a backslash in a name counts as `/`, because PowerShell writes it so. Raises ValueError for
+    anything else, for entries that are no plain files, that leave the archive, that are encrypted or stored twice, for damage,
+    and above the limits. Memory follows what is there, not what a header claims.
     """
     path = Path(path)
     name = label(path.name or str(path))
@@ -80,7 +77,7 @@ def open_archive(path: Path | str) -> Iterator[Archive]:
         for start, kind in OTHER_MAGIC.items():
             if magic.startswith(start):
                 raise ValueError(f"{name} is a {kind} archive, which is not supported: pack the files as a zip")
-        tally = Tally(name, file.seek(0, io.SEEK_END))
+        tally = Tally(name, file.seek(0, io.SEEK_END), limits)
         file.seek(0)
         opened = _zip(file, tally) if magic.startswith(ZIP_MAGIC) else _tar(file, tally, magic.startswith(GZIP_MAGIC))
         with opened as archive:
@@ -91,10 +88,10 @@ def open_archive(path: Path | str) -> Iterator[Archive]:
 
 @contextmanager
 def _zip(file: BinaryIO, tally: Tally) -> Iterator[Archive]:
-    bounded = BoundedFile(file, MAX_DIRECTORY_BYTES)
+    bounded = BoundedFile(file, tally.limits.directory)
     with _damage_named(tally.archive):
         opened = zipfile.ZipFile(bounded)
-    bounded.left = None  # from here on all reading is by the block
+    bounded.left = None  # from here on all reading is in blocks
     with opened:
         files = [entry for info in opened.infolist() if (entry := _zip_entry(info, tally))]
         yield _archive(tally.archive, files, opened.open)
@@ -112,16 +109,15 @@ def _zip_entry(info: zipfile.ZipInfo, tally: Tally) -> Entry | None:
     if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise ValueError(f"{tally.archive}: {quoted(name)} is a link or a device: pack the files themselves")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(
-            f"{tally.archive}: {quoted(name)} is compressed by method {info.compress_type}: pack it with deflate, as a plain zip"
-        )
+        method = f"is compressed by method {info.compress_type}"
+        raise ValueError(f"{tally.archive}: {quoted(name)} {method}: pack it with deflate, as a plain zip")
     if not 0 <= info.header_offset <= tally.archive_bytes:
         raise ValueError(f"{tally.archive} is a damaged archive ({quoted(name)} lies outside of it): pack it again")
     return entry
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """The name in UTF-8 where it is that, although not marked so; else in the zip's own cp437."""
+    """The name in UTF-8 where it is valid, also without the flag for it; otherwise in the zip format's cp437."""
     if info.flag_bits & 0x800:  # APPNOTE.TXT 4.4.4, bit 11
         return info.orig_filename
     try:
@@ -132,7 +128,7 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
 
 @contextmanager
 def _tar(file: BinaryIO, tally: Tally, is_gzip: bool) -> Iterator[Archive]:
-    bounded = BoundedFile(gzip.GzipFile(fileobj=file) if is_gzip else file, MAX_HEADER_BYTES)
+    bounded = BoundedFile(gzip.GzipFile(fileobj=file) if is_gzip else file, tally.limits.header)
     with _damage_named(tally.archive):
         opened = _opened_tar(bounded)
     if opened is None:
@@ -151,12 +147,12 @@ def _opened_tar(bounded: BoundedFile) -> tarfile.TarFile | None:
 
 
 def _tar_entries(opened: tarfile.TarFile, bounded: BoundedFile, tally: Tally) -> Iterator[Entry]:
-    headers = 0
+    limits, headers = tally.limits, 0
     while (info := _next(opened, bounded, tally.archive)) is not None:
-        headers += MAX_HEADER_BYTES - bounded.left
-        if headers > MAX_HEADERS_BYTES:
-            raise ValueError(f"{tally.archive} has more than {MAX_HEADERS_BYTES} bytes of headers: pack it as a plain zip")
-        bounded.left = MAX_HEADER_BYTES
+        headers += limits.header - bounded.left
+        if headers > limits.headers:
+            raise ValueError(f"{tally.archive} has more than {limits.headers} bytes of headers: pack it as a plain zip")
+        bounded.left = limits.header
         info.pax_headers = {}  # each entry has a copy of all that is global
         opened.pax_headers.clear()
         entry = Entry(info.name, info.size, None, info)
@@ -171,7 +167,7 @@ def _tar_entries(opened: tarfile.TarFile, bounded: BoundedFile, tally: Tally) ->
 
 
 def _next(opened: tarfile.TarFile, bounded: BoundedFile, archive: str) -> tarfile.TarInfo | None:
-    """The next header; tarfile takes a damaged one for the end."""
+    """The next header, None at the end; tarfile mistakes a damaged one for the end."""
     with _damage_named(archive):
         info = opened.next()
         if info is not None and info.size < 0:
@@ -196,7 +192,7 @@ def _archive(name: str, files: list[Entry], open_info: Callable) -> Archive:
 
 
 def _up_to(size: int, stream: BinaryIO) -> bytes:
-    """About `size` bytes, or as many as there are, by the block: so much is never set aside because a header claims it."""
+    """About `size` bytes, or as many as there are, read in blocks: no memory is allocated because a header claims it."""
     content = io.BytesIO()
     while content.tell() < size and (block := stream.read(BLOCK_BYTES)):
         content.write(block)

@@ -1,39 +1,37 @@
-"""The prompts of a training: captions with the token in its place, and what is to be kept beside them."""
+"""The captions of a training as text: where each comes from, with the token in its place, and as files."""
 
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from PIL import Image
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from placeholder.config import TrainConfig
+from placeholder.data.buckets import to_image
 from placeholder.data.dataset import Photo
 from placeholder.distributed import Processes
-from placeholder.errors import label
+from placeholder.errors import Log, label
 from placeholder.model.captioner import MAX_NEW_TOKENS, describe
-from placeholder.tokens.placeholder_tokens import place_token, without_token
-from placeholder.tokens.prompt_encoder import EMPTY_PROMPT
 
 Source = Literal["file", "default", "auto"]
 MAX_FILES = 10_000  # the archive may hold twice as many
+DRAFT_WORDS, DRAFT_MENTIONS = " a" * MAX_NEW_TOKENS, 3  # one id a word; about as often a token is named in two sentences
 PROGRESS_LINES = 10
 SENTENCES = (
     "Describe the setting, the light and the framing. Name only what can be seen. Answer with one or two plain sentences and begin "
     "with the description itself, without words such as 'The image shows'."
 )
-INSTRUCTION = f"Write a caption for this image: what it shows and what happens in it. {SENTENCES}"
+INSTRUCTION = f"Write a caption for this picture: what it shows and what happens in it. {SENTENCES}"
 SUBJECT_INSTRUCTION = (
-    "Write a caption for this image. {subject} is called {name}: write {name} wherever you mention it, and say nothing of what "
-    "{name} itself looks like. Describe what may be different in another image of {name}: the pose, what {name} does, clothing, "
+    "Write a caption for this picture. {subject} is called {name}: write {name} wherever you mention it, and say nothing of what "
+    "{name} itself looks like. Describe what may be different in another picture of {name}: the pose, what {name} does, clothing, "
     f"other things around. {SENTENCES}"
 )
-DRAFT_WORDS, DRAFT_MENTIONS = " a" * MAX_NEW_TOKENS, 3  # one id a word; about as often a token is named in two sentences
 
 
 class Caption(NamedTuple):
-    """The caption of one picture as it is trained, and whether it comes from a file, default_caption or autocaption.
+    """The caption of one image as it is trained, and whether it comes from a file, default_caption or autocaption.
 
     `name` and `file` are those of the Photo.
     """
@@ -44,32 +42,11 @@ class Caption(NamedTuple):
     file: str = ""
 
 
-def undescribed(photos: list[Photo], config: TrainConfig) -> list[Photo]:
-    """The pictures that autocaption is to describe."""
-    return [photo for photo in photos if photo.caption is None] if config.autocaption else []
+def trained_captions(photos: list[Photo], config: TrainConfig, log: Log, descriptions: Sequence[str] = ()) -> list[Caption]:
+    """One caption an image, with the token in its place: from its file, from the next description, or the default one.
 
-
-def draft(config: TrainConfig) -> str:
-    """As long a description as there may be, for the memory plan and for what can be checked before there is one."""
-    return " ".join(config.tokens[:1] * DRAFT_MENTIONS) + DRAFT_WORDS
-
-
-def check_autocaption(config: TrainConfig) -> None:
-    """Raise ValueError where nobody could tell which of several tokens the pictures that are to be described show."""
-    around = f"{config.autocaption_prefix or ''} {config.autocaption_suffix or ''}"
-    if len(config.tokens) > 1 and not any(token in around for token in config.tokens):
-        raise ValueError(
-            f"autocaption cannot tell which of {', '.join(config.tokens)} a picture shows: name one in autocaption_prefix or "
-            "autocaption_suffix, or write a .txt caption beside each picture"
-        )
-
-
-def trained_captions(
-    photos: list[Photo], config: TrainConfig, log: Callable[[str], None], descriptions: Sequence[str] = ()
-) -> list[Caption]:
-    """One caption a picture, with the token in its place: its own, the default one, or with autocaption the next description.
-
-    Raises ValueError where a caption does not name one of several tokens.
+    `descriptions` are those of the images in `undescribed`, in their order. Raises ValueError where a caption does not name
+    one of several tokens.
     """
     remaining = iter(descriptions)
     captions = [_caption(photo, config, remaining) for photo in photos]
@@ -93,10 +70,46 @@ def _caption(photo: Photo, config: TrainConfig, descriptions: Iterator[str]) -> 
     return Caption(photo.name, config.default_caption, "default", photo.file)
 
 
-def caption_files(captions: list[Caption]) -> dict[str, bytes]:
-    """The captions as files that can be put beside the pictures, by name; at most MAX_FILES.
+def place_token(caption: str, tokens: tuple[str, ...], name: str) -> tuple[str, bool]:
+    """The caption with its token, and whether the token had to be put in front.
 
-    A picture has its number for a name where its own would not do on every system, or belongs to a picture with another suffix.
+    `<>` and `[trigger]` become the token. With several tokens a caption has to name one itself, because nothing says which
+    is meant; one that does not raises ValueError with the image's `name`.
+    """
+    if len(tokens) == 1:
+        caption = caption.replace("<>", tokens[0]).replace("[trigger]", tokens[0])
+    if any(token in caption for token in tokens):
+        return caption, False
+    if len(tokens) > 1:
+        raise ValueError(
+            f"the caption of {name} names none of {', '.join(tokens)}: with several tokens each caption says which"
+        )
+    return f"{tokens[0]} {caption}".rstrip(), True
+
+
+def without_token(caption: str, tokens: tuple[str, ...], class_word: str) -> str:
+    """The caption with each placeholder token replaced by `class_word`, or removed where that is empty."""
+    for token in tokens:
+        caption = caption.replace(token, class_word)
+    return " ".join(caption.split())
+
+
+def preserved_prompts(captions: list[str], config: TrainConfig, log: Log) -> list[tuple[str, ...]]:
+    """For each caption the prompts whose predictions prior preservation keeps as the base model's; none without it.
+
+    They are the caption without the token, and the empty prompt, because guidance uses that one for every image.
+    """
+    if not config.preserves:
+        return [()] * len(captions)
+    preserved = [(without_token(caption, config.tokens, config.class_word), "") for caption in captions]
+    log(f"Prior preservation: prompts such as '{preserved[0][0]}' keep what the base model generates for them")
+    return preserved
+
+
+def caption_files(captions: list[Caption]) -> dict[str, bytes]:
+    """The captions as text files by name, to be put next to the images; at most MAX_FILES.
+
+    An image's number is the name where its own is not valid on every system, or belongs to an image with another suffix.
     """
     names: list[str | None] = []
     taken: set[str] = set()
@@ -116,25 +129,37 @@ def caption_files(captions: list[Caption]) -> dict[str, bytes]:
     return files
 
 
-def preserved_prompts(captions: list[str], config: TrainConfig, log: Callable[[str], None]) -> list[tuple[str, ...]]:
-    """For each caption the prompts that are to keep what the base model draws for them; none without preservation.
+def undescribed(photos: list[Photo], config: TrainConfig) -> list[Photo]:
+    """The images that autocaption is to describe."""
+    return [photo for photo in photos if photo.caption is None] if config.autocaption else []
 
-    They are the caption without the token and the empty prompt: with guidance, every picture is drawn with that one too.
-    """
-    if not config.preserves:
-        return [()] * len(captions)
-    preserved = [(without_token(caption, config.tokens, config.class_word), EMPTY_PROMPT) for caption in captions]
-    log(f"Prior preservation: prompts such as '{preserved[0][0]}' keep what the base model draws for them")
-    return preserved
+
+def draft(config: TrainConfig) -> str:
+    """The longest description there may be, for the memory plan and for checks before the descriptions are made."""
+    return " ".join(config.tokens[:1] * DRAFT_MENTIONS) + DRAFT_WORDS
+
+
+def check_autocaption(config: TrainConfig) -> None:
+    """Raise ValueError where nothing says which of several tokens an image without a caption shows."""
+    if len(config.tokens) > 1 and not _named_around(config):
+        raise ValueError(
+            f"autocaption cannot tell which of {', '.join(config.tokens)} an image shows: name one in autocaption_prefix or "
+            "autocaption_suffix, or write a .txt caption next to each image"
+        )
+
+
+def _named_around(config: TrainConfig) -> list[str]:
+    """The tokens that autocaption_prefix or autocaption_suffix names."""
+    around = f"{config.autocaption_prefix or ''} {config.autocaption_suffix or ''}"
+    return [token for token in config.tokens if token in around]
 
 
 def instruction(config: TrainConfig) -> str:
-    """What the model is asked for; with a token: to describe what varies instead of the subject, and to call it by the token.
+    """The instruction to the captioning model: with a token, describe what varies, and call the subject by the token.
 
     Of several tokens that is the first one that autocaption_prefix or autocaption_suffix names.
     """
-    around = f"{config.autocaption_prefix or ''} {config.autocaption_suffix or ''}"
-    named = config.tokens if len(config.tokens) == 1 else [token for token in config.tokens if token in around]
+    named = config.tokens if len(config.tokens) == 1 else _named_around(config)
     if not named:
         return INSTRUCTION
     class_word = " ".join(config.class_word.split())
@@ -143,25 +168,23 @@ def instruction(config: TrainConfig) -> str:
 
 
 def describe_photos(
-    vlm: nn.Module,
+    vlm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     photos: list[Photo],
     config: TrainConfig,
     processes: Processes,
-    log: Callable[[str], None],
+    log: Log,
+    describe: Callable[..., str] = describe,
 ) -> list[str]:
-    """A description of each image, by its largest crop; several processes share the work, and each gets all descriptions."""
+    """A description of each image, made from its largest crop; several processes share the work, and all get all of it."""
     text = instruction(config)
     log(f"Autocaption: {len(photos)} images are described; the instruction: {text}")
     share = processes.shard(list(enumerate(photos)))
     every, found = max(1, -(-len(share) // PROGRESS_LINES)), []
+    by = " by this process" if processes.world_size > 1 else ""
     for done, (number, photo) in enumerate(share, 1):
-        pixels = max(photo.crops, key=Tensor.numel)  # uint8 (3, H, W)
-        image = Image.fromarray(pixels.permute(1, 2, 0).numpy(force=True))
+        image = to_image(max(photo.crops, key=Tensor.numel))
         found.append((number, describe(vlm, tokenizer, image, text)))
         if done % every == 0 or done == len(share):
-            log(
-                f"Autocaption: {done} of {len(share)} images described"
-                + (" by this process" if processes.world_size > 1 else "")
-            )
+            log(f"Autocaption: {done} of {len(share)} images described{by}")
     return [description for _, description in sorted(processes.all_gather(found))]

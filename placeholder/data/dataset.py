@@ -1,4 +1,4 @@
-"""The user's pictures and captions: read from an archive, converted to RGB, and cut to aspect-ratio buckets."""
+"""The training images and their captions: read from an archive, converted to RGB, and cropped to aspect-ratio buckets."""
 
 import hashlib
 import unicodedata
@@ -6,29 +6,27 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from placeholder.data.archive import Archive, open_archive
+from placeholder.data.buckets import buckets_of, crop, to_image
 from placeholder.data.entries import is_clutter
-from placeholder.data.images import MAX_PICTURE_BYTES, MIN_SIDE, UNREADABLE, to_rgb
-from placeholder.data.masks import is_mask, masks_by_picture, token_weights
+from placeholder.data.images import UNREADABLE, to_rgb
+from placeholder.data.masks import is_mask, masks_by_image, token_weights
 from placeholder.errors import label, reason
-from placeholder.model.vae import PIXELS_A_TOKEN
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MAX_ASPECT = 4.0  # a longer picture is cropped to it
 MAX_CAPTION_BYTES = 64 * 1024
-MAX_CROPS_BYTES = 16 * 1024**3  # of all pictures together, decoded: they stay in memory until they are encoded
+MAX_IMAGE_BYTES = 128 * 1024**2  # as a file
+MAX_CROPS_BYTES = 16 * 1024**3  # of all images together, decoded: they stay in memory until they are encoded
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One picture of the data set: its caption, None where none was found, and its crops, each uint8 (3, H, W).
+    """One training image: its caption, None where none was found, and its crops, each uint8 (3, H, W).
 
-    `weights` are those of each crop's tokens in the loss, fp32 (H/16 * W/16,), where the picture has a mask. `name` is how
+    `weights` are the loss weights of each crop's tokens, fp32 (H/16 * W/16,), where the image has a mask. `name` is how
     messages show the `file` of the archive.
     """
 
@@ -51,7 +49,7 @@ class DatasetReport:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def lines(self, filled: str = "filled in with default_caption") -> list[str]:
-        """The report as a person reads it; `filled` says how the captions come about that are missing."""
+        """The report as log lines; `filled` says where the missing captions come from."""
         found = [
             f"Data set: {self.images} images, {self.captions_found} captions found, {self.captions_filled} {filled}"
             + (f", {self.masks} masks" if self.masks else ""),
@@ -60,52 +58,48 @@ class DatasetReport:
         return found + [f"Skipped {name}: {reason}" for name, reason in self.skipped.items()]
 
 
-def read_dataset(path: Path | str, resolutions: tuple[int, ...]) -> tuple[list[Photo], DatasetReport]:
-    """The photographs of a zip or tar archive, sorted by name, and the report on them.
+def read_dataset(
+    path: Path | str,
+    resolutions: tuple[int, ...],
+    max_image_bytes: int = MAX_IMAGE_BYTES,
+    max_crops_bytes: int = MAX_CROPS_BYTES,
+) -> tuple[list[Photo], DatasetReport]:
+    """The images of a zip or tar archive with their captions, sorted by name, and the report on them.
 
-    `resolutions` are sides of squares in pixels; every photograph is cut to one bucket of each area. A photo.mask.png beside
+    `resolutions` are sides of squares in pixels; every image is cropped to one bucket of each area. A photo.mask.png next to
     photo.jpg weights the loss. Raises ValueError when the archive cannot be read, a caption is not UTF-8, a mask does not fit,
-    or no picture is usable.
+    or no image is usable.
     """
-    photos: dict[str, Photo] = {}
+    photos: list[Photo] = []
+    crops_bytes = 0
     with open_archive(path) as archive:
-        names = [name for name in archive.names if not is_clutter(name)]
-        _refuse_collisions(archive.name, names)
-        texts, images = _with_suffix(names, (".txt",)), _with_suffix(names, IMAGE_SUFFIXES)
-        pictures = [name for name in images if not is_mask(_stem(name))]
-        masks = masks_by_picture({name: _stem(name) for name in images if is_mask(_stem(name))})
-        captions = {_stem(name): _caption(archive, name) for name in texts}
-        skipped = dict.fromkeys(set(names) - {*texts, *images}, "not a jpg, png or webp picture")
-        pictured = {_stem(name) for name in pictures}
-        skipped |= {name: "a caption without a picture of that name" for name in texts if _stem(name) not in pictured}
-        skipped |= {name: "a mask without a picture of that name" for stem, name in masks.items() if stem not in pictured}
-        crops_bytes = 0
-        for name in pictures:
-            image = _picture(archive, name)
+        images, captions, masks, skipped = _contents(archive)
+        for name in sorted(images):
+            image = _image(archive, name, max_image_bytes)
             if isinstance(image, str):
                 skipped[name] = image
                 continue
-            buckets = buckets_of(image.size, resolutions)
+            stem, buckets = _stem(name), buckets_of(image.size, resolutions)
             crops = tuple(crop(image, bucket) for bucket in buckets)
-            crops_bytes += sum(cut.nbytes for cut in crops)
-            if crops_bytes > MAX_CROPS_BYTES:
+            crops_bytes += sum(pixels.nbytes for pixels in crops)
+            if crops_bytes > max_crops_bytes:
                 raise ValueError(
-                    f"the pictures of {archive.name} take more than {MAX_CROPS_BYTES} bytes when cut to "
-                    f"{', '.join(map(str, resolutions))} pixels: give fewer pictures or resolutions"
+                    f"the images of {archive.name} take more than {max_crops_bytes} bytes when cropped to "
+                    f"{', '.join(map(str, resolutions))} pixels: give fewer images or resolutions"
                 )
-            mask = masks.get(_stem(name))
-            weights = mask and token_weights(_mask(archive, mask), image.size, buckets, label(mask))
-            photos[name] = Photo(label(name), captions.get(_stem(name)), crops, weights, name)
+            caption = _caption(archive, captions[stem]) if stem in captions else None
+            mask = masks.get(stem)
+            weights = mask and token_weights(_mask(archive, mask, max_image_bytes), image.size, buckets, label(mask))
+            photos.append(Photo(label(name), caption, crops, weights, name))
     skipped = {label(name): why for name, why in sorted(skipped.items())}
     if not photos:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3]) or "it holds no file"
-        raise ValueError(f"the data set holds no usable picture ({reasons}): give a zip of jpg, png or webp files")
-    found = [photos[name] for name in sorted(photos)]
-    return found, _report(found, skipped)
+        raise ValueError(f"the data set holds no usable image ({reasons}): give a zip of jpg, png or webp files")
+    return photos, _report(photos, skipped)
 
 
 def dataset_digest(photos: list[Photo], captions: list[str]) -> str:
-    """The SHA-256 of all crops, masks and captions, by which a data set is known again however it was packed."""
+    """The SHA-256 of all crops, masks and captions: the same for the same dataset, however it was packed."""
     digest = hashlib.sha256()
     for photo, caption in zip(photos, captions, strict=True):
         digest.update(f"{len(caption)} {caption}".encode())
@@ -117,47 +111,35 @@ def dataset_digest(photos: list[Photo], captions: list[str]) -> str:
     return digest.hexdigest()
 
 
-def buckets_of(size: tuple[int, int], resolutions: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The (width, height) buckets a picture of `size` = (width, height) pixels is trained at, without ever upscaling it.
+def _contents(archive: Archive) -> tuple[list[str], dict[str, str], dict[str, str], dict[str, str]]:
+    """The names of the images, of captions and masks by the stem of their image, and of what is skipped, with the reason.
 
-    One bucket an area, of about that many pixels and the picture's aspect ratio, sides in multiples of PIXELS_A_TOKEN. Where
-    the picture is smaller than a bucket, its own size takes that bucket's place, once.
+    Files that tools leave behind are ignored silently.
     """
-    width, height = size
-    aspect = min(max(width / height, 1 / MAX_ASPECT), MAX_ASPECT)
-    own = _round_sides(min(width, height * aspect), min(height, width / aspect), down=True)
-    buckets = []
-    for resolution in resolutions:
-        bucket = _round_sides(resolution * aspect**0.5, resolution / aspect**0.5)
-        fits = bucket[0] <= width and bucket[1] <= height
-        buckets.append(bucket if fits else own)
-    return list(dict.fromkeys(buckets))
-
-
-def crop(image: Image.Image, bucket: tuple[int, int]) -> Tensor:
-    """The picture scaled down to cover the bucket (width, height) and cut about its center: uint8 (3, height, width)."""
-    fitted = ImageOps.fit(image, bucket, method=Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+    names = [name for name in archive.names if not is_clutter(name)]
+    _refuse_collisions(archive.name, names)
+    texts = {name: _stem(name) for name in names if name.lower().endswith(".txt")}
+    pictured = {name: _stem(name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)}
+    images = {name: stem for name, stem in pictured.items() if not is_mask(stem)}
+    masks = masks_by_image({name: stem for name, stem in pictured.items() if is_mask(stem)})
+    stems = set(images.values())
+    skipped = dict.fromkeys(set(names) - texts.keys() - pictured.keys(), "not a jpg, png or webp image")
+    skipped |= {name: "a caption without an image of that name" for name, stem in texts.items() if stem not in stems}
+    skipped |= {name: "a mask without an image of that name" for stem, name in masks.items() if stem not in stems}
+    return list(images), {stem: name for name, stem in texts.items()}, masks, skipped
 
 
 def thumbnail(photo: Photo, side: int) -> Image.Image:
     """The photo's smallest crop, scaled down to fit into a square of `side` pixels."""
-    pixels = min(photo.crops, key=Tensor.numel)
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy(force=True))
+    image = to_image(min(photo.crops, key=Tensor.numel))
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return image
 
 
-def _round_sides(width: float, height: float, down: bool = False) -> tuple[int, int]:
-    sides = (int(side / PIXELS_A_TOKEN + (0 if down else 0.5)) * PIXELS_A_TOKEN for side in (width, height))
-    width, height = (max(side, MIN_SIDE) for side in sides)
-    return width, height
-
-
-def _picture(archive: Archive, name: str) -> Image.Image | str:
-    """The picture, or why it cannot be used."""
-    if (size := archive.size(name)) > MAX_PICTURE_BYTES:
-        return f"it is {size} bytes: a picture has at most {MAX_PICTURE_BYTES}"
+def _image(archive: Archive, name: str, max_bytes: int) -> Image.Image | str:
+    """The image, or why it cannot be used."""
+    if (size := archive.size(name)) > max_bytes:
+        return f"it is {size} bytes: an image has at most {max_bytes}"
     content = archive.read(name)  # not tried: where the archive is damaged, nothing of it is used
     try:
         return to_rgb(content)
@@ -165,16 +147,12 @@ def _picture(archive: Archive, name: str) -> Image.Image | str:
         return reason(error)
 
 
-def _mask(archive: Archive, name: str) -> Image.Image:
-    """The picture of a mask; ValueError where it cannot be read, for without it too much would be learned."""
-    image = _picture(archive, name)
+def _mask(archive: Archive, name: str, max_bytes: int) -> Image.Image:
+    """The image of a mask; ValueError where it cannot be read, because without it too much would be learned."""
+    image = _image(archive, name, max_bytes)
     if isinstance(image, str):
         raise ValueError(f"mask {label(name)} cannot be read ({image}): save it again, or leave it out")
     return image
-
-
-def _with_suffix(names: list[str], suffixes: tuple[str, ...]) -> list[str]:
-    return [name for name in names if name.lower().endswith(suffixes)]
 
 
 def _stem(name: str) -> str:
@@ -209,7 +187,7 @@ def _caption(archive: Archive, name: str) -> str | None:
 
 def _report(photos: list[Photo], skipped: dict[str, str]) -> DatasetReport:
     found = sum(photo.caption is not None for photo in photos)
-    sizes = Counter((cut.shape[2], cut.shape[1]) for photo in photos for cut in photo.crops)
+    sizes = Counter((pixels.shape[2], pixels.shape[1]) for photo in photos for pixels in photo.crops)
     buckets = {f"{width}x{height}": count for (width, height), count in sorted(sizes.items())}
     masks = sum(photo.weights is not None for photo in photos)
     return DatasetReport(len(photos), found, len(photos) - found, masks, buckets, skipped)

@@ -1,20 +1,32 @@
-"""What the entries of an archive may be: how many, how large, how far compressed, under which names."""
+"""The entries of an archive and their limits: how many, how large, how far compressed, under which names."""
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple
 
 from placeholder.errors import quoted
 
-MAX_ENTRIES = 20_000  # folders count too
 MAX_ENTRY_BYTES = 2 * 1024**3
-MAX_TOTAL_BYTES = 16 * 1024**3
-MAX_RATIO = 200  # unpacked to packed; deflate reaches 1032, pictures and weights stay below 2
-FREE_BYTES = 256 * 1024**2  # what unpacks to less may be compressed as far as it likes: a caption, a picture of one color
 ARCHIVE_NAME = re.compile(r"\.(zip|tar|t?gz|tbz2?|txz|7z|rar|bz2|xz|zst)$", re.IGNORECASE)
 
-Info = TypeVar("Info")
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits above which an archive is refused, in bytes where nothing else is said."""
+
+    entries: int = 20_000  # files and folders
+    entry: int = MAX_ENTRY_BYTES
+    total: int = 16 * 1024**3
+    ratio: int = 200  # unpacked to packed; deflate reaches 1032, images and weights stay below 2
+    unrated: int = 256 * 1024**2  # what unpacks to less may have any ratio: a caption, an image of one color
+    directory: int = 16 * 1024**2  # a zip's table of contents: 800 bytes an entry
+    headers: int = 48 * 1024**2  # all headers of a tar: 2.5 kB an entry
+    header: int = 1024**2  # one entry of a tar, with the long names and attributes that precede it
+
+
+LIMITS = Limits()
 
 
 class Entry(NamedTuple):
@@ -27,33 +39,32 @@ class Entry(NamedTuple):
 
 
 class Tally:
-    """Adds up what the headers of an archive claim, and refuses the archive at the first one above a limit."""
+    """Adds up what the headers of an archive claim; raises ValueError at the first entry that exceeds a limit."""
 
-    def __init__(self, archive: str, archive_bytes: int):
-        self.archive, self.archive_bytes = archive, archive_bytes
+    def __init__(self, archive: str, archive_bytes: int, limits: Limits):
+        self.archive, self.archive_bytes, self.limits = archive, archive_bytes, limits
         self.count = self.total = self.packed = 0
 
     def add(self, entry: Entry) -> None:
-        """One more file or folder; ValueError where that is too much."""
+        """Count one more file or folder; ValueError where that is too much."""
+        archive, limits = self.archive, self.limits
         self.count += 1
         self.total += entry.size
         self.packed += entry.packed or 0
-        if self.count > MAX_ENTRIES:
-            raise ValueError(f"{self.archive} holds more than {MAX_ENTRIES} files and folders: pack fewer")
-        if entry.size > MAX_ENTRY_BYTES:
+        if self.count > limits.entries:
+            raise ValueError(f"{archive} holds more than {limits.entries} files and folders: pack fewer")
+        if entry.size > limits.entry:
+            raise ValueError(f"{archive}: {quoted(entry.name)} is {entry.size} bytes: a file has at most {limits.entry}")
+        if self.total > limits.total:
             raise ValueError(
-                f"{self.archive}: {quoted(entry.name)} is {entry.size} bytes: a file has at most {MAX_ENTRY_BYTES}"
-            )
-        if self.total > MAX_TOTAL_BYTES:
-            raise ValueError(
-                f"{self.archive} unpacks to {self.total} bytes or more: at most {MAX_TOTAL_BYTES} are read, pack fewer files"
+                f"{archive} unpacks to {self.total} bytes or more: at most {limits.total} are read, pack fewer files"
             )
         if self.packed > self.archive_bytes:
-            raise ValueError(f"{self.archive} is a damaged archive (its files overlap): pack it again")
+            raise ValueError(f"{archive} is a damaged archive (its files overlap): pack it again")
         for size, packed in ((entry.size, entry.packed), (self.total, self.archive_bytes)):
-            if packed is not None and size > FREE_BYTES and size > MAX_RATIO * packed:
+            if packed is not None and size > limits.unrated and size > limits.ratio * packed:
                 raise ValueError(
-                    f"{self.archive} unpacks to more than {MAX_RATIO} times its size: leave out {quoted(entry.name)}, "
+                    f"{archive} unpacks to more than {limits.ratio} times its size: leave out {quoted(entry.name)}, "
                     "which is nearly empty inside"
                 )
 
@@ -63,9 +74,9 @@ class OverrunError(Exception):
 
 
 class BoundedFile:
-    """A file of which at most `left` bytes are read, or any number where that is None.
+    """A file of which at most `left` bytes can be read, any number where that is None.
 
-    The standard library reads as much as a header claims; where the file is a compressed stream, that much may come.
+    The standard library reads as much as a header claims; a compressed stream may really yield that much.
     """
 
     def __init__(self, file: BinaryIO, left: int | None):
@@ -86,7 +97,7 @@ class BoundedFile:
         return content
 
     def close(self) -> None:
-        """Nothing: the file is closed by whoever opened it."""
+        """Do nothing: the file is closed where it was opened."""
 
 
 def plain_names(archive: str, entries: Iterable[Entry]) -> dict[str, Entry]:
@@ -105,11 +116,11 @@ def plain_names(archive: str, entries: Iterable[Entry]) -> dict[str, Entry]:
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file is one that macOS and other tools leave behind: a dot file, or anything in __MACOSX."""
+    """Whether macOS or another tool left the file behind: a dot file, or anything in __MACOSX."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
 def inner_archive(names: Iterable[str]) -> str | None:
-    """The name of the archive that is the only file of these, if it is so."""
+    """The name of the only file, if that is an archive itself; None otherwise."""
     own = [name for name in names if not is_clutter(name)]
     return own[0] if len(own) == 1 and ARCHIVE_NAME.search(own[0]) else None

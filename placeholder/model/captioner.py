@@ -1,7 +1,6 @@
 """Captions written by the text encoder's vision-language model: loading it whole, the instruction, its words cleaned up."""
 
 import re
-from collections.abc import Callable
 
 import torch
 from PIL import Image
@@ -14,24 +13,10 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from placeholder.config import TrainConfig
-from placeholder.data.dataset import Photo
-from placeholder.distributed import Processes
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import default_dtype
 
 MAX_NEW_TOKENS = 96  # two sentences have about half as many
-PROGRESS_LINES = 10
-SENTENCES = (
-    "Describe the setting, the light and the framing. Name only what can be seen. Answer with one or two plain sentences and begin "
-    "with the description itself, without words such as 'The image shows'."
-)
-INSTRUCTION = f"Write a caption for this picture: what it shows and what happens in it. {SENTENCES}"
-SUBJECT_INSTRUCTION = (
-    "Write a caption for this picture. {subject} is called {name}: write {name} wherever you mention it, and say nothing of what "
-    "{name} itself looks like. Describe what may be different in another picture of {name}: the pose, what {name} does, clothing, "
-    f"other things around. {SENTENCES}"
-)
 # Qwen2.5-VL's chat template for one picture and one text, without its picture's tokens and the text.
 BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 BETWEEN, AFTER = "<|vision_end|>", "<|im_end|>\n<|im_start|>assistant\n"
@@ -41,20 +26,6 @@ OPENING = re.compile(
     r"(in )?(the|this) (image|picture|photo|photograph) (shows|depicts|features|captures|displays|is of) ", re.IGNORECASE
 )
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？]")
-
-
-def instruction(config: TrainConfig) -> str:
-    """What the model is asked: with a token, not to describe the subject, but what varies, and to call the subject by the token.
-
-    Of several tokens that is the first one that autocaption_prefix or autocaption_suffix names.
-    """
-    around = f"{config.autocaption_prefix or ''} {config.autocaption_suffix or ''}"
-    named = config.tokens if len(config.tokens) == 1 else [token for token in config.tokens if token in around]
-    if not named:
-        return INSTRUCTION
-    class_word = " ".join(config.class_word.split())
-    subject = f"Its main subject, a {class_word}," if class_word else "Its main subject"
-    return SUBJECT_INSTRUCTION.format(subject=subject, name=named[0])
 
 
 def model_inputs(tokenizer: PreTrainedTokenizerBase, image: Image.Image, text: str) -> dict[str, Tensor]:
@@ -117,31 +88,6 @@ def plain(text: str, finished: bool = True) -> str:
         text = text[:1].upper() + text[1:]
     ends = [match.end() for match in SENTENCE_END.finditer(text)]
     return text if finished or not ends else text[: ends[-1]]
-
-
-def describe_photos(
-    whole: Qwen2_5_VLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerBase,
-    photos: list[Photo],
-    config: TrainConfig,
-    processes: Processes,
-    log: Callable[[str], None],
-) -> list[str]:
-    """A description of each picture, by its largest crop; several processes share the work, and all of them get all of it."""
-    text = instruction(config)
-    log(f"Autocaption: {len(photos)} pictures are described; the instruction: {text}")
-    share = processes.shard(list(enumerate(photos)))
-    every, found = max(1, -(-len(share) // PROGRESS_LINES)), []
-    for done, (number, photo) in enumerate(share, 1):
-        pixels = max(photo.crops, key=Tensor.numel)  # uint8 (3, H, W)
-        image = Image.fromarray(pixels.permute(1, 2, 0).numpy(force=True))
-        found.append((number, describe(whole, tokenizer, image, text)))
-        if done % every == 0 or done == len(share):
-            log(
-                f"Autocaption: {done} of {len(share)} pictures described"
-                + (" by this process" if processes.world_size > 1 else "")
-            )
-    return [description for _, description in sorted(processes.all_gather(found))]
 
 
 # Pixels that a picture is scaled to before it is described: Qwen2-VL's own least, and 768 tokens of 28 x 28 at most.

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from diffusers import (
@@ -26,8 +27,9 @@ from placeholder.model.vae import as_single_frame
 from placeholder.transformer.modulations import tabulate
 
 
+@cache
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
-    """The tokenizer alone; no weights are read."""
+    """The tokenizer alone; no weights are read. Nothing may change it: all callers of a base model share it."""
     with _collector_paused():
         return base.component(Qwen2Tokenizer, "tokenizer")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from placeholder.devices import KEPT_FREE, free_bytes
+from placeholder.devices import KEPT_FREE
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import text_encoder_shell, transformer_shell
 from placeholder.model.quantization import stored_bytes
@@ -34,11 +34,11 @@ def place(transformer: int, text_encoder: int, free: int) -> Placement:
     return Placement(stream_text_encoder, stream_transformer, line)
 
 
-def placement_of(base: BaseModel) -> Placement:
-    """The placement of a base model in the memory that is free now, from its configuration: no weights are read."""
+def placement_of(base: BaseModel, free: int) -> Placement:
+    """The placement of a base model where `free` bytes are free, from its configuration: no weights are read."""
     transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
     return place(
-        stored_bytes(transformer, transformer, "none"),
-        stored_bytes(text_encoder, text_encoder, "none"),
-        free_bytes(base.device),
+        stored_bytes(transformer, transformer, "full"),
+        stored_bytes(text_encoder, text_encoder, "full"),
+        free,
     )

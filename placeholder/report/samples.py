@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from placeholder.config import TrainConfig
+from placeholder.data.captions import without_token
 from placeholder.devices import free_memory
 from placeholder.lora.adapter import without_lora
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_scheduler, load_vae, shift_constants
 from placeholder.model.vae import PIXELS_A_TOKEN
-from placeholder.tokens.placeholder_tokens import PlaceholderTokens, without_token
-from placeholder.tokens.prompt_encoder import PromptEmbeddings, pipeline_inputs
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens
+from placeholder.tokens.prompt_encoder import PromptEncoder, pipeline_inputs
 from placeholder.training.diagnostics import rows_as
 from placeholder.training.flow import shift_mu
 
@@ -66,7 +67,7 @@ class Sampler:
 
     base: BaseModel
     transformer: QwenImageTransformer2DModel
-    prompt_embeds: PromptEmbeddings
+    prompt_embeds: PromptEncoder
     tokens: PlaceholderTokens
     prompts: dict[str, tuple[int, ...]]
     empty_ids: tuple[int, ...]

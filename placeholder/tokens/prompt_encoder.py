@@ -1,4 +1,4 @@
-"""From prompts to embeddings, the one way for training and prediction: ids inside the template, then the text encoder."""
+"""From prompts to prompt_embeds, in one way for training and prediction: ids inside the template, then the text encoder."""
 
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -6,69 +6,42 @@ from functools import cache
 import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from placeholder.devices import to_device
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 
-# Classifier-free guidance and caption dropout need a prompt that says nothing; Qwen-Image's own examples use a space.
+# The prompt that says nothing, for classifier-free guidance and caption dropout; Qwen-Image's own examples use a space.
 EMPTY_PROMPT = " "
 MAX_PROMPT_TOKENS = 512  # max_sequence_length of QwenImagePipeline.__call__
-
-TemplateStates = list[tuple[Tensor, Tensor]]
-"""Of each layer the keys and values (1, heads, T, head width) of the tokens before the prompt."""
 
 
 @cache
 def prompt_template() -> tuple[str, str, int]:
-    """What stands before and after a prompt, and how many tokens of it are dropped from the embeddings, as the pipeline has it."""
+    """The template before and after a prompt, and how many of its tokens are dropped from prompt_embeds, as in the pipeline."""
     pipeline = QwenImagePipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=None)
     prefix, suffix = pipeline.prompt_template_encode.split("{}")
     return prefix, suffix, pipeline.prompt_template_encode_start_idx
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, prompt: str) -> tuple[int, ...]:
-    """The ids of a prompt inside the template, placeholders spliced in; the one way from text to ids.
+    """The ids of a prompt inside the template, with the placeholders' ids in their places.
 
-    Cut after MAX_PROMPT_TOKENS of the prompt, as the pipeline does. An empty prompt counts as EMPTY_PROMPT.
+    Truncated after MAX_PROMPT_TOKENS of the prompt, as the pipeline does. An empty prompt counts as EMPTY_PROMPT.
     """
     prefix, suffix, dropped = prompt_template()
     return tuple(tokens.tokenize(tokenizer, prompt or EMPTY_PROMPT, prefix, suffix)[: dropped + MAX_PROMPT_TOKENS])
 
 
-def encode_prompts(
-    text_encoder: nn.Module, tokens: PlaceholderTokens, input_ids: Tensor, template: TemplateStates | None = None
-) -> Tensor:
-    """Prompt embeddings (B, T - dropped, D) of ids (B, T) from `prompt_ids`; no padding, so no mask. Gradients reach the rows.
-
-    With the states of the `template` that stands before all of these prompts it is not run again: nothing in it looks at what
-    comes after it. The embeddings are the same up to rounding.
-    """
-    dropped = prompt_template()[2]
-    if template is None:
-        inputs_embeds = tokens.embed(text_encoder.embed_tokens, input_ids)  # (B, T, D)
-        hidden = text_encoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state  # (B, T, D)
-        return hidden[:, dropped:]
-    inputs_embeds = tokens.embed(text_encoder.embed_tokens, input_ids[:, dropped:])  # (B, T - dropped, D)
-    before = DynamicCache([tuple(states.expand(len(input_ids), -1, -1, -1) for states in layer) for layer in template])
-    length = inputs_embeds.shape[1]
-    causal = torch.ones(length, dropped + length, dtype=torch.bool, device=input_ids.device).tril(dropped)[None, None]
-    masks = dict.fromkeys(text_encoder.config.layer_types, causal)  # what transformers would make in every call, at some length
-    return text_encoder(
-        inputs_embeds=inputs_embeds, attention_mask=masks, past_key_values=before, use_cache=True
-    ).last_hidden_state
-
-
-@torch.no_grad()
-def template_states(text_encoder: nn.Module, input_ids: Tensor) -> TemplateStates:
-    """The keys and values of ids (1, T) that hold no placeholder."""
-    past = DynamicCache(config=text_encoder.config)
-    text_encoder(input_ids=input_ids, past_key_values=past, use_cache=True)
-    return [(layer.keys, layer.values) for layer in past.layers]
+def encode_prompts(text_encoder: nn.Module, tokens: PlaceholderTokens, input_ids: Tensor) -> Tensor:
+    """Prompt embeddings (B, T - dropped, D) of ids (B, T) from `prompt_ids`; no padding, so no mask. Gradients reach the rows."""
+    inputs_embeds = tokens.embed(text_encoder.embed_tokens, input_ids)  # (B, T, D)
+    hidden = text_encoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state  # (B, T, D)
+    return hidden[:, prompt_template()[2] :]
 
 
 def pipeline_inputs(prompt_embeds: Tensor, negative: Tensor | None = None) -> dict[str, Tensor]:
-    """What QwenImagePipeline takes for embeddings (B, T, D) of a prompt and of what guidance leads away from: no padding anywhere."""
+    """The arguments of QwenImagePipeline for embeddings (B, T, D) of the prompt and of the negative prompt, without padding."""
     inputs = {}
     for prefix, embeds in (("", prompt_embeds), ("negative_", negative)):
         if embeds is not None:
@@ -77,75 +50,31 @@ def pipeline_inputs(prompt_embeds: Tensor, negative: Tensor | None = None) -> di
     return inputs
 
 
-class PromptEmbeddings:
-    """Prompt embeddings on demand: from the cache where they cannot change, from the text encoder where a row may have."""
+class PromptEncoder:
+    """prompt_embeds of prompts given as ids: cached where they cannot change, encoded anew where they hold a placeholder."""
 
     def __init__(self, text_encoder: nn.Module, tokens: PlaceholderTokens):
         self.text_encoder: nn.Module | None = text_encoder
         self.tokens = tokens
         self._cached: dict[tuple[int, ...], Tensor] = {}
-        self._templates: dict[tuple[int, ...], TemplateStates] = {}  # one, and more where a prompt begins with a line break
 
     @torch.no_grad()
     def cache(self, prompts: Iterable[tuple[int, ...]]) -> int:
-        """Encode the prompts (as ids) that hold no placeholder, once; returns how many prompts are cached."""
+        """Encode the prompts without a placeholder, once each; returns how many prompts are cached."""
         for ids in prompts:
             if ids not in self._cached and not self.tokens.contains(list(ids)):
                 self._cached[ids] = self._encode([ids])[0]
         return len(self._cached)
 
     def release(self) -> None:
-        """Let go of the text encoder; from here on only cached prompts can be had."""
+        """Drop the text encoder; from here on only cached prompts are available."""
         self.text_encoder = None
-        self._templates.clear()
 
     def __call__(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
-        """Embeddings (n, T, D) of n prompts of one length, with gradients to the rows of placeholders."""
+        """prompt_embeds (B, T, D) of B prompts of one length, with gradients to the rows of their placeholders."""
         if all(ids in self._cached for ids in prompts):
             return torch.stack([self._cached[ids] for ids in prompts])
         return self._encode(prompts)
 
-    def window(self, prompts: Sequence[tuple[int, ...]]) -> "Window":
-        """Embeddings of prompts of any lengths, of which those that may have changed are encoded now, in one call."""
-        changed = [ids for ids in dict.fromkeys(prompts) if ids not in self._cached]
-        if not changed:
-            return Window(self, {})
-        longest, dropped = max(map(len, changed)), prompt_template()[2]
-        # What is put behind a prompt changes nothing in it: each token looks at those before it alone.
-        embeds = self._encode([ids + ids[-1:] * (longest - len(ids)) for ids in changed])  # (n, T, D)
-        return Window(self, {ids: found[: len(ids) - dropped] for ids, found in zip(changed, embeds, strict=True)})
-
     def _encode(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
-        heads = {ids[: prompt_template()[2]] for ids in prompts}
-        template = self._template(heads.pop()) if len(heads) == 1 else None
-        return encode_prompts(self.text_encoder, self.tokens, self._ids(prompts), template)
-
-    def _template(self, head: tuple[int, ...]) -> TemplateStates:
-        if head not in self._templates:
-            self._templates[head] = template_states(self.text_encoder, self._ids([head]))
-        return self._templates[head]
-
-    def _ids(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
-        return to_device(torch.tensor(prompts), self.tokens.rows.device)  # (n, T)
-
-
-class Window:
-    """The prompts of one step, encoded once however many parts the step is made in; called like PromptEmbeddings.
-
-    The parts' backward passes end at the embeddings; `backward` goes on from there through the text encoder, once for all.
-    """
-
-    def __init__(self, embeddings: PromptEmbeddings, encoded: dict[tuple[int, ...], Tensor]):
-        self._embeddings = embeddings
-        self._encoded = encoded
-        self._ends = {ids: found.detach().requires_grad_(found.requires_grad) for ids, found in encoded.items()}
-
-    def __call__(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
-        """Embeddings (n, T, D) of n prompts of one length, each of the step's or a cached one."""
-        return torch.stack([self._ends[ids] if ids in self._ends else self._embeddings([ids])[0] for ids in prompts])
-
-    def backward(self) -> None:
-        """Add to the gradients of the rows what has come together at the embeddings."""
-        reached = [(self._encoded[ids], end.grad) for ids, end in self._ends.items() if end.grad is not None]
-        if reached:
-            torch.autograd.backward(*zip(*reached, strict=True))
+        return encode_prompts(self.text_encoder, self.tokens, to_device(torch.tensor(prompts), self.tokens.rows.device))

@@ -13,7 +13,7 @@ from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.errors import Log
 from placeholder.model.base import BaseModel
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
-from placeholder.tokens.prompt_encoder import PromptEmbeddings
+from placeholder.tokens.prompt_encoder import PromptEncoder
 from placeholder.training.loop import Schedule, TrainState
 from placeholder.training.memory_plan import Plan
 from placeholder.training.progress import Timing
@@ -59,7 +59,7 @@ class Training:
     tokenizer: PreTrainedTokenizerBase
     tokens: PlaceholderTokens
     initial_rows: Tensor
-    prompt_embeds: PromptEmbeddings
+    prompt_embeds: PromptEncoder
     shown_prompts: dict[str, tuple[int, ...]]
 
 

@@ -16,7 +16,7 @@ from placeholder.model.loading import text_encoder_shell, transformer_shell
 from placeholder.model.quantization import STORAGES, Storage, stored_bytes
 from placeholder.model.vae import PIXELS_A_TOKEN
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
-from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_template
+from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_template
 from placeholder.training.examples import Example, draw_sample
 from placeholder.training.losses import Denoiser, sample_losses
 from placeholder.training.optimizers import STATES
@@ -164,7 +164,7 @@ def fake_step(
         _fill_with_fakes([transformer, text_encoder] if config.tokens else [transformer])
         cached = torch.zeros(1, ids - prompt_template()[2], width)  # the embeddings of a prompt without a token, computed once
         prompt_embeds = (
-            PromptEmbeddings(text_encoder, tokens) if config.tokens else lambda prompts: cached.expand(len(prompts), -1, -1)
+            PromptEncoder(text_encoder, tokens) if config.tokens else lambda prompts: cached.expand(len(prompts), -1, -1)
         )
         yield lambda: sample_losses(Denoiser(transformer), prompt_embeds, batch).sum()
 

@@ -17,8 +17,9 @@ from placeholder.lora.adapter import add_lora
 from placeholder.model.captioner import check_vision_tower, load_vlm
 from placeholder.model.loading import load_text_encoder, load_tokenizer, load_transformer, load_vae, shift_constants, text_width
 from placeholder.model.vae import PIXELS_A_TOKEN, encode_image
-from placeholder.tokens.placeholder_tokens import PlaceholderTokens, check_tokens, fresh_tokens
-from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, PromptEmbeddings, prompt_ids
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens, fresh_tokens
+from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, PromptEncoder, prompt_ids
+from placeholder.tokens.vocabulary import check_tokens
 from placeholder.training.context import Context, Training, TrainingData
 from placeholder.training.examples import BatchSampler, Example, Prompts, prompts_of
 from placeholder.training.flow import shift_mu, sigma_grid
@@ -147,12 +148,12 @@ def encode_photos(photos: list[Photo], prompts: Prompts, context: Context) -> li
 
 def encode_text(
     prompts: list[tuple[int, ...]], tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, context: Context
-) -> tuple[PromptEmbeddings, TokenOptimizer | None]:
+) -> tuple[PromptEncoder, TokenOptimizer | None]:
     """The embeddings of prompts without a placeholder, cached; the text encoder stays only where tokens are trained."""
     config, token_optimizer = context.config, None
     with context.timing.part("load"):
         text_encoder = load_text_encoder(context.base, config.quantize_te)
-    prompt_embeds = PromptEmbeddings(text_encoder, tokens)
+    prompt_embeds = PromptEncoder(text_encoder, tokens)
     with context.timing.part("cache"):
         cached = prompt_embeds.cache(prompts)
     context.log(f"Text embeddings: {cached} prompts cached")
@@ -168,7 +169,7 @@ def encode_text(
 
 def build(
     plan: Plan,
-    prompt_embeds: PromptEmbeddings,
+    prompt_embeds: PromptEncoder,
     token_optimizer: TokenOptimizer | None,
     sampler: BatchSampler,
     context: Context,

@@ -22,7 +22,7 @@ from placeholder.errors import label, quoted, reason, shown
 from placeholder.lora.adapter import DTYPES
 from placeholder.lora.formats import check_effect, plain_lora
 from placeholder.lora.safetensors import looks_like_safetensors, read_tensors
-from placeholder.tokens.placeholder_tokens import MAX_TOKENS, check_word
+from placeholder.tokens.vocabulary import MAX_TOKENS, check_word
 
 META_NAME = "meta.json"
 LORA_NAME = "lora/lora_weights.safetensors"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from checks.fuzz import Target, fit_for_a_log, run
 from placeholder.config import YAML_SECTIONS, TrainConfig, train_config
-from placeholder.tokens.placeholder_tokens import check_tokens
+from placeholder.tokens.vocabulary import check_tokens
 from placeholder.weights.archive import META_NAME, read_weights
 from tests.support.samples import write_zip
 from tests.weights.test_archive import GOOD

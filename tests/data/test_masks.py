@@ -1,4 +1,4 @@
-"""Masks: what is black is not learned."""
+"""Masks: black parts are not learned."""
 
 import numpy as np
 import pytest
@@ -20,13 +20,13 @@ def half(width: int = 64, height: int = 64) -> Image.Image:
 
 
 def entries(**more: bytes) -> dict[str, bytes]:
-    """Two pictures, of which the first has a mask."""
+    """Two images, of which the first has a mask."""
     return {"a.png": encoded(picture(seed=1)), "b.png": encoded(picture(seed=2)), "a.mask.png": encoded(half())} | {
         name.replace("__", "."): content for name, content in more.items()
     }
 
 
-def test_a_mask_gives_the_tokens_of_its_picture_their_weights(tmp_path):
+def test_a_mask_gives_the_tokens_of_its_image_their_weights(tmp_path):
     (first, second), report = read_dataset(write_zip(tmp_path / "d.zip", entries()), (64,))
     assert (first.name, second.name) == ("a.png", "b.png")
     assert first.weights[0].tolist() == [1.0, 1.0, 0.0, 0.0] * 4
@@ -35,7 +35,7 @@ def test_a_mask_gives_the_tokens_of_its_picture_their_weights(tmp_path):
     assert report.lines()[0].endswith("2 filled in with default_caption, 1 masks")
 
 
-def test_a_mask_is_cut_as_its_picture_is(tmp_path):
+def test_a_mask_is_cropped_as_its_image_is(tmp_path):
     wide = {"a.jpg": encoded(picture(320, 64), "JPEG"), "a.mask.png": encoded(half(320, 64))}
     ((photo,), _) = read_dataset(write_zip(tmp_path / "d.zip", wide), (64,))
     (cut,), (weights,) = photo.crops, photo.weights
@@ -75,10 +75,10 @@ def test_the_training_weights_the_loss_by_the_mask(base, tmp_path):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"a__mask__png": encoded(half(96, 64))}, "mask a.mask.png is 96x64 pixels, its picture 64x64: give the same size"),
-        ({"a__mask__png": encoded(Image.new("L", (64, 64)))}, "mask a.mask.png is black where its picture is cut to 64x64"),
-        ({"a__mask__png": b"no picture"}, "mask a.mask.png cannot be read .*: save it again, or leave it out"),
-        ({"a__mask__jpg": encoded(half(), "JPEG")}, "two masks of one picture, 'a.mask.png' and 'a.mask.jpg'"),
+        ({"a__mask__png": encoded(half(96, 64))}, "mask a.mask.png is 96x64 pixels, its image 64x64: give the same size"),
+        ({"a__mask__png": encoded(Image.new("L", (64, 64)))}, "mask a.mask.png is black where its image is cropped to 64x64"),
+        ({"a__mask__png": b"no image"}, "mask a.mask.png cannot be read .*: save it again, or leave it out"),
+        ({"a__mask__jpg": encoded(half(), "JPEG")}, "two masks of one image, 'a.mask.png' and 'a.mask.jpg'"),
     ],
 )
 def test_a_mask_that_does_not_fit_gets_its_sentence(more, sentence, tmp_path):
@@ -86,6 +86,6 @@ def test_a_mask_that_does_not_fit_gets_its_sentence(more, sentence, tmp_path):
         read_dataset(write_zip(tmp_path / "d.zip", entries(**more)), (64,))
 
 
-def test_a_mask_without_its_picture_is_named(tmp_path):
+def test_a_mask_without_its_image_is_named(tmp_path):
     _, report = read_dataset(write_zip(tmp_path / "d.zip", entries(c__mask__png=encoded(half()))), (64,))
-    assert report.skipped == {"c.mask.png": "a mask without a picture of that name"}
+    assert report.skipped == {"c.mask.png": "a mask without an image of that name"}

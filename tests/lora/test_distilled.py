@@ -16,15 +16,15 @@ from placeholder import generate as generate_module
 from placeholder.lora import distilled as fast_module
 from placeholder.lora.adapter import FAST_ADAPTER, load_lora
 from placeholder.lora.distilled import FAST_VARIABLE, PUBLISHED, STEPS_VARIABLE, FastLora, load_fast_lora, steps_of
-from placeholder.model import placement as placement_module
 from placeholder.model.base import DEFAULT_MODEL
 from placeholder.model.loading import load_transformer
+from placeholder.weights import applied as applied_module
 from placeholder.weights.archive import LORA_NAME
 from predict import Predictor
-from tests.journeys.test_isolation import CHANGING, interrupt_anywhere
+from tests.support.interruption import CHANGING, interrupt_anywhere
+from tests.support.predictions import NAMED, PLAIN, Images
 from tests.support.samples import read_zip
 from tests.support.stock import apply_archive, stock_pipeline
-from tests.test_generate import NAMED, PLAIN, Drawer
 from tests.test_request import DEFAULTS
 
 STEPS, RANK, ALPHA = 3, 8, 2.0
@@ -73,16 +73,16 @@ def fast(base, published) -> FastLora:
 
 
 @pytest.fixture(scope="module")
-def draw(base, fast) -> Drawer:
+def draw(base, fast) -> Images:
     """One generator for all tests here: what one does must not be seen in the next."""
-    return Drawer(base, fast)
+    return Images(base, fast)
 
 
 @pytest.fixture(scope="module")
-def as_before(base, zero_prior) -> Callable[[Drawer], bool]:
+def as_before(base, zero_prior) -> Callable[[Images], bool]:
     """Whether a generator draws, with an archive and without weights, what others draw that know of no step-distilled LoRA."""
     cases = [(NAMED, zero_prior.archive), (PLAIN, None)]
-    expected = [Drawer(base)(*case) for case in cases]
+    expected = [Images(base)(*case) for case in cases]
     return lambda drawer: all(np.array_equal(drawer(*case), picture) for case, picture in zip(cases, expected, strict=True))
 
 
@@ -140,7 +140,7 @@ def test_guidance_and_negative_prompt_do_not_count_and_the_log_says_so(draw, mon
 
 
 def test_without_it_the_log_says_that_it_is_the_first_block_cache(base):
-    drawer = Drawer(base)
+    drawer = Images(base)
     drawer(FAST)
     assert "go_fast: first-block cache, as there is no step-distilled LoRA at hand" in drawer.log
 
@@ -156,11 +156,11 @@ def test_two_archives_and_the_fast_lora_go_together(draw, zero_prior, as_before,
 
 
 def test_archives_of_one_shape_still_switch_by_their_weights_alone(draw, base, fast, zero_prior, baseline, monkeypatch):
-    alone = [Drawer(base, fast)(FAST, run.archive) for run in (zero_prior, baseline)]
-    plain = Drawer(base)(PLAIN, baseline.archive)
+    alone = [Images(base, fast)(FAST, run.archive) for run in (zero_prior, baseline)]
+    plain = Images(base)(PLAIN, baseline.archive)
     draw(FAST, zero_prior.archive)
     loaded = []
-    monkeypatch.setattr(generate_module, "load_lora", lambda *args: loaded.append(args))
+    monkeypatch.setattr(applied_module, "load_lora", lambda *args: loaded.append(args))
     switched = [draw(FAST, run.archive) for run in (zero_prior, baseline)]
     off = draw(PLAIN, baseline.archive)
     assert np.array_equal(draw(FAST, baseline.archive), switched[1])
@@ -171,8 +171,8 @@ def test_archives_of_one_shape_still_switch_by_their_weights_alone(draw, base, f
 def test_an_interruption_while_it_is_put_on_is_undone_by_the_next_request(
     before, base, fast, zero_prior, as_before, monkeypatch
 ):
-    drawer, archive = Drawer(base, fast), zero_prior.archive if before else None
-    expected = Drawer(base, fast)(FAST, archive)
+    drawer, archive = Images(base, fast), zero_prior.archive if before else None
+    expected = Images(base, fast)(FAST, archive)
     drawer(PLAIN, archive)
 
     def interrupted(transformer, state, adapter):
@@ -181,26 +181,25 @@ def test_an_interruption_while_it_is_put_on_is_undone_by_the_next_request(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(generate_module, "load_lora", interrupted)
+        patch.setattr(applied_module, "load_lora", interrupted)
         drawer(FAST, archive)
-    assert drawer.generator.applied == generate_module.INCOMPLETE
+    assert drawer.generator.weights.applied == applied_module.INCOMPLETE
     assert np.array_equal(drawer(FAST, archive), expected)
     assert as_before(drawer)
 
 
 def test_an_interruption_anywhere_leaves_no_trace(base, fast, zero_prior, as_before):
-    drawer = Drawer(base, fast)
+    drawer = Images(base, fast)
     short, with_archive = replace(PLAIN, steps=1), (replace(FAST, steps=1), zero_prior.archive)
-    interrupt_anywhere(drawer, CHANGING, (short, None), with_archive, "load", lambda: as_before(drawer))
-    interrupt_anywhere(drawer, CHANGING, with_archive, (short, None), "unload", lambda: as_before(drawer))
+    interrupt_anywhere(drawer, CHANGING, (short, None), with_archive, "apply", lambda: as_before(drawer))
+    interrupt_anywhere(drawer, CHANGING, with_archive, (short, None), "remove", lambda: as_before(drawer))
 
 
-def test_streaming_changes_no_pixel(draw, base, fast, zero_prior, as_before, monkeypatch):
+def test_streaming_changes_no_pixel(draw, base, fast, zero_prior, as_before):
     cases = [(FAST_NAMED, zero_prior.archive), (FAST, None)]
     expected = [draw(*case) for case in cases]
-    monkeypatch.setattr(placement_module, "free_bytes", lambda device: 1)
-    streaming = Drawer(base, fast)
-    assert streaming.generator.streamed
+    streaming = Images(base, fast, free=1)
+    assert streaming.generator.weights.offloaded
     for _ in range(2):
         assert all(np.array_equal(streaming(*case), picture) for case, picture in zip(cases, expected, strict=True))
         assert as_before(streaming)

@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from PIL import Image
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
-from demo.server import ROOT
 from placeholder.config import TrainConfig
-from placeholder.data.dataset import read_dataset
-from placeholder.distributed import Processes
+from placeholder.data.captions import instruction
 from placeholder.model import captioner
 from placeholder.model.base import BaseModel
 from placeholder.model.captioner import (
@@ -16,15 +13,13 @@ from placeholder.model.captioner import (
     MIN_PIXELS,
     check_vision_tower,
     describe,
-    describe_photos,
-    instruction,
     load_vlm,
     model_inputs,
     plain,
     vlm_bytes,
 )
 from tests.support.peak import PeakBytes
-from tests.support.samples import picture, write_dataset
+from tests.support.samples import picture
 
 # The parts for one picture and a text of chat_template.json in Qwen/Qwen2.5-VL-7B-Instruct.
 CHAT_TEMPLATE = """{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system
@@ -138,57 +133,6 @@ def test_special_tokens_in_what_a_user_writes_are_text(whole, tokenizer):
 )
 def test_a_description_is_cleaned_up(text, finished, expected):
     assert plain(text, finished) == expected
-
-
-def test_the_model_is_asked_for_what_varies_and_to_call_the_subject_by_its_token():
-    assert "zwx" not in instruction(TrainConfig())
-    assert instruction(TrainConfig(placeholder_token=("<zwx>",))) == instruction(TrainConfig())
-    text = instruction(TrainConfig(**vars(TOKEN) | {"class_word": " young\ndog {x}"}))
-    assert "Its main subject, a young dog {x}, is called <zwx>: write <zwx>" in text
-    assert "say nothing of what <zwx> itself looks like" in text
-    assert "Its main subject is called <zwx>" in instruction(TOKEN)
-    two = {"train_placeholder_token": True, "placeholder_token": ("<a>", "<b>")}
-    assert "is called <b>" in instruction(TrainConfig(**two, autocaption_suffix="with <b>"))
-
-
-def test_the_documentation_quotes_what_the_model_is_asked():
-    text = (ROOT / "docs" / "captions.md").read_text(encoding="utf-8").replace("\n> ", " ")
-    assert captioner.INSTRUCTION in text
-    assert captioner.SUBJECT_INSTRUCTION in text
-
-
-def test_each_picture_gets_its_own_description_by_its_largest_crop(whole, tokenizer, tmp_path):
-    photos, _ = read_dataset(write_dataset(tmp_path / "data.zip", [None] * 3), (32, 64))
-    log: list[str] = []
-    found = describe_photos(whole, tokenizer, photos, TrainConfig(), Processes(), log.append)
-    text = instruction(TrainConfig())
-    crops = [max(photo.crops, key=torch.Tensor.numel) for photo in photos]
-    assert [tuple(crop.shape[1:]) for crop in crops] == [(64, 64), (48, 80), (64, 64)]
-    images = [Image.fromarray(crop.permute(1, 2, 0).numpy()) for crop in crops]
-    assert found == [describe(whole, tokenizer, image, text) for image in images]
-    assert len(set(found)) == 3
-    assert describe_photos(whole, tokenizer, photos[2:], TrainConfig(), Processes(), log.append) == found[2:]
-    assert log[0] == f"Autocaption: 3 pictures are described; the instruction: {text}"
-    assert log[1:4] == [f"Autocaption: {number} of 3 pictures described" for number in (1, 2, 3)]
-
-
-def test_several_processes_share_the_pictures_and_have_all_descriptions(whole, tokenizer, tmp_path):
-    photos, _ = read_dataset(write_dataset(tmp_path / "data.zip", [None] * 3), (64,))
-    alone = describe_photos(whole, tokenizer, photos, TrainConfig(), Processes(), lambda line: None)
-    shares = [Part(2, index) for index in range(2)]
-    for share in shares:
-        describe_photos(whole, tokenizer, photos, TrainConfig(), share, lambda line: None)
-    assert [len(share.brought) for share in shares] == [2, 1]
-    found = sorted(shares[1].brought + shares[0].brought)
-    assert [description for _, description in found] == alone
-
-
-class Part(Processes):
-    """One of several processes; what it brings is kept."""
-
-    def gather(self, part):
-        object.__setattr__(self, "brought", part)
-        return part
 
 
 def test_the_small_base_says_that_it_cannot_see(base, vision_base):

@@ -8,7 +8,6 @@ import torch
 
 from benchmarks.full_size import RandomBase
 from placeholder.generate import ImageGenerator
-from placeholder.model import placement as placement_module
 from placeholder.model.placement import place, placement_of
 from placeholder.request import Request
 
@@ -17,10 +16,9 @@ FULL_SIZE = RandomBase("Qwen-Image with random weights", torch.device("cpu"), to
 
 
 @pytest.mark.parametrize(("gigabytes", "streamed"), [(80, (False, False)), (48, (True, False)), (24, (True, True))])
-def test_the_full_size_model_is_placed_on_the_cards_that_people_have(gigabytes, streamed, monkeypatch):
+def test_the_full_size_model_is_placed_on_the_cards_that_people_have(gigabytes, streamed):
     """Counted, not measured on such cards."""
-    monkeypatch.setattr(placement_module, "free_bytes", lambda device: gigabytes * 10**9)
-    found = placement_of(FULL_SIZE)
+    found = placement_of(FULL_SIZE, gigabytes * 10**9)
     assert (found.stream_text_encoder, found.stream_transformer) == streamed
     assert "transformer (40.9 GB)" in found.line and "text encoder (14.1 GB)" in found.line
 
@@ -33,7 +31,7 @@ def test_a_tenth_of_the_memory_stays_free():
 
 
 @pytest.mark.parametrize("factor", [1.5, 0.5])
-def test_streaming_changes_no_pixel(base, zero_prior, baseline, monkeypatch, factor):
+def test_streaming_changes_no_pixel(base, zero_prior, baseline, factor):
     """With room for the transformer alone, and without: base model, an archive, another one, the first again."""
 
     def pictures(generator: ImageGenerator) -> list[np.ndarray]:
@@ -43,9 +41,8 @@ def test_streaming_changes_no_pixel(base, zero_prior, baseline, monkeypatch, fac
 
     plain = ImageGenerator(base, log=lambda line: None)
     size = sum(parameter.nbytes for parameter in plain.pipeline.transformer.parameters())
-    monkeypatch.setattr(placement_module, "free_bytes", lambda device: round(factor * size))
     log: list[str] = []
-    streaming = ImageGenerator(base, log.append)
+    streaming = ImageGenerator(base, log.append, free=round(factor * size))
     assert log[0].count("streamed layer by layer") == (1 if factor > 1 else 2)
     expected, found = pictures(plain), pictures(streaming)
     assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))

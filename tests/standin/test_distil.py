@@ -14,7 +14,7 @@ from placeholder.training.flow import shift_sigmas
 from placeholder.weights.archive import read_weights
 from standin import distil
 from standin.check_base import caption, held_out_scenes, right_shares
-from tests.test_generate import PLAIN
+from tests.support.predictions import PLAIN
 
 COUNT = 6
 

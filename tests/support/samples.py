@@ -1,4 +1,4 @@
-"""Small pictures, data sets, archives and trainings for the tests."""
+"""Small images, datasets, archives and trainings for the tests."""
 
 import io
 import tarfile
@@ -18,6 +18,16 @@ from placeholder.finetune import finetune
 from placeholder.job import Job
 from placeholder.model.base import BaseModel
 from placeholder.training.memory_plan import Plan, plan_memory
+
+
+@dataclass(frozen=True)
+class WithoutWeights(BaseModel):
+    """A base model of which everything but the weights can be read."""
+
+    def component(self, kind: type, name: str, **options: Any) -> Any:
+        """The tokenizer or the scheduler."""
+        assert name in ("tokenizer", "scheduler"), f"the weights of the {name} were loaded"
+        return super().component(kind, name, **options)
 
 
 @dataclass(frozen=True)
@@ -47,13 +57,13 @@ def train(dataset: Path, config: TrainConfig, output: Path, base: BaseModel, pla
 
 
 def picture(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
-    """A picture of a few large soft patches of color."""
+    """An image of a few large soft patches of color."""
     patches = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    """The picture as the content of a file."""
+    """The image as the content of a file."""
     content = io.BytesIO()
     image.save(content, kind, **options)
     return content.getvalue()
@@ -84,7 +94,7 @@ def read_zip(path: Path) -> dict[str, bytes]:
 
 
 def write_dataset(path: Path, captions: list[str | None]) -> Path:
-    """A data set of one picture for each caption, None for none; every other picture is wider than high."""
+    """A dataset of one image for each caption, None for none; every other image is wider than high."""
     entries = {}
     for number, caption in enumerate(captions):
         entries[f"{number}.png"] = encoded(picture(96 if number % 2 else 64, 64, seed=number))

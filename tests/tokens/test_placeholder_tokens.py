@@ -1,5 +1,6 @@
-"""The placeholder token: its id, where it is spliced in, its rows, and which tokens are refused."""
+"""Placeholder tokens: their ids, where these stand in a prompt, and their learned rows."""
 
+import copy
 import random
 
 import pytest
@@ -7,14 +8,8 @@ import torch
 from torch import nn
 from transformers import AddedToken
 
-from placeholder.model.loading import load_tokenizer
-from placeholder.tokens.placeholder_tokens import (
-    PlaceholderTokens,
-    check_tokens,
-    initial_embeddings,
-    place_token,
-    without_token,
-)
+from placeholder.config import TrainConfig
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens, fresh_tokens, initial_embeddings
 from placeholder.tokens.prompt_encoder import prompt_template
 
 FIRST_ID = 151665
@@ -42,11 +37,6 @@ def test_prompts_have_the_ids_of_the_real_vocabulary(prompt, ids, tokenizer):
     assert tokens_of("<zwx>").tokenize(tokenizer, prompt) == ids
 
 
-def test_the_first_new_token_gets_the_id_behind_the_last(tokenizer):
-    assert len(tokenizer) == FIRST_ID
-    assert PlaceholderTokens(len(tokenizer), {"<zwx>": torch.zeros(1, 4)}, 4).ids == {"<zwx>": [151665]}
-
-
 def test_several_tokens_and_several_vectors_get_consecutive_ids(tokenizer):
     tokens = PlaceholderTokens(FIRST_ID, {"<zwx>": torch.zeros(2, 4), "<qrs>": torch.zeros(1, 4)}, 4)
     assert tokens.ids == {"<zwx>": [151665, 151666], "<qrs>": [151667]}
@@ -62,19 +52,19 @@ PIECES = [
 ]
 
 
-def test_splicing_equals_a_truly_registered_token_on_random_strings(base, tokenizer):
-    registered = load_tokenizer(base)
+def test_splicing_equals_a_truly_registered_token_on_random_strings(tokenizer):
+    registered = copy.deepcopy(tokenizer)
     added = [AddedToken(token, special=True, normalized=False) for token in ("<zwx>", "<qrs>")]
     assert registered.add_tokens(added, special_tokens=True) == 2
     tokens = tokens_of("<zwx>", "<qrs>")
     prefix, suffix, _ = prompt_template()
     draw = random.Random(0)
-    prompts = ["".join(draw.choices(PIECES, k=draw.randint(1, 12))) for _ in range(3000)]
+    prompts = ["".join(draw.choices(PIECES, k=draw.randint(1, 12))) for _ in range(1000)]
     for prompt in prompts:
         assert tokens.tokenize(tokenizer, prompt) == registered(prompt).input_ids, prompt
         assert tokens.tokenize(tokenizer, prompt, prefix, suffix) == registered(prefix + prompt + suffix).input_ids, prompt
-    assert sum("<zwx>" in prompt for prompt in prompts) > 800
-    assert sum("<zwx><qrs>" in prompt or "<qrs><zwx>" in prompt for prompt in prompts) > 20
+    assert sum("<zwx>" in prompt for prompt in prompts) > 270
+    assert sum("<zwx><qrs>" in prompt or "<qrs><zwx>" in prompt for prompt in prompts) > 7
     assert len(tokenizer) == FIRST_ID
 
 
@@ -154,89 +144,27 @@ def test_fresh_rows_are_normal_of_the_given_size_and_zero_is_exactly_zero():
     assert torch.equal(fresh(0.0), torch.zeros(1, 4096))
 
 
-@pytest.mark.parametrize(
-    ("names", "sentence"),
-    [
-        (("",), "'' is empty or holds white space: give one word such as <zwx>"),
-        (("a b",), "'a b' is empty or holds white space"),
-        (("<a\u00a0b>",), "is empty or holds white space"),
-        (("<a\tb>",), "is empty or holds white space"),
-        (("<a\u200bb>",), "is empty or holds white space"),
-        (("<a\x1b[31m>",), r"'<a\\x1b\[31m>' is empty or holds white space"),
-        (("<\ud800>",), r"'<\\ud800>' is empty or holds white space"),
-        (tuple(f"<q{number}>" for number in range(65)), "placeholder_token names 65 tokens: give at most 64"),
-        (("cat",), "'cat' is already a token of the vocabulary, so it has a prior: give a new one such as <zwx>"),
-        (("TOKEN",), "'TOKEN' is already a token"),
-        (("TOK",), "'TOK' is already a token"),  # " TOK" is one
-        (("<>",), "'<>' is already a token"),
-        (("<|im_end|>",), r"'<\|im_end\|>' is already a token"),
-        (("im_end",), r"'im_end' overlaps with '<\|im_end\|>': give tokens that do not contain each other"),
-        (("<zwx>", "<zwx>"), "'<zwx>' overlaps with '<zwx>'"),
-        (("<zwx>", "a<zwx>b"), "'<zwx>' overlaps with 'a<zwx>b'"),
-        (("<zwx>", "zwx"), "'<zwx>' overlaps with 'zwx'"),
-        (("<" + "x" * 63 + ">",), "has 65 bytes in UTF-8: give at most 64"),
-    ],
-)
-def test_a_token_that_cannot_be_new_gets_its_sentence(names, sentence, tokenizer):
-    with pytest.raises(ValueError, match=sentence):
-        check_tokens(names, tokenizer)
-
-
 def test_a_token_that_is_a_regular_expression_is_taken_literally(tokenizer):
-    assert check_tokens(("<.*>",), tokenizer) == []
     tokens = tokens_of("<.*>")
     assert tokens.tokenize(tokenizer, "a <cat>") == tokenizer("a <cat>").input_ids
     assert tokens.first_id in tokens.tokenize(tokenizer, "a <.*>")
 
 
-def test_matching_is_case_sensitive(tokenizer):
-    assert tokens_of("<zwx>").tokenize(tokenizer, "a <ZWX>") == tokenizer("a <ZWX>").input_ids
+def test_a_trainings_fresh_tokens_are_logged_with_their_ids(tokenizer):
+    def logged(**options) -> list[str]:
+        log: list[str] = []
+        config = TrainConfig(train_placeholder_token=True, **options)
+        tokens = fresh_tokens(config, 4, tokenizer, torch.Generator().manual_seed(0), log.append)
+        assert tokens.first_id == len(tokenizer) == FIRST_ID
+        return log
 
-
-@pytest.mark.parametrize("names", [(), ("<zwx>",), ("<zwx>", "<qrs>"), ("<Zwx-2>",), ("<ねこ>",), ("<" + "x" * 62 + ">",)])
-def test_bracketed_new_words_are_accepted_without_a_warning(names, tokenizer):
-    assert check_tokens(names, tokenizer) == []
-
-
-def test_an_unbracketed_token_that_is_split_is_warned_about(tokenizer):
-    (warning,) = check_tokens(("zwx",), tokenizer)
-    assert "placeholder_token 'zwx' is split into [89, 20984] by the base tokenizer and is not bracketed" in warning
-    assert "write '<zwx>'" in warning
-
-
-@pytest.mark.parametrize(
-    ("caption", "placed", "in_front"),
-    [
-        ("a photo of <zwx>", "a photo of <zwx>", False),
-        ("a photo of <>", "a photo of <zwx>", False),
-        ("[trigger] in a garden", "<zwx> in a garden", False),
-        ("<> and [trigger] and <zwx>", "<zwx> and <zwx> and <zwx>", False),
-        ("a photo of a cat", "<zwx> a photo of a cat", True),
-        ("<ZWX> in capitals", "<zwx> <ZWX> in capitals", True),
-        ("", "<zwx>", True),
-    ],
-)
-def test_a_caption_gets_the_token_in_its_place_or_in_front(caption, placed, in_front):
-    assert place_token(caption, ("<zwx>",), "a.png") == (placed, in_front)
-
-
-def test_with_several_tokens_a_caption_has_to_name_one_itself():
-    several = ("<zwx>", "<qrs>")
-    assert place_token("<qrs> with <>", several, "a.png") == ("<qrs> with <>", False)
-    with pytest.raises(
-        ValueError, match=r"the caption of a\.png names none of <zwx>, <qrs>: with several tokens each caption says"
-    ):
-        place_token("a photo of <>", several, "a.png")
-
-
-@pytest.mark.parametrize(
-    ("caption", "class_word", "plain"),
-    [
-        ("a photo of a <zwx> dog", "", "a photo of a dog"),
-        ("a photo of <zwx>", "person", "a photo of person"),
-        ("<zwx> and <qrs> in a garden", "", "and in a garden"),
-        ("a garden", "dog", "a garden"),
-    ],
-)
-def test_the_prompt_that_preservation_keeps_has_the_class_word_in_the_tokens_place(caption, class_word, plain):
-    assert without_token(caption, ("<zwx>", "<qrs>"), class_word) == plain
+    assert logged(placeholder_token=("<zwx>",)) == [
+        "Placeholder token '<zwx>' registered with ID: 151665",
+        "Gradient mask active: only token 151665 receives updates",
+    ]
+    assert logged(placeholder_token=("<zwx>", "<qrs>"), placeholder_vectors=2) == [
+        "Placeholder token '<zwx>' registered with ID: 151665, 151666",
+        "Placeholder token '<qrs>' registered with ID: 151667, 151668",
+        "Gradient mask active: only tokens 151665, 151666, 151667, 151668 receive updates",
+    ]
+    assert logged() == []

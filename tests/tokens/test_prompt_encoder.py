@@ -5,7 +5,7 @@ import torch
 
 from placeholder.model.loading import load_text_encoder
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
-from placeholder.tokens.prompt_encoder import PromptEmbeddings, encode_prompts, prompt_ids, prompt_template, template_states
+from placeholder.tokens.prompt_encoder import PromptEncoder, encode_prompts, prompt_ids, prompt_template
 from tests.support.stock import stock_pipeline
 
 NO_TOKENS = PlaceholderTokens(151665, {}, 32)
@@ -64,17 +64,9 @@ def test_a_prompt_is_cut_at_512_tokens_and_an_empty_one_is_a_space(tokenizer):
     assert prompt_ids(tokenizer, NO_TOKENS, "") == prompt_ids(tokenizer, NO_TOKENS, " ")
 
 
-def test_a_prompt_without_the_token_does_not_depend_on_the_rows(text_encoder, tokenizer):
-    ids = torch.tensor([prompt_ids(tokenizer, NO_TOKENS, "a photo of a cat")])
-    with torch.no_grad():
-        plain = encode_prompts(text_encoder, NO_TOKENS, ids)
-        found = encode_prompts(text_encoder, PlaceholderTokens(151665, {"<zwx>": torch.ones(1, 32)}, 32), ids)
-    assert torch.equal(found, plain)
-
-
 def test_only_prompts_without_a_token_are_cached_and_the_others_follow_the_row(text_encoder, tokenizer):
     tokens = PlaceholderTokens(151665, {"<zwx>": torch.full((1, 32), 0.01)}, 32)
-    prompt_embeds = PromptEmbeddings(text_encoder, tokens)
+    prompt_embeds = PromptEncoder(text_encoder, tokens)
     plain, named = (prompt_ids(tokenizer, tokens, prompt) for prompt in ("a photo of it", "a photo of <zwx>"))
     assert prompt_embeds.cache([plain, named, plain]) == 1
     before = prompt_embeds([named])
@@ -90,7 +82,7 @@ def test_only_prompts_without_a_token_are_cached_and_the_others_follow_the_row(t
 
 def test_a_batch_of_one_cached_and_one_uncached_prompt_gives_each_its_own(text_encoder, tokenizer):
     tokens = PlaceholderTokens(151665, {"<zwx>": torch.full((1, 32), 0.01)}, 32)
-    prompt_embeds = PromptEmbeddings(text_encoder, tokens)
+    prompt_embeds = PromptEncoder(text_encoder, tokens)
     prompts = [prompt_ids(tokenizer, tokens, prompt) for prompt in ("a photo of <zwx>", "a photo of  x")]
     assert len(prompts[0]) == len(prompts[1])
     prompt_embeds.cache(prompts)
@@ -99,48 +91,11 @@ def test_a_batch_of_one_cached_and_one_uncached_prompt_gives_each_its_own(text_e
     torch.testing.assert_close(both, apart, rtol=1e-4, atol=1e-5)
 
 
-def test_a_template_run_once_leaves_embeddings_and_gradients_as_they_are(text_encoder, tokenizer):
+def test_prompts_of_one_step_have_the_gradient_of_each_alone(text_encoder, tokenizer):
     tokens = PlaceholderTokens(151665, {"<zwx>": torch.full((1, 32), 0.01)}, 32)
-    ids = torch.tensor([prompt_ids(tokenizer, tokens, f"a {kind} of <zwx> at sunset") for kind in ("photo", "drawing")])
-    states = template_states(text_encoder, ids[:1, : prompt_template()[2]])
-    whole, parted = encode_prompts(text_encoder, tokens, ids), encode_prompts(text_encoder, tokens, ids, states)
-    torch.testing.assert_close(parted, whole, rtol=1e-4, atol=1e-5)
-    expected, found = (torch.autograd.grad(embeds.square().sum(), tokens.rows)[0] for embeds in (whole, parted))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_prompt_that_begins_with_a_line_break_has_a_template_of_its_own(text_encoder, tokenizer):
-    tokens = PlaceholderTokens(151665, {"<zwx>": torch.full((1, 32), 0.01)}, 32)
-    prompts = [prompt_ids(tokenizer, tokens, prompt) for prompt in ("\n<zwx>", "a photo of <zwx>")]
-    assert prompts[0][:34] != prompts[1][:34]
-    found = PromptEmbeddings(text_encoder, tokens).window(prompts)
-    for ids in prompts:
-        expected = encode_prompts(text_encoder, tokens, torch.tensor([ids]))
-        torch.testing.assert_close(found([ids]), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_window_encodes_prompts_of_all_lengths_in_one_call_and_goes_back_through_it_once(
-    text_encoder, tokenizer, monkeypatch
-):
-    tokens = PlaceholderTokens(151665, {"<zwx>": torch.full((1, 32), 0.01)}, 32)
-    texts = ("a photo of <zwx>", "<zwx>, again, in the middle of a much longer text", "no name", "a photo of <zwx>")
-    prompts = [prompt_ids(tokenizer, tokens, prompt) for prompt in texts]
-    apart = PromptEmbeddings(text_encoder, tokens)
-    apart.cache(prompts)
-    expected = [apart([ids]) for ids in prompts]
-    gradient = torch.autograd.grad(sum(embeds.square().sum() for embeds in expected), tokens.rows)[0]
-
-    calls, forward = [], text_encoder.layers[0].forward
-    prompt_embeds = PromptEmbeddings(text_encoder, tokens)
-    prompt_embeds.cache(prompts)
-    monkeypatch.setattr(text_encoder.layers[0], "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
-    window = prompt_embeds.window(prompts)
-    assert len(calls) == 1
-    for ids, embeds in zip(prompts, expected, strict=True):
-        torch.testing.assert_close(window([ids]), embeds, rtol=1e-4, atol=1e-5)
-        if embeds.requires_grad:
-            window([ids]).square().sum().backward()
-    assert tokens.rows.grad is None
-    window.backward()
-    torch.testing.assert_close(tokens.rows.grad, gradient, rtol=1e-4, atol=1e-5)
-    assert len(calls) == 1
+    prompts = [prompt_ids(tokenizer, tokens, f"a {kind} of <zwx> at sunset") for kind in ("photo", "drawing")]
+    prompt_embeds = PromptEncoder(text_encoder, tokens)
+    together = torch.autograd.grad(prompt_embeds(prompts).square().sum(), tokens.rows)[0]
+    alone = [torch.autograd.grad(prompt_embeds([ids]).square().sum(), tokens.rows)[0] for ids in prompts]
+    torch.testing.assert_close(together, sum(alone), rtol=1e-4, atol=1e-5)
+    assert together.abs().max() > 1e-3

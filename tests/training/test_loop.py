@@ -13,7 +13,7 @@ from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_text_encoder, load_transformer, load_vae
 from placeholder.model.vae import encode_image
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
-from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_ids
+from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_ids
 from placeholder.training.examples import BatchSampler, Example, Sample, draw_sample, grouped
 from placeholder.training.loop import LORA_MAX_GRAD_NORM, Schedule, TrainState, train_steps
 from placeholder.training.losses import Denoiser, preservation_losses, sample_losses
@@ -35,7 +35,7 @@ class Parts:
         self.denoiser = Denoiser(self.transformer)
         generator = torch.Generator().manual_seed(0)
         self.tokens = PlaceholderTokens(151665, initial_embeddings(tokens, 32, 1e-5, generator), 32)
-        self.prompt_embeds = PromptEmbeddings(text_encoder, self.tokens)
+        self.prompt_embeds = PromptEncoder(text_encoder, self.tokens)
         grids = [(4, 4), (3, 5), (4, 4)]
         ids = [prompt_ids(tokenizer, self.tokens, caption) for caption in captions]
         self.examples = [

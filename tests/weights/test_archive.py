@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load, save
 
 from placeholder.lora.adapter import A, B
-from placeholder.tokens.placeholder_tokens import check_tokens
+from placeholder.tokens.vocabulary import check_tokens
 from placeholder.weights import archive as weights_module
 from placeholder.weights.archive import LORA_NAME, Weights, add_files, embedding_name, read_weights, write_weights
 from tests.support.samples import read_zip, write_tar, write_zip

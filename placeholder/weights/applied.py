@@ -1,0 +1,152 @@
+"""Weights archives on a transformer: applied, switched and removed so that nothing of one is seen after it."""
+
+from collections import OrderedDict
+from pathlib import Path
+
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from placeholder.errors import Log, shown
+from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora, scale_loras, unload_lora
+from placeholder.model.base import BaseModel
+from placeholder.model.offloading import stop_streaming, stream
+from placeholder.tokens.placeholder_tokens import PlaceholderTokens
+from placeholder.tokens.vocabulary import archive_tokens, check_tokens
+from placeholder.transformer.layers import fuse_lora_addition
+from placeholder.weights.archive import Weights, content_digest, read_weights
+
+Applied = tuple[tuple[str, str], ...]  # adapters and the digests of their archives
+INCOMPLETE: Applied = (("incomplete", ""),)
+ARCHIVES_KEPT = 4  # read and checked, in the host's memory; one of rank 32 takes 0.2 GB
+
+
+class AppliedWeights:
+    """The LoRAs and tokens of one archive, one and an extra one, or none; and the step-distilled LoRA of go_fast.
+
+    `applied` says which archives are on the transformer; `tokens` are the placeholder tokens of all of them. While the
+    transformer changes, `applied` is INCOMPLETE, so that the next call undoes an interruption at any moment.
+    """
+
+    def __init__(
+        self,
+        transformer: QwenImageTransformer2DModel,
+        tokenizer: PreTrainedTokenizerBase,
+        width: int,
+        base: BaseModel,
+        offloaded: bool,
+        log: Log,
+    ):
+        self.transformer, self.tokenizer, self.width = transformer, tokenizer, width
+        self.base, self.offloaded, self.log = base, offloaded, log
+        self.archives: OrderedDict[str, Weights] = OrderedDict()  # by digest, the least recently used first
+        self._reset()
+
+    def apply(self, path: Path | None, extra: Path | None = None, fast: dict[str, Tensor] | None = None) -> None:
+        """Apply an archive, and an extra one, unless those applied have the same content; nothing of earlier ones remains.
+
+        The step-distilled LoRA `fast` is added to them. It stays, inactive, until the archives' layers change or no archive is
+        asked for. Raises ValueError for weights that cannot be used.
+        """
+        paths = {adapter: given for adapter, given in ((ADAPTER, path), (EXTRA_ADAPTER, extra)) if given}
+        if not paths and not fast:
+            self.remove()
+            return
+        wanted = tuple((adapter, content_digest(given)) for adapter, given in paths.items())
+        if wanted != self.applied:
+            self._switch(paths, wanted)
+        if fast and not self.has_fast:
+            self.applied = INCOMPLETE
+            self._add(fast, FAST_ADAPTER)
+            self.has_fast = True
+            self.applied = wanted
+
+    def remove(self) -> None:
+        """Back to the base model alone, bit for bit."""
+        if not self.applied and not self.has_fast:
+            return
+        offload_again = self.offloaded and self.applied == INCOMPLETE  # the layers' hooks may be there in part
+        self.applied = INCOMPLETE
+        if offload_again:
+            stop_streaming(self.transformer)
+        unload_lora(self.transformer)
+        if offload_again:
+            stream(self.transformer, self.base.device)
+        self._reset()
+
+    def scale(self, scale: float, extra_scale: float, fast: bool) -> None:
+        """Set the strengths of the archives' LoRAs, and whether the step-distilled LoRA is active."""
+        scales = {ADAPTER: scale, EXTRA_ADAPTER: extra_scale}
+        active = {adapter: scales[adapter] for adapter, _ in self.applied} | ({FAST_ADAPTER: 1.0} if fast else {})
+        if active:
+            scale_loras(self.transformer, active)
+
+    def unnamed(self, prompt: str) -> list[str]:
+        """A warning for each archive none of whose tokens the prompt names."""
+        missing = [names for names in self.names if names and not any(token in prompt for token in names)]
+        return [
+            f"Warning: the prompt does not name {' or '.join(names)}, so the trained subject may not appear"
+            for names in missing
+        ]
+
+    def _reset(self) -> None:
+        self.tokens, self.names, self.has_fast = self._tokens([]), [], False
+        self.applied: Applied = ()  # last: an interruption before leaves INCOMPLETE
+
+    def _switch(self, paths: dict[str, Path], wanted: Applied) -> None:
+        parts = [self._read(paths[adapter], digest) for adapter, digest in wanted]
+        tokens = self._tokens(parts)
+        if not self._overwrite(wanted, parts):
+            self.remove()
+            self.applied = INCOMPLETE
+            for adapter, part in zip(paths, parts, strict=True):
+                self._add(part.lora, adapter)
+        self.tokens, self.names = tokens, [tuple(part.embeddings) for part in parts]
+        self.applied = wanted
+        for line in tokens.registered():
+            self.log(line)
+        for adapter, part in zip(paths, parts, strict=True):
+            name = "Weights" if adapter == ADAPTER else "Extra weights"
+            self.log(f"{name} applied: {len(part.lora)} LoRA tensors, {len(part.embeddings)} embeddings")
+
+    def _read(self, path: Path, digest: str) -> Weights:
+        """The archive, from memory where one of the same content was read lately."""
+        weights = self.archives.pop(digest, None) or read_weights(path)
+        self.archives[digest] = weights
+        while len(self.archives) > ARCHIVES_KEPT:
+            self.archives.popitem(last=False)
+        return weights
+
+    def _tokens(self, parts: list[Weights]) -> PlaceholderTokens:
+        """The archives' tokens, with the ids after this tokenizer's last: the first archive's as in training, then the extra's.
+
+        The ids that an archive records prove that it was trained on this vocabulary.
+        """
+        embeddings: dict[str, Tensor] = {}
+        for part in parts:
+            archive_tokens(part.embeddings, part.meta.get("placeholder_token_ids", {}), self.tokenizer, self.width)
+            if shared := sorted(embeddings.keys() & part.embeddings.keys()):
+                raise ValueError(
+                    f"replicate_weights and extra_lora_weights both use the token {shared[0]!r}: train one of them with another"
+                )
+            for name, here in (("base_model", self.base.source), ("base_model_revision", self.base.commit)):
+                if (trained_on := part.meta.get(name, here)) != here:
+                    self.log(f"Warning: trained on {name} {shown(trained_on)}, applied to {here}")
+            embeddings |= part.embeddings
+        check_tokens(tuple(embeddings), self.tokenizer)  # those of one archive may overlap with those of the other
+        return PlaceholderTokens(len(self.tokenizer), embeddings, self.width).to(self.base.device)
+
+    def _overwrite(self, wanted: Applied, parts: list[Weights]) -> bool:
+        """Copy the one LoRA that is wanted into the layers of the one that is applied, if these are the same layers."""
+        if self.offloaded or [adapter for adapter, _ in self.applied] != [adapter for adapter, _ in wanted] or len(parts) > 1:
+            return False
+        before, self.applied = self.applied, INCOMPLETE
+        if overwrite_lora(self.transformer, parts[0].lora):
+            return True
+        self.applied = before
+        return False
+
+    def _add(self, lora: dict[str, Tensor], adapter: str) -> None:
+        load_lora(self.transformer, lora, adapter)
+        if not self.offloaded:  # offloading moves weights to the device when their layers are called, which fusing does not do
+            fuse_lora_addition(self.transformer, adapter)
