@@ -5,17 +5,31 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from PIL import Image
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.config import TrainConfig
 from placeholder.data.dataset import Photo
+from placeholder.distributed import Processes
 from placeholder.errors import label
-from placeholder.model.captioner import MAX_NEW_TOKENS
+from placeholder.model.captioner import MAX_NEW_TOKENS, describe
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, place_token, without_token
 from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, prompt_ids
 
 Source = Literal["file", "default", "auto"]
 MAX_FILES = 10_000  # the archive may hold twice as many
+PROGRESS_LINES = 10
+SENTENCES = (
+    "Describe the setting, the light and the framing. Name only what can be seen. Answer with one or two plain sentences and begin "
+    "with the description itself, without words such as 'The image shows'."
+)
+INSTRUCTION = f"Write a caption for this image: what it shows and what happens in it. {SENTENCES}"
+SUBJECT_INSTRUCTION = (
+    "Write a caption for this image. {subject} is called {name}: write {name} wherever you mention it, and say nothing of what "
+    "{name} itself looks like. Describe what may be different in another image of {name}: the pose, what {name} does, clothing, "
+    f"other things around. {SENTENCES}"
+)
 DRAFT_WORDS, DRAFT_MENTIONS = " a" * MAX_NEW_TOKENS, 3  # one id a word; about as often a token is named in two sentences
 
 
@@ -151,3 +165,42 @@ def preserved_prompts(captions: list[str], config: TrainConfig, log: Callable[[s
     preserved = [(without_token(caption, config.tokens, config.class_word), EMPTY_PROMPT) for caption in captions]
     log(f"Prior preservation: prompts such as '{preserved[0][0]}' keep what the base model draws for them")
     return preserved
+
+
+def instruction(config: TrainConfig) -> str:
+    """What the model is asked for; with a token: to describe what varies instead of the subject, and to call it by the token.
+
+    Of several tokens that is the first one that autocaption_prefix or autocaption_suffix names.
+    """
+    around = f"{config.autocaption_prefix or ''} {config.autocaption_suffix or ''}"
+    named = config.tokens if len(config.tokens) == 1 else [token for token in config.tokens if token in around]
+    if not named:
+        return INSTRUCTION
+    class_word = " ".join(config.class_word.split())
+    subject = f"Its main subject, a {class_word}," if class_word else "Its main subject"
+    return SUBJECT_INSTRUCTION.format(subject=subject, name=named[0])
+
+
+def describe_photos(
+    vlm: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    photos: list[Photo],
+    config: TrainConfig,
+    processes: Processes,
+    log: Callable[[str], None],
+) -> list[str]:
+    """A description of each image, by its largest crop; several processes share the work, and each gets all descriptions."""
+    text = instruction(config)
+    log(f"Autocaption: {len(photos)} images are described; the instruction: {text}")
+    share = processes.shard(list(enumerate(photos)))
+    every, found = max(1, -(-len(share) // PROGRESS_LINES)), []
+    for done, (number, photo) in enumerate(share, 1):
+        pixels = max(photo.crops, key=Tensor.numel)  # uint8 (3, H, W)
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy(force=True))
+        found.append((number, describe(vlm, tokenizer, image, text)))
+        if done % every == 0 or done == len(share):
+            log(
+                f"Autocaption: {done} of {len(share)} images described"
+                + (" by this process" if processes.world_size > 1 else "")
+            )
+    return [description for _, description in sorted(processes.all_gather(found))]

@@ -11,13 +11,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.config import TrainConfig
-from placeholder.data.captions import Prompts, check_autocaption, draft, draft_length, prompts_of, trained_captions, undescribed
+from placeholder.data.captions import (
+    Prompts,
+    check_autocaption,
+    describe_photos,
+    draft,
+    draft_length,
+    prompts_of,
+    trained_captions,
+    undescribed,
+)
 from placeholder.data.dataset import Photo, dataset_digest, read_dataset, thumbnail
 from placeholder.devices import free_bytes, free_memory
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.lora.adapter import add_lora
 from placeholder.model.base import BaseModel
-from placeholder.model.captioner import check_vision_tower, describe_photos, load_vlm
+from placeholder.model.captioner import check_vision_tower, load_vlm
 from placeholder.model.loading import (
     language_model,
     load_text_encoder,
