@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from placeholder.config import TrainConfig
 from placeholder.devices import peak_bytes, reset_peak
@@ -125,7 +124,16 @@ def finetune(
     figures |= _memory(training, log) | {"compile_seconds": compile_seconds or None}
     if isinstance(start, Weights):
         figures["started_from"] = content_digest(source)
-    meta = training_meta(config, training, figures)
+    found = {
+        "transformer_storage": training.plan.chosen.quantization,
+        "modulations_tabled": training.plan.chosen.tabled,
+        "images": training.report.images,
+        "captions_found": training.report.captions_found,
+        "captions_described": sum(caption.source == "auto" for caption in training.captions),
+        "buckets": training.report.buckets,
+        "dataset_digest": training.dataset_digest,
+    }
+    meta = training_meta(config, training.tokens.ids, found, figures)
     if report is not None:
         report.draw_grid()
     if run is not None:
@@ -161,7 +169,7 @@ def _save(checkpoints: CheckpointFolder, training: Training, facts: dict[str, An
     """Leave a checkpoint, and say whether it is there; a disk that is full costs the checkpoint, not the training."""
     step = training.position.step
     tensors, state = capture(training.train_state, training.position)
-    facts |= {"dataset_digest": training.dataset_digest, "transformer_storage": training.plan.chosen.storage}
+    facts |= {"dataset_digest": training.dataset_digest, "transformer_storage": training.plan.chosen.quantization}
     facts |= {"modulations_tabled": training.plan.chosen.tabled}
     facts |= {"descriptions": training.descriptions}
     try:
@@ -193,7 +201,7 @@ def _diagnostics(training: Training, log: Log) -> Diagnostics:
 
 @torch.no_grad()
 def prove_archive(
-    path: Path, trained: Weights, transformer: QwenImageTransformer2DModel, prompt_embeds: PromptEmbeddings, example: Example
+    path: Path, trained: Weights, transformer: nn.Module, prompt_embeds: PromptEmbeddings, example: Example
 ) -> None:
     """Open the archive again and hold it against what was trained; takes the LoRA off the transformer.
 

@@ -3,22 +3,20 @@
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from diffusers import QwenImagePipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from placeholder.errors import MAX_SEED, readable_errors, shown
+from placeholder.errors import MAX_SEED, Log, readable_errors, shown
 from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora, scale_loras, unload_lora
-from placeholder.lora.distilled import SCHEDULE, FastLora, line_of
-from placeholder.model.base import BaseModel
+from placeholder.lora.distilled import FastLora, line_of
+from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
-from placeholder.model.offloading import cache_first_block, stop_caching, stop_streaming, stream
+from placeholder.model.offloading import cache_first_block, offload, stop_caching, stop_offloading
 from placeholder.model.placement import placement_of
 from placeholder.request import Request
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, archive_tokens, check_tokens
@@ -26,7 +24,6 @@ from placeholder.tokens.prompt_encoder import encode_prompts, pipeline_inputs, p
 from placeholder.transformer.layers import fuse_lora_addition
 from placeholder.weights.archive import Weights, content_digest, read_weights
 
-Log = Callable[[str], None]
 Applied = tuple[tuple[str, str], ...]  # adapter and the digest of its archive
 INCOMPLETE: Applied = (("incomplete", ""),)
 ARCHIVES_KEPT = 4  # read and checked, in the host's memory; one of rank 32 takes 0.2 GB
@@ -49,20 +46,20 @@ class ImageGenerator:
         self.tokenizer = load_tokenizer(base)
         placement = placement_of(base)
         log(placement.line)
-        self.streamed = placement.stream_transformer
-        self.text_encoder = load_text_encoder(base, streamed=placement.stream_text_encoder)
+        self.offloaded = placement.offload_transformer
+        self.text_encoder = load_text_encoder(base, offload=placement.offload_text_encoder)
         # The pipeline gets prompt embeddings from `_encode`, the way of training, so it needs no text encoder of its own.
-        self.pipeline = QwenImagePipeline(
+        self.pipeline = QWEN_IMAGE.pipeline(
             scheduler=load_scheduler(base),
             vae=load_vae(base, base.dtype),
             text_encoder=None,
             tokenizer=None,
-            transformer=load_transformer(base, streamed=placement.stream_transformer),
+            transformer=load_transformer(base, offload=placement.offload_transformer),
         )
         # Stretching the schedule so that its last step is at shift_terminal divides 0 by 0 where the last step is the first.
         scheduler = self.pipeline.scheduler
         self.schedulers = (scheduler, type(scheduler).from_config(scheduler.config, shift_terminal=None))
-        self.fast_scheduler = type(scheduler).from_config(scheduler.config, **SCHEDULE)
+        self.fast_scheduler = type(scheduler).from_config(scheduler.config, **QWEN_IMAGE.distilled_schedule)
         self.pipeline.set_progress_bar_config(disable=True)  # its line is rewritten in place, which logs do not show
         self.archives: OrderedDict[str, Weights] = OrderedDict()  # by digest, the least recently used first
         self.embeddings = lru_cache(maxsize=PROMPTS_KEPT)(self._encode)
@@ -125,12 +122,12 @@ class ImageGenerator:
 
     def _put_on(self, lora: dict[str, Tensor], adapter: str) -> None:
         load_lora(self.pipeline.transformer, lora, adapter)
-        if not self.streamed:  # streaming brings weights to the device where their layers are called
+        if not self.offloaded:  # offloading brings weights to the device where their layers are called
             fuse_lora_addition(self.pipeline.transformer, adapter)
 
     def _overwrite(self, wanted: Applied, parts: list[Weights]) -> bool:
         """Put the one LoRA that is wanted into the layers of the one that is applied, where these are the same."""
-        if self.streamed or [adapter for adapter, _ in self.applied] != [adapter for adapter, _ in wanted] or len(parts) > 1:
+        if self.offloaded or [adapter for adapter, _ in self.applied] != [adapter for adapter, _ in wanted] or len(parts) > 1:
             return False
         before, self.applied = self.applied, INCOMPLETE  # so that an interruption here is undone by the next request
         if overwrite_lora(self.pipeline.transformer, parts[0].lora):
@@ -150,13 +147,13 @@ class ImageGenerator:
         """Back to the base model alone, bit for bit."""
         if not self.applied and not self.fast_on:
             return
-        transformer, restream = self.pipeline.transformer, self.streamed and self.applied == INCOMPLETE
+        transformer, reapply = self.pipeline.transformer, self.offloaded and self.applied == INCOMPLETE
         self.applied = INCOMPLETE
-        if restream:  # the streaming of the layers may be half taken off or put on
-            stop_streaming(transformer)
+        if reapply:  # the offloading of the layers may be half removed or applied
+            stop_offloading(transformer)
         unload_lora(transformer)
-        if restream:
-            stream(transformer, self.base.device)
+        if reapply:
+            offload(transformer, self.base.device)
         self._plain()
 
     def _plain(self) -> None:
@@ -191,7 +188,7 @@ class ImageGenerator:
     def _render(self, request: Request, fast: FastLora | None) -> Image.Image:
         if request.go_fast:
             self.log(line_of(fast))
-        request = fast.ask(request) if fast else request
+        request = fast.adapt(request) if fast else request
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         self.log(f"Seed: {seed}{' (drawn)' if request.seed is None else ''}, size: {request.width}x{request.height}")
         negative = self.embeddings(request.negative_prompt, self.applied) if request.guidance > 1 else None

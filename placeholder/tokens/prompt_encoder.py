@@ -1,39 +1,34 @@
 """From prompts to embeddings, the one way for training and prediction: ids inside the template, then the text encoder."""
 
 from collections.abc import Iterable, Sequence
-from functools import cache
 
 import torch
-from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from placeholder.devices import to_device
+from placeholder.model.base import QWEN_IMAGE
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 
-# Classifier-free guidance and caption dropout need a prompt that says nothing; Qwen-Image's own examples use a space.
+# Classifier-free guidance and caption dropout need a prompt that says nothing; the model's own examples use a space.
 EMPTY_PROMPT = " "
-MAX_PROMPT_TOKENS = 512  # max_sequence_length of QwenImagePipeline.__call__
 
 TemplateStates = list[tuple[Tensor, Tensor]]
 """Of each layer the keys and values (1, heads, T, head width) of the tokens before the prompt."""
 
 
-@cache
 def prompt_template() -> tuple[str, str, int]:
-    """What stands before and after a prompt, and how many tokens of it are dropped from the embeddings, as the pipeline has it."""
-    pipeline = QwenImagePipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=None)
-    prefix, suffix = pipeline.prompt_template_encode.split("{}")
-    return prefix, suffix, pipeline.prompt_template_encode_start_idx
+    """What stands before and after a prompt, and how many tokens of it are dropped from the embeddings."""
+    return QWEN_IMAGE.prompt_prefix, QWEN_IMAGE.prompt_suffix, QWEN_IMAGE.dropped_tokens
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, prompt: str) -> tuple[int, ...]:
     """The ids of a prompt inside the template, placeholders spliced in; the one way from text to ids.
 
-    Cut after MAX_PROMPT_TOKENS of the prompt, as the pipeline does. An empty prompt counts as EMPTY_PROMPT.
+    Cut after the most tokens of a prompt that the pipeline takes. An empty prompt counts as EMPTY_PROMPT.
     """
     prefix, suffix, dropped = prompt_template()
-    return tuple(tokens.tokenize(tokenizer, prompt or EMPTY_PROMPT, prefix, suffix)[: dropped + MAX_PROMPT_TOKENS])
+    return tuple(tokens.tokenize(tokenizer, prompt or EMPTY_PROMPT, prefix, suffix)[: dropped + QWEN_IMAGE.max_prompt_tokens])
 
 
 def encode_prompts(
@@ -68,7 +63,7 @@ def template_states(text_encoder: nn.Module, input_ids: Tensor) -> TemplateState
 
 
 def pipeline_inputs(prompt_embeds: Tensor, negative: Tensor | None = None) -> dict[str, Tensor]:
-    """What QwenImagePipeline takes for embeddings (B, T, D) of a prompt and of what guidance leads away from: no padding anywhere."""
+    """What the pipeline takes for embeddings (B, T, D) of a prompt and of what guidance leads away from: no padding anywhere."""
     inputs = {}
     for prefix, embeds in (("", prompt_embeds), ("negative_", negative)):
         if embeds is not None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from placeholder.config import TrainConfig
@@ -37,7 +36,7 @@ class Step:
 class TrainState:
     """What is trained and what it takes: the transformer with its LoRA, the prompts' embeddings, optimizers, checkpointing."""
 
-    transformer: QwenImageTransformer2DModel
+    transformer: nn.Module
     prompt_embeds: PromptEmbeds
     lora: list[nn.Parameter]
     lora_optimizer: torch.optim.Optimizer

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import QwenImageTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from placeholder.devices import stack_on, to_device
 from placeholder.lora.adapter import without_lora
@@ -16,7 +15,7 @@ PromptEmbeds = Callable[[Sequence[tuple[int, ...]]], Tensor]
 """From n prompts of one length, as ids, to embeddings (n, T, D)."""
 
 
-def sample_losses(transformer: QwenImageTransformer2DModel, prompt_embeds: PromptEmbeds, group: list[Sample]) -> Tensor:
+def sample_losses(transformer: nn.Module, prompt_embeds: PromptEmbeds, group: list[Sample]) -> Tensor:
     """The flow-matching loss of each sample of one group: (B,)."""
     latents, noise, sigmas = _stacked(group, transformer.device)
     noisy = add_noise(latents, noise, to_device(sigmas, latents.device))
@@ -26,7 +25,7 @@ def sample_losses(transformer: QwenImageTransformer2DModel, prompt_embeds: Promp
 
 
 def preservation_losses(
-    transformer: QwenImageTransformer2DModel,
+    transformer: nn.Module,
     prompt_embeds: PromptEmbeds,
     group: list[Sample],
     prompts: Sequence[tuple[int, ...]],
@@ -60,7 +59,7 @@ def _stacked(group: list[Sample], device: torch.device) -> tuple[Tensor, Tensor,
 
 
 def predict_velocity(
-    transformer: QwenImageTransformer2DModel, noisy: Tensor, sigmas: Tensor, prompt_embeds: Tensor, grid: tuple[int, int]
+    transformer: nn.Module, noisy: Tensor, sigmas: Tensor, prompt_embeds: Tensor, grid: tuple[int, int]
 ) -> Tensor:
     """The transformer's velocity (B, L, C) for noisy packed latents (B, L, C), sigmas (B,) and embeddings (B, T, D)."""
     with torch.autocast(noisy.device.type, dtype=transformer.dtype, enabled=transformer.dtype == torch.bfloat16):

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 from placeholder.config import TrainConfig
@@ -21,7 +20,7 @@ SMALLER_SIDES = (768, 512)  # pixels: what is proposed where a resolution does n
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of one training by storage, how many bytes are free for them, and which of them it takes."""
+    """The needs of one training by quantization, how many bytes are free for them, and which of them it takes."""
 
     title: str
     needs: tuple[Need, ...]
@@ -35,12 +34,12 @@ class Plan:
 
     def as_before(self, tabled: bool | None) -> "Plan":
         """With a table of the modulations, or without one, as the training was begun that is resumed, where that fits too."""
-        alike = [need for need in self.needs if (need.storage, need.tabled) == (self.chosen.storage, tabled)]
+        alike = [need for need in self.needs if (need.quantization, need.tabled) == (self.chosen.quantization, tabled)]
         return replace(self, chosen=alike[0]) if alike and alike[0].fits(self.free) else self
 
     def checkpointing(
         self,
-        transformer: QwenImageTransformer2DModel,
+        transformer: nn.Module,
         lora: list[nn.Parameter],
         states: int,
         free: int,
@@ -81,7 +80,7 @@ class Plan:
 
 
 def plan_training(base: BaseModel, config: TrainConfig, grid: tuple[int, int], ids: int, free: int, processes: int = 1) -> Plan:
-    """Choose how the transformer's weights are stored: as they are, or with `quantize` the best storage that fits.
+    """Choose the quantization of the transformer's weights: none, or with `quantize` the most precise one that fits.
 
     On a GPU the modulations become a table where that spares recomputing. `grid` is the height and width in image tokens of the
     largest crop, `ids` the length of the longest prompt with its template, `free` the free bytes of the device. Raises ValueError, with
@@ -93,7 +92,7 @@ def plan_training(base: BaseModel, config: TrainConfig, grid: tuple[int, int], i
     title = _title(config, grid)
     fitting = [need for need in allowed if need.fits(usable)]
     if fitting:
-        alike = [need for need in fitting if need.storage == fitting[0].storage]
+        alike = [need for need in fitting if need.quantization == fitting[0].quantization]
         return Plan(title, needs, usable, min(alike, key=lambda need: need.checkpointed(usable)))
     smallest = allowed[-1]
     raise ValueError(
@@ -135,11 +134,11 @@ def _remedy(
 
 
 def _allowed(needs: tuple[Need, ...], config: TrainConfig) -> list[Need]:
-    return [need for need in needs if (need.storage != "full") == config.quantize]
+    return [need for need in needs if (need.quantization != "none") == config.quantize]
 
 
 def _quantized(needs: tuple[Need, ...]) -> list[Need]:
-    return [need for need in needs if need.storage != "full"]
+    return [need for need in needs if need.quantization != "none"]
 
 
 def _title(config: TrainConfig, grid: tuple[int, int]) -> str:

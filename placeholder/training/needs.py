@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -14,7 +13,7 @@ from placeholder.lora.adapter import add_lora
 from placeholder.model.base import BaseModel
 from placeholder.model.captioner import vlm_bytes
 from placeholder.model.loading import text_encoder_shell, transformer_shell
-from placeholder.model.quantization import STORAGES, Storage, stored_bytes
+from placeholder.model.quantization import QUANTIZATIONS, Quantization, quantized_bytes
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import PromptEmbeddings, prompt_template
 from placeholder.training.examples import Example, draw_sample
@@ -26,12 +25,12 @@ from placeholder.transformer.modulations import depend_on_noise_alone, modulatio
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a training needs on the device with the transformer's weights in one storage, its modulations `tabled` or not.
+    """Bytes that a training needs on the device with the transformer's weights in one quantization, its modulations `tabled` or not.
 
     `encoding` is the height before training, while the captions are encoded or made; `text_encoder` is what of it stays.
     """
 
-    storage: Storage
+    quantization: Quantization
     tabled: bool
     encoding: int
     transformer: int
@@ -42,7 +41,7 @@ class Need:
     @property
     def name(self) -> str:
         """What the table of the plan calls it."""
-        return f"{self.storage}+table" if self.tabled else self.storage
+        return f"{self.quantization}+table" if self.tabled else self.quantization
 
     @property
     def fixed(self) -> int:
@@ -65,20 +64,23 @@ class Need:
 def training_needs(
     base: BaseModel, config: TrainConfig, grid: tuple[int, int], ids: int, processes: int = 1
 ) -> tuple[Need, ...]:
-    """What the training needs with each storage, the largest first; for the arguments see `plan.plan_training`.
+    """What the training needs with each quantization, the largest first; for the arguments see `plan.plan_training`.
 
     On a GPU quantized weights have their modulations tabled; weights that are stored as they are come with both.
     """
     transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
-    weights = {storage: stored_bytes(transformer, transformer.transformer_blocks, storage) for storage in STORAGES}
-    embedder = stored_bytes(transformer.time_text_embed, transformer.time_text_embed, "full")
+    weights = {
+        quantization: quantized_bytes(transformer, transformer.transformer_blocks, quantization)
+        for quantization in QUANTIZATIONS
+    }
+    embedder = quantized_bytes(transformer.time_text_embed, transformer.time_text_embed, "none")
     replaced = {
-        storage: embedder + sum(stored_bytes(layer, layer, storage) for layer in modulation_layers(transformer))
-        for storage in STORAGES
+        quantization: embedder + sum(quantized_bytes(layer, layer, quantization) for layer in modulation_layers(transformer))
+        for quantization in QUANTIZATIONS
     }
     table_row = row_bytes(transformer)
-    encoder_bytes = stored_bytes(text_encoder, text_encoder.layers, "int8" if config.quantize_te else "full")
-    encoding = stored_bytes(text_encoder, text_encoder.layers, "full")
+    encoder_bytes = quantized_bytes(text_encoder, text_encoder.layers, "int8" if config.quantize_te else "none")
+    encoding = quantized_bytes(text_encoder, text_encoder.layers, "none")
     if config.autocaption:
         encoding = max(encoding, vlm_bytes(base))
     with fake_step(transformer, text_encoder, config, grid, ids) as loss:
@@ -86,13 +88,13 @@ def training_needs(
     copies = 1 + STATES[config.optimizer] + (processes > 1)  # the gradients once more: memory reserved for their exchange
     lora = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
     needs = []
-    for storage, tabled in _variants(base.device, transformer):
+    for quantization, tabled in _variants(base.device, transformer):
         needs.append(
             Need(
-                storage,
+                quantization,
                 tabled,
                 encoding=encoding,
-                transformer=weights[storage] - tabled * replaced[storage],
+                transformer=weights[quantization] - tabled * replaced[quantization],
                 text_encoder=encoder_bytes if config.tokens else 0,
                 lora=(1 + copies) * lora * torch.float32.itemsize,
                 footprint=replace(footprint, rest=footprint.rest + tabled * config.batch_size * table_row),
@@ -101,16 +103,16 @@ def training_needs(
     return tuple(needs)
 
 
-def _variants(device: torch.device, transformer: QwenImageTransformer2DModel) -> list[tuple[Storage, bool]]:
-    """Storages and whether the modulations are tabled; on a CPU a table would lie in the same memory."""
+def _variants(device: torch.device, transformer: nn.Module) -> list[tuple[Quantization, bool]]:
+    """Quantizations and whether the modulations are tabled; on a CPU a table would lie in the same memory."""
     if device.type == "cpu" or not depend_on_noise_alone(transformer):
-        return [(storage, False) for storage in STORAGES]
-    return [("full", False), *((storage, True) for storage in STORAGES)]
+        return [(quantization, False) for quantization in QUANTIZATIONS]
+    return [("none", False), *((quantization, True) for quantization in QUANTIZATIONS)]
 
 
 @contextmanager
 def fake_step(
-    transformer: QwenImageTransformer2DModel, text_encoder: nn.Module, config: TrainConfig, grid: tuple[int, int], ids: int
+    transformer: nn.Module, text_encoder: nn.Module, config: TrainConfig, grid: tuple[int, int], ids: int
 ) -> Iterator[Callable[[], Tensor]]:
     """Put a LoRA on the shells and yield a function that computes a step's loss with tensors of shapes and no contents."""
     with torch.device("meta"):

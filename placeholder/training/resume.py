@@ -104,11 +104,11 @@ def stored_table(start: Checkpoint | Weights | None) -> bool | None:
     return found if isinstance(found, bool) else None
 
 
-def check_storage(start: Checkpoint | Weights | None, storage: str) -> None:
-    """Raise ValueError where a checkpoint was made with the transformer stored otherwise, which `quantize` leaves to the memory."""
-    if isinstance(start, Checkpoint) and (stored := start.facts.get("transformer_storage")) != storage:
+def check_storage(start: Checkpoint | Weights | None, quantization: str) -> None:
+    """Raise ValueError where a checkpoint was made with another quantization, which `quantize` leaves to the memory."""
+    if isinstance(start, Checkpoint) and (stored := start.facts.get("transformer_storage")) != quantization:
         raise ValueError(
-            f"{start.name} was made with the transformer stored as {shown(stored)}, the memory that is free here makes it {storage}: "
+            f"{start.name} was made with quantization {shown(stored)}, the free memory makes it {quantization} here: "
             "go on where as much memory is free as there, or leave resume_from out"
         )
 

@@ -109,7 +109,7 @@ def prepare(
     free = processes.all_reduce_min(free_bytes(base.device))
     plan = plan_training(base, replace(config, autocaption=drafted), largest, longest, free, processes.world_size)
     plan = plan.as_before(stored_table(start))
-    check_storage(start, plan.chosen.storage)
+    check_storage(start, plan.chosen.quantization)
     for line in plan.lines():
         log(line)
 
@@ -124,7 +124,7 @@ def prepare(
         prompts = prompts_of(captions, config, tokenizer, tokens, log)
     else:
         with timing.part("load"):
-            text_encoder = load_text_encoder(base, config.quantize_te)
+            text_encoder = load_text_encoder(base, "int8" if config.quantize_te else "none")
     drawn = {text: prompt_ids(tokenizer, tokens, text) for text in grid_prompts(config, [caption.text for caption in captions])}
     prompt_embeds = PromptEmbeddings(text_encoder, tokens)
     with timing.part("cache"):
@@ -185,7 +185,7 @@ def _captioning_text_encoder(
         whole = load_vlm(base)
     with timing.part("captions"):
         descriptions = describe_photos(whole, tokenizer, photos, config, processes, log)
-    return language_model(whole, base, config.quantize_te), descriptions
+    return language_model(whole, base, "int8" if config.quantize_te else "none"), descriptions
 
 
 def _grid(pixels: Tensor) -> tuple[int, int]:
@@ -219,7 +219,7 @@ def _trainee(
     row_optimizer: RowOptimizer | None,
     log: Log,
 ) -> TrainState:
-    transformer = load_transformer(base, plan.chosen.storage, levels)
+    transformer = load_transformer(base, plan.chosen.quantization, levels)
     if levels is not None:
         table = transformer.time_text_embed.rows
         log(f"Modulations: a table of {len(table)} noise levels, {table.nbytes / 1e9:.3g} GB in the host's memory")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -59,7 +58,7 @@ class Footprint:
         return min(max(math.ceil(missing / spared), 0), self.blocks) if spared > 0 else 0
 
 
-def measure(transformer: QwenImageTransformer2DModel, compute: Callable[[], Tensor], apart_from: Iterable[Tensor]) -> Footprint:
+def measure(transformer: nn.Module, compute: Callable[[], Tensor], apart_from: Iterable[Tensor]) -> Footprint:
     """The footprint of `compute`, a forward pass through the transformer, measured on its first one and two blocks."""
     whole, inputs = transformer.transformer_blocks, [0]
 
@@ -98,7 +97,7 @@ class BlockCheckpointing:
     is checkpointed.
     """
 
-    def __init__(self, transformer: QwenImageTransformer2DModel, checkpointed: int):
+    def __init__(self, transformer: nn.Module, checkpointed: int):
         self.checkpointed = checkpointed
         self.calls = plain_calls
         self.blocks = len(transformer.transformer_blocks)

@@ -12,9 +12,7 @@ import psutil
 import torch
 import torch._functorch.config
 import torch.fx.experimental._config
-from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from placeholder.config import TrainConfig
 from placeholder.training.examples import Example, Sample
@@ -109,12 +107,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def compiled_blocks(
-    transformer: QwenImageTransformer2DModel, checkpointing: BlockCheckpointing, one_shape: bool, warn: Callable[[str], None]
+    transformer: nn.Module, checkpointing: BlockCheckpointing, one_shape: bool, warn: Callable[[str], None]
 ) -> Iterator[CompiledBlocks]:
     """Let the blocks run compiled for a while; afterwards they, this process and its temporary folder are as before."""
     processors = [block.attn.processor for block in transformer.transformer_blocks]
     hooks = [parameter.register_post_accumulate_grad_hook(_drop) for parameter in _unread(transformer)]
-    with _cache_folder(), _settings(any(map(is_traceable_wrapper_subclass, transformer.parameters()))):
+    with _cache_folder(), _settings(any(parameter.dtype == torch.int8 for parameter in transformer.parameters())):
         try:
             for block in transformer.transformer_blocks:
                 block.attn.processor = RealRotaryAttention()
@@ -129,7 +127,7 @@ def compiled_blocks(
             torch.compiler.reset()
 
 
-def _unread(transformer: QwenImageTransformer2DModel) -> list[nn.Parameter]:
+def _unread(transformer: nn.Module) -> list[nn.Parameter]:
     """What learns in the last block only for the text that it returns, which nothing reads.
 
     Compiled, these parameters would get gradients of zero instead of none, and weight decay with them.

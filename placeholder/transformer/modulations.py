@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from placeholder.devices import stack_on
@@ -49,29 +48,29 @@ class ModulationTable(nn.Module):
         return stack_on([self.rows[self.numbers[level]] for level in levels], hidden_states.device)
 
 
-def modulation_layers(transformer: QwenImageTransformer2DModel) -> Iterator[nn.Linear]:
+def modulation_layers(transformer: nn.Module) -> Iterator[nn.Linear]:
     """The linear layers that a table replaces."""
     return (getattr(block, name)[1] for block in transformer.transformer_blocks for name in STREAMS)
 
 
-def depend_on_noise_alone(transformer: QwenImageTransformer2DModel) -> bool:
+def depend_on_noise_alone(transformer: nn.Module) -> bool:
     """Whether the modulations do, as in Qwen-Image; in models that edit pictures they depend on more."""
     return not (transformer.config.zero_cond_t or transformer.config.use_additional_t_cond)
 
 
-def row_bytes(transformer: QwenImageTransformer2DModel) -> int:
+def row_bytes(transformer: nn.Module) -> int:
     """Bytes of the table for one noise level."""
     layer = next(modulation_layers(transformer))
     return (len(STREAMS) * len(transformer.transformer_blocks) + 1) * layer.out_features * layer.weight.itemsize
 
 
-def timestep_device(transformer: QwenImageTransformer2DModel) -> torch.device:
+def timestep_device(transformer: nn.Module) -> torch.device:
     """Where the transformer takes its timesteps: a table looks them up on the CPU."""
     return torch.device("cpu") if isinstance(transformer.time_text_embed, ModulationTable) else transformer.device
 
 
 @torch.no_grad()
-def tabulate(transformer: QwenImageTransformer2DModel, levels: Tensor, device: torch.device) -> None:
+def tabulate(transformer: nn.Module, levels: Tensor, device: torch.device) -> None:
     """Replace the modulations by a table for the noise levels (N,), rounded to the transformer's dtype.
 
     Each layer goes to the device alone and is dropped there. Each level is computed by itself, as in a batch of one, so that such a

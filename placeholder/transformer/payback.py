@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import QwenImageTransformer2DModel
+from torch import nn
 
 from placeholder.config import TrainConfig
 from placeholder.tokens.prompt_encoder import prompt_template
@@ -123,7 +123,7 @@ def payback_of(
     config: TrainConfig,
     examples: list[Example],
     empty_ids: tuple[int, ...],
-    transformer: QwenImageTransformer2DModel,
+    transformer: nn.Module,
     log: Callable[[str], None],
 ) -> Payback:
     """Whether compiling would pay back, which the log says too."""

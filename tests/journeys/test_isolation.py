@@ -137,7 +137,7 @@ def test_an_interruption_anywhere_while_weights_are_taken_off(drawer, cases, as_
 def test_an_interruption_anywhere_while_a_streamed_transformer_gets_weights(base, cases, expected, monkeypatch):
     monkeypatch.setattr(placement_module, "free_bytes", lambda device: 1)
     streaming = Drawer(base)
-    assert streaming.generator.streamed
+    assert streaming.generator.offloaded
     files = ("hooks/group_offloading.py", "hooks/hooks.py", "placeholder/model/offloading.py")
 
     def as_fresh() -> bool:

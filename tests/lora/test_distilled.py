@@ -200,7 +200,7 @@ def test_streaming_changes_no_pixel(draw, base, fast, zero_prior, as_before, mon
     expected = [draw(*case) for case in cases]
     monkeypatch.setattr(placement_module, "free_bytes", lambda device: 1)
     streaming = Drawer(base, fast)
-    assert streaming.generator.streamed
+    assert streaming.generator.offloaded
     for _ in range(2):
         assert all(np.array_equal(streaming(*case), picture) for case, picture in zip(cases, expected, strict=True))
         assert as_before(streaming)
