@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -43,7 +44,7 @@ def line_of(fast: FastLora | None) -> str:
     )
 
 
-def load_fast_lora(base: BaseModel, log: Log) -> FastLora | None:
+def load_fast_lora(base: BaseModel, log: Log, fetch: Callable[..., Path] = fetch_file) -> FastLora | None:
     """The LoRA that QWEN_IMAGE_FAST_LORA names (a path, a URL, or owner/name/file.safetensors@revision on the hub), checked.
 
     Unset, it is the published one for Qwen/Qwen-Image. None, and the log says why, for another base model, for `none`, and where
@@ -55,7 +56,7 @@ def load_fast_lora(base: BaseModel, log: Log) -> FastLora | None:
         log(f"go_fast: no step-distilled LoRA ({FAST_VARIABLE} is {source or 'not set'}), so it is the first-block cache")
         return None
     try:
-        fast = _load(source or QWEN_IMAGE.distilled_lora, base, log)
+        fast = _load(source or QWEN_IMAGE.distilled_lora, base, log, fetch)
     except ValueError as error:
         if source:
             raise ValueError(f"{FAST_VARIABLE} cannot be used: {error}") from error
@@ -65,12 +66,12 @@ def load_fast_lora(base: BaseModel, log: Log) -> FastLora | None:
     return fast
 
 
-def _load(source: str, base: BaseModel, log: Log) -> FastLora:
+def _load(source: str, base: BaseModel, log: Log, fetch: Callable[..., Path]) -> FastLora:
     on_the_hub = None if Path(source).is_file() else ON_THE_HUB.fullmatch(source)
     at = on_the_hub[2] if on_the_hub else unquote(urlsplit(source).path) if source.startswith(URL_SCHEMES) else source
     name = label(at.rsplit("/", 1)[-1])
     steps = steps_of(name)
-    with local_file(str(fetch_file(*on_the_hub.groups(), log)) if on_the_hub else source) as path:
+    with local_file(str(fetch(*on_the_hub.groups(), log)) if on_the_hub else source) as path:
         if not path.is_file():
             raise ValueError(f"{label(source)} is neither a file nor a URL nor owner/name/file.safetensors@revision")
         lora = read_lora(name, path.read_bytes())

@@ -44,8 +44,9 @@ def check_vision_tower(base: BaseModel) -> None:
 
 def load_vlm(base: BaseModel) -> nn.Module:
     """The whole Qwen2.5-VL on the device, frozen. Raises ValueError where the base model does not hold all of its weights."""
-    options = {"dtype": base.dtype, "use_safetensors": True, "output_loading_info": True}
-    vlm, found = base.component(QWEN_IMAGE.text_encoder, "text_encoder", **options)
+    vlm, found = base.component(
+        QWEN_IMAGE.text_encoder, "text_encoder", dtype=base.dtype, use_safetensors=True, output_loading_info=True
+    )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"autocaption needs a base model whose text encoder can see, and that of {base.source} lacks {len(missing)} weights, "
