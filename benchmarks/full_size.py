@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import Qwen2_5_VLConfig
 
 from placeholder.config import TrainConfig
 from placeholder.devices import free_memory, reset_peak
@@ -70,13 +69,13 @@ class RandomBase(BaseModel):
             return scheduler()
         arguments = self.sizes.get(name, {})
         with torch.device(self.device), default_dtype(dtype):  # no fp32 copy of 20 billion parameters is ever made
-            module = kind(Qwen2_5_VLConfig(**arguments)) if name == "text_encoder" else kind(**arguments)
+            module = kind(kind.config_class(**arguments)) if name == "text_encoder" else kind(**arguments)
         return fill(module, name)
 
     def configuration(self, kind: type, name: str) -> Any:
         """What the component is built from."""
         arguments = self.sizes.get(name, {})
-        return kind(**arguments) if name == "text_encoder" else arguments
+        return kind.config_class(**arguments) if name == "text_encoder" else arguments
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from demo.server import ROOT
-from placeholder.lora.adapter import TARGET_MODULES, A, B, add_lora, load_lora, lora_metadata, lora_state_dict
-from placeholder.model.base import BaseModel
+from placeholder.lora.adapter import A, B, add_lora, load_lora, lora_metadata, lora_state_dict
+from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_text_encoder, load_tokenizer, load_transformer
 from placeholder.model.vae import pack, unpack
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
@@ -125,7 +125,7 @@ def full_size_lora() -> dict[str, list[int]]:
         transformer = QwenImageTransformer2DModel()
     shapes = {}
     for name, module in transformer.named_modules():
-        if isinstance(module, nn.Linear) and name.endswith(tuple(f".{target}" for target in TARGET_MODULES)):
+        if isinstance(module, nn.Linear) and name.endswith(tuple(f".{target}" for target in QWEN_IMAGE.lora_target_modules)):
             shapes[f"transformer.{name}{A}"] = [RANK, module.in_features]
             shapes[f"transformer.{name}{B}"] = [module.out_features, RANK]
     return shapes

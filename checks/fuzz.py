@@ -26,8 +26,8 @@ from placeholder.config import train_config
 from placeholder.data.captions import place_token
 from placeholder.data.dataset import read_dataset
 from placeholder.generate import ImageGenerator
-from placeholder.lora.adapter import TARGET_MODULES, A, B
-from placeholder.model.base import BaseModel
+from placeholder.lora.adapter import A, B
+from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.weights.archive import Weights, write_weights
 from standin.small_base import build_tiny_base
 from tests.support.samples import read_zip
@@ -67,7 +67,7 @@ class Target:
     def _valid(self, base: BaseModel, path: Path) -> Entries:
         lora: dict[str, torch.Tensor] = {}
         for name, layer in self.transformer.named_modules():
-            if name.endswith(tuple("." + target for target in TARGET_MODULES)):
+            if name.endswith(tuple("." + target for target in QWEN_IMAGE.lora_target_modules)):
                 lora |= {name + A: torch.full((2, layer.in_features), 0.1), name + B: torch.full((layer.out_features, 2), 0.1)}
         ids = {"<zwx>": [151665], "<qrs>": [151666, 151667]}
         meta = {"base_model": base.source, "placeholder_token_ids": ids, "training_mode": "zero_prior", "loss": 0.5}

@@ -3,12 +3,16 @@
 `load(pipe, "weights.zip")` and `unload(pipe)` put an archive on a QwenImagePipeline of diffusers and take it off again.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from placeholder.pipeline import load, unload
 
 __all__ = ["load", "unload"]
+
+# bitsandbytes, which peft imports, warns on some CPUs about a kernel for inference that the package `kernels` would add.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

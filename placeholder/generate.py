@@ -8,15 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from diffusers import QwenImagePipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from placeholder.devices import free_bytes
 from placeholder.errors import MAX_SEED, Log, readable_errors
-from placeholder.lora.distilled import SCHEDULE, FastLora, line_of
-from placeholder.model.base import BaseModel
+from placeholder.lora.distilled import FastLora, line_of
+from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
 from placeholder.model.offloading import cache_first_block, stop_caching
 from placeholder.model.placement import placement_of
@@ -40,24 +38,26 @@ class ImageGenerator:
         self.base, self.log, self.fast = base, log, fast
         base.fetch(log)
         self.tokenizer = load_tokenizer(base)
-        placement = placement_of(base, free_bytes(base.device) if free is None else free)
+        placement = placement_of(base, free)
         log(placement.line)
-        self.text_encoder = load_text_encoder(base, streamed=placement.stream_text_encoder)
+        self.text_encoder = load_text_encoder(base, offload=placement.offload_text_encoder)
         # The pipeline gets prompt_embeds from `_encode`, as in training, so it needs no text encoder of its own.
-        self.pipeline = QwenImagePipeline(
+        self.pipeline = QWEN_IMAGE.pipeline(
             scheduler=load_scheduler(base),
             vae=load_vae(base, base.dtype),
             text_encoder=None,
             tokenizer=None,
-            transformer=load_transformer(base, streamed=placement.stream_transformer),
+            transformer=load_transformer(base, offload=placement.offload_transformer),
         )
         self.pipeline.set_progress_bar_config(disable=True)  # its line is rewritten in place, which logs do not show
         # Stretching the schedule so that its last step is at shift_terminal divides 0 by 0 where the last step is the first.
         scheduler = self.pipeline.scheduler
         self.schedulers = (scheduler, type(scheduler).from_config(scheduler.config, shift_terminal=None))
-        self.fast_scheduler = type(scheduler).from_config(scheduler.config, **SCHEDULE)
+        self.fast_scheduler = type(scheduler).from_config(scheduler.config, **QWEN_IMAGE.distilled_schedule)
         width = self.text_encoder.embed_tokens.embedding_dim
-        self.weights = AppliedWeights(self.pipeline.transformer, self.tokenizer, width, base, placement.stream_transformer, log)
+        self.weights = AppliedWeights(
+            self.pipeline.transformer, self.tokenizer, width, base, placement.offload_transformer, log
+        )
         self.prompt_embeds = lru_cache(maxsize=PROMPTS_KEPT)(self._encode)
         self.caching = False
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from placeholder.errors import number
 from placeholder.lora.adapter import ADAPTER, load_lora, scale_lora, unload_lora
-from placeholder.service.files import local_file
+from placeholder.model.download import local_file
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import prompt_ids
 from placeholder.tokens.vocabulary import archive_tokens

@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from placeholder.lora.adapter import A, B
-from placeholder.lora.distilled import SCHEDULE
-from placeholder.model.base import BaseModel
+from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, encode_prompts, prompt_ids
@@ -74,7 +73,7 @@ def encoded(base: BaseModel, prompts: list[str]) -> tuple[Tensor, Tensor]:
 def fast_scheduler(base: BaseModel) -> FlowMatchEulerDiscreteScheduler:
     """The base's scheduler as `go_fast` sets it."""
     scheduler = load_scheduler(base)
-    return type(scheduler).from_config(scheduler.config, **SCHEDULE)
+    return type(scheduler).from_config(scheduler.config, **QWEN_IMAGE.distilled_schedule)
 
 
 def teach(base: BaseModel, transformer: QwenImageTransformer2DModel, count: int, seed: int) -> Paths:

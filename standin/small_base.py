@@ -224,8 +224,8 @@ def _write(folder: Path, components: Callable[[], dict[str, nn.Module]]) -> Path
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        pipeline = QwenImagePipeline(scheduler=scheduler(), tokenizer=qwen_tokenizer(), **components())
-        pipeline.to(torch.bfloat16).save_pretrained(partial)
+        modules = {name: module.bfloat16() for name, module in components().items()}
+        QwenImagePipeline(scheduler=scheduler(), tokenizer=qwen_tokenizer(), **modules).save_pretrained(partial)
         partial.rename(folder)
     except OSError:
         shutil.rmtree(partial)

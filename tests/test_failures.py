@@ -14,8 +14,9 @@ from placeholder.config import TrainConfig
 from placeholder.errors import readable_errors
 from placeholder.generate import save_image
 from placeholder.model.base import MODEL_VARIABLE
+from placeholder.model.download import local_file
 from placeholder.model.loading import load_transformer
-from placeholder.service.files import OutputFolder, local_file
+from placeholder.service.files import OutputFolder
 from placeholder.service.launch import finetune_on_all_gpus
 from placeholder.training import setup as prepare_module
 from placeholder.weights import archive as weights_module

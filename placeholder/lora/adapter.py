@@ -1,13 +1,11 @@
-"""LoRA on the transformer through PEFT: adding it for training, taking its weights out, putting stored weights in."""
+"""LoRA adapters on the transformer, through PEFT: add, read, load, check, overwrite, scale, disable and unload."""
 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
@@ -15,26 +13,25 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from placeholder.errors import quoted
+from placeholder.model.base import QWEN_IMAGE
 from placeholder.transformer.layers import prepare_layers
 
-# Attention of both streams. With the feed-forward layers the archive more than doubles, and Cog hands archives over as base64.
-TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 ADAPTER = "default"
-EXTRA_ADAPTER = "extra"  # a second LoRA beside the first, in predictions
-FAST_ADAPTER = "fast"  # a step-distilled LoRA beside them
+EXTRA_ADAPTER = "extra"  # a second LoRA, in predictions
+FAST_ADAPTER = "fast"  # a step-distilled LoRA, in predictions
 PREFIX = "transformer."
 A, B = ".lora_A.weight", ".lora_B.weight"
 MAX_RANK = 2048  # eight times what a training takes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-UNSUPPORTED_METADATA = ("use_dora", "lora_bias", "modules_to_save")
 
 
-def add_lora(transformer: QwenImageTransformer2DModel, rank: int, seed: int) -> list[nn.Parameter]:
+def add_lora(transformer: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
     """Add a trainable LoRA with alpha = rank, A ~ N(0, 1/rank^2) and B = 0; returns its fp32 parameters.
 
     Only these parameters of the transformer require gradients afterwards.
     """
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGET_MODULES)
+    targets = list(QWEN_IMAGE.lora_target_modules)
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(config, adapter_name=ADAPTER)
@@ -48,83 +45,41 @@ def add_lora(transformer: QwenImageTransformer2DModel, rank: int, seed: int) -> 
     return parameters
 
 
-def lora_state_dict(transformer: QwenImageTransformer2DModel) -> dict[str, Tensor]:
-    """The LoRA's weights as they are stored: bf16 on the CPU, keys `transformer_blocks...lora_A.weight` without prefix."""
+def lora_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
+    """The LoRA's weights for the archive: bf16 on the CPU, keys `transformer_blocks...lora_A.weight` without prefix."""
     state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
     return {key: value.detach().to("cpu", torch.bfloat16).contiguous() for key, value in state.items()}
 
 
-def lora_metadata(transformer: QwenImageTransformer2DModel) -> dict[str, Any]:
-    """The adapter's PEFT configuration (r, alpha, target modules), as diffusers stores it beside the weights; sets sorted."""
+def lora_metadata(transformer: nn.Module) -> dict[str, Any]:
+    """The adapter's PEFT configuration (r, alpha, target modules), which diffusers stores in the header; sets sorted."""
     configuration = transformer.peft_config[ADAPTER].to_dict()
     return {name: sorted(value) if isinstance(value, set) else value for name, value in configuration.items()}
 
 
-def fold_scale(
-    state: dict[str, Tensor], metadata: dict[str, Any], alphas: Mapping[str, float] = MappingProxyType({})
-) -> dict[str, Tensor]:
-    """The same LoRA with alpha = rank, so that it loads at the right strength wherever metadata are dropped.
+def load_lora(transformer: nn.Module, state: dict[str, Tensor], adapter: str = ADAPTER) -> None:
+    """Load stored weights with alpha = rank into a new adapter at scale 1; adapters that are there stay.
 
-    `state` has keys `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r); `metadata` is the PEFT
-    configuration it was saved with, empty for alpha = rank; `alphas` are those of single modules, which come first. What is
-    scaled is fp32 afterwards: fp16 would lose small numbers. Raises ValueError for keys and settings of other methods.
-    """
-    others = [name for name in UNSUPPORTED_METADATA if metadata.get(name)]
-    if others:
-        raise ValueError(f"the LoRA was trained with {', '.join(others)}: only plain LoRA can be loaded")
-    folded = {}
-    for key, value in state.items():
-        if not key.endswith((A, B)):
-            raise ValueError(f"the LoRA holds an unknown key {quoted(key)}: expected names that end in {A} or {B}")
-        if value.ndim != 2 or 0 in value.shape:
-            raise ValueError(f"the LoRA has {quoted(key)} of shape {tuple(value.shape)}: expected two dimensions")
-        if value.dtype not in DTYPES:
-            raise ValueError(f"the LoRA has {quoted(key)} in {value.dtype}: save it in float32, bfloat16 or float16")
-        if key.endswith(B):
-            scale = _scale(key.removesuffix(B), value.shape[-1], metadata, alphas)
-            value = value if scale == 1 else value.float() * scale
-        folded[key] = value
-    return folded
-
-
-def _scale(module: str, rank: int, metadata: dict[str, Any], alphas: Mapping[str, float]) -> float:
-    """alpha / rank (alpha / sqrt(rank) for rank-stabilised LoRA, arXiv:2312.03732), 1.0 where no alpha is stored."""
-    if module in alphas:
-        return alphas[module] / rank
-    if "lora_alpha" not in metadata:
-        return 1.0
-    alpha = metadata["lora_alpha"]
-    for name, own in (metadata.get("alpha_pattern") or {}).items():
-        name = name.removeprefix("^")
-        if module == name or module.endswith("." + name):
-            alpha = own
-    return alpha / (rank**0.5 if metadata.get("use_rslora") else rank)
-
-
-def load_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor], adapter: str = ADAPTER) -> None:
-    """Put a stored LoRA with alpha = rank on the transformer, at scale 1; another adapter than the first is added to it.
-
-    Raises ValueError unless every key names a linear layer of this transformer and fits it. What PEFT then holds is compared
-    with what was given, because a key that is not applied raises nothing there.
+    Raises ValueError for weights that do not fit, see `check_lora`. PEFT ignores keys that it cannot apply, so what it then holds
+    is compared with `state`; RuntimeError where they differ.
     """
     check_lora(transformer, state)
     prefixed = {PREFIX + key: value for key, value in state.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # PEFT's, about the second of two adapters
         transformer.load_lora_adapter(prefixed, prefix=PREFIX.removesuffix("."), adapter_name=adapter)
-    _maybe_remove_and_reapply_group_offloading(transformer)  # so that a streamed transformer streams the LoRA too
+    _maybe_remove_and_reapply_group_offloading(transformer)  # so that the LoRA of an offloaded transformer is offloaded too
     applied = get_peft_model_state_dict(transformer, adapter_name=adapter)
-    wrong = set(applied) ^ set(state)
-    wrong |= {
-        key for key in set(applied) & set(state) if not torch.equal(applied[key].cpu(), state[key].to(applied[key].dtype).cpu())
-    }
-    if wrong:
+    equal = applied.keys() == state.keys() and all(
+        torch.equal(value.cpu(), state[key].to(value.dtype).cpu()) for key, value in applied.items()
+    )
+    if not equal:
         unload_lora(transformer)
-        raise RuntimeError(f"{len(wrong)} LoRA weights were not applied, among them {min(wrong)}")
+        raise RuntimeError(f"PEFT holds other LoRA weights than it was given, {len(applied)} instead of {len(state)} tensors")
 
 
-def check_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor]) -> None:
-    """Raise ValueError unless a stored LoRA can be put on this transformer, of which the shapes alone are read."""
+def check_lora(transformer: nn.Module, state: dict[str, Tensor]) -> None:
+    """Raise ValueError unless every key names a linear layer of this transformer and fits it; only its shapes are read."""
     if not state:
         raise ValueError("the LoRA holds no weights")
     layers = _linear_layers(transformer)
@@ -132,10 +87,10 @@ def check_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor
         _check_key(layers, key, value, state)
 
 
-def overwrite_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Tensor]) -> bool:
-    """Give the LoRA on the transformer other weights, which takes a fraction of the time of putting another one on.
+def overwrite_lora(transformer: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Copy other weights into the loaded LoRA, which takes a fraction of the time of loading them.
 
-    False, and nothing is done, unless it has the same layers and ranks and all weights are finite.
+    Returns False, and does nothing, unless layers and ranks are the same and all weights are finite.
     """
     parameters = {
         f"{name}.{part}.weight": getattr(module, part)[ADAPTER].weight
@@ -153,24 +108,24 @@ def overwrite_lora(transformer: QwenImageTransformer2DModel, state: dict[str, Te
     return True
 
 
-def scale_lora(transformer: QwenImageTransformer2DModel, scale: float) -> None:
+def scale_lora(transformer: nn.Module, scale: float) -> None:
     """Set the strength of the loaded LoRA: W + scale * B A."""
     scale_loras(transformer, {ADAPTER: scale})
 
 
-def scale_loras(transformer: QwenImageTransformer2DModel, scales: Mapping[str, float]) -> None:
-    """Set the strength of every loaded LoRA, by adapter: W + the sum of scale * B A. One that is not named is passed over."""
+def scale_loras(transformer: nn.Module, scales: Mapping[str, float]) -> None:
+    """Set the strength of every loaded LoRA, by adapter: W + the sum of scale * B A. One that is not named is disabled."""
     transformer.set_adapters(list(scales), weights=list(scales.values()))
 
 
-def unload_lora(transformer: QwenImageTransformer2DModel) -> None:
-    """Take every LoRA off; the transformer is the base model again, bit for bit."""
+def unload_lora(transformer: nn.Module) -> None:
+    """Remove every LoRA; the transformer is the base model again, bit for bit."""
     transformer.unload_lora()
 
 
 @contextmanager
-def without_lora(transformer: QwenImageTransformer2DModel) -> Iterator[None]:
-    """The base model's predictions for a while: the LoRA stays on the transformer but is passed over."""
+def without_lora(transformer: nn.Module) -> Iterator[None]:
+    """The base model's predictions within the context: every LoRA is disabled."""
     transformer.disable_adapters()
     try:
         yield
@@ -178,8 +133,8 @@ def without_lora(transformer: QwenImageTransformer2DModel) -> Iterator[None]:
         transformer.enable_adapters()
 
 
-def _linear_layers(transformer: QwenImageTransformer2DModel) -> dict[str, nn.Linear]:
-    """The base model's linear layers by name, also where another LoRA is on them."""
+def _linear_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
+    """The base model's linear layers by name, also under LoRA layers."""
     found = {}
     for name, module in transformer.named_modules():
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

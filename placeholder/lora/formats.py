@@ -1,15 +1,17 @@
-"""LoRA files as the trainers of Qwen-Image write them, brought into one form: keys without prefix, alpha = rank (docs/formats.md)."""
+"""LoRA files of the trainers of Qwen-Image, converted to one form: keys without prefix, alpha = rank (docs/formats.md)."""
 
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from placeholder.errors import quoted, shown
-from placeholder.lora.adapter import DTYPES, PREFIX, A, B, fold_scale
+from placeholder.lora.adapter import DTYPES, PREFIX, A, B
+from placeholder.lora.safetensors import read_tensors
 
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the PEFT configuration in the safetensors header
 FLAT_PREFIX = "lora_unet_"  # kohya's and musubi-tuner's: the dots of the layer's name are underscores
@@ -30,6 +32,7 @@ OTHER_METHODS = {
     "lora_magnitude_vector": "DoRA",
     "lora_mid": "LoRA with a Tucker core",
 }
+UNSUPPORTED_METADATA = ("use_dora", "lora_bias", "modules_to_save")
 TEXT_ENCODERS = ("lora_te", "text_encoder")
 ALPHA_DTYPES = (*DTYPES, torch.float64, torch.int64, torch.int32)
 # Every linear layer of diffusers' QwenImageTransformer2DModel: at its top, and in each of its blocks.
@@ -49,6 +52,11 @@ BLOCK_LAYERS = (
 DOTTED_TOP = {layer.replace(".", "_"): layer for layer in TOP_LAYERS}
 DOTTED_BLOCK = {layer.replace(".", "_"): layer for layer in BLOCK_LAYERS}
 FLAT_BLOCK = re.compile(r"transformer_blocks_([0-9]+)_(\w+)")
+
+
+def read_lora(name: str, content: bytes) -> dict[str, Tensor]:
+    """The LoRA in a safetensors file, see `plain_lora`."""
+    return plain_lora(name, *read_tensors(name, content))
 
 
 def plain_lora(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, Tensor]:
@@ -82,6 +90,43 @@ def plain_lora(name: str, tensors: dict[str, Tensor], header: dict[str, str]) ->
             f"{name} gives its strength twice, as alpha keys and in {METADATA_KEY}: save it again with one of them"
         )
     return fold_scale(state, metadata, alphas)
+
+
+def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any], alphas: Mapping[str, float]) -> dict[str, Tensor]:
+    """The same LoRA with alpha = rank, so that it loads at the right strength wherever metadata are dropped.
+
+    `state` has keys `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r); `metadata` is its PEFT configuration,
+    empty for alpha = rank; `alphas` are those of single modules, which come first. What is scaled is fp32 afterwards: fp16 would
+    lose small numbers. Raises ValueError for settings of other methods, and tensors that are no matrices of floats.
+    """
+    others = [name for name in UNSUPPORTED_METADATA if metadata.get(name)]
+    if others:
+        raise ValueError(f"the LoRA was trained with {', '.join(others)}: only plain LoRA can be loaded")
+    folded = {}
+    for key, value in state.items():
+        if value.ndim != 2 or 0 in value.shape:
+            raise ValueError(f"the LoRA has {quoted(key)} of shape {tuple(value.shape)}: expected two dimensions")
+        if value.dtype not in DTYPES:
+            raise ValueError(f"the LoRA has {quoted(key)} in {value.dtype}: save it in float32, bfloat16 or float16")
+        if key.endswith(B):
+            scale = _scale(key.removesuffix(B), value.shape[-1], metadata, alphas)
+            value = value if scale == 1 else value.float() * scale
+        folded[key] = value
+    return folded
+
+
+def _scale(module: str, rank: int, metadata: dict[str, Any], alphas: Mapping[str, float]) -> float:
+    """alpha / rank (alpha / sqrt(rank) for rank-stabilized LoRA, arXiv:2312.03732), 1.0 where no alpha is stored."""
+    if module in alphas:
+        return alphas[module] / rank
+    if "lora_alpha" not in metadata:
+        return 1.0
+    alpha = metadata["lora_alpha"]
+    for name, own in (metadata.get("alpha_pattern") or {}).items():
+        name = name.removeprefix("^")
+        if module == name or module.endswith("." + name):
+            alpha = own
+    return alpha / (rank**0.5 if metadata.get("use_rslora") else rank)
 
 
 def check_effect(name: str, lora: dict[str, Tensor]) -> None:

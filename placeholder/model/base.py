@@ -1,18 +1,33 @@
-"""The base model: its source on disk or on the hub, its device and dtype, and its components by name."""
+"""The base model: what is particular to Qwen-Image, in one description, and where its components are read from.
 
+A few other places still name its classes: transformer/attention.py (its attention processor), model/vae.py (its causal convolutions),
+model/captioner.py (the image processor of Qwen2.5-VL), lora/formats.py (its layers, as other trainers name them) and pipeline.py (the
+pipeline that users hand over).
+"""
+
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLQwenImage,
     ConfigMixin,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SchedulerMixin,
 )
 from diffusers.utils import logging as diffusers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from placeholder.devices import free_bytes
+from placeholder.errors import Log
 from placeholder.model.download import cached_commit, fetch, split_revision
 
 # Replicate reads progress from log lines that look like a bar; only the training's own may.
@@ -20,16 +35,67 @@ diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 
 MODEL_VARIABLE = "QWEN_IMAGE_MODEL"
-DEFAULT_MODEL = "Qwen/Qwen-Image"
-# The head of its main branch, 57.7 GB, since 2025; weights archives and seeds are worth what they were as long as it is this one.
-DEFAULT_REVISION = "75e0b4be04f60ec59a75f475837eced720f823b6"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that is particular to one family of base models; the defaults are Qwen-Image's (arXiv:2508.02324)."""
+
+    name: str = "Qwen-Image"
+    repository: str = "Qwen/Qwen-Image"
+    # The head of its main branch since 2025, 57.7 GB. Seeds and weights archives give the same results only with the same commit.
+    revision: str = "75e0b4be04f60ec59a75f475837eced720f823b6"
+
+    pipeline: type[DiffusionPipeline] = QwenImagePipeline
+    transformer: type[ModelMixin] = QwenImageTransformer2DModel
+    vae: type[ModelMixin] = AutoencoderKLQwenImage
+    text_encoder: type[PreTrainedModel] = Qwen2_5_VLForConditionalGeneration
+    tokenizer: type[PreTrainedTokenizerBase] = Qwen2Tokenizer
+    scheduler: type[SchedulerMixin] = FlowMatchEulerDiscreteScheduler
+
+    # QwenImagePipeline.prompt_template_encode, prompt_template_encode_start_idx, and max_sequence_length of its __call__.
+    prompt_prefix: str = (
+        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
+        "of the objects and background:<|im_end|>\n<|im_start|>user\n"
+    )
+    prompt_suffix: str = "<|im_end|>\n<|im_start|>assistant\n"
+    dropped_tokens: int = 34  # of the prefix, left out of the prompt embeddings
+    max_prompt_tokens: int = 512
+    pixels_per_token: int = 16  # along one side: 8 pixels a latent, 2 latents a token
+
+    # Attention of both streams. With the feed-forward layers the archive more than doubles, and Cog returns archives as base64.
+    lora_target_modules: tuple[str, ...] = (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    )
+    embedding_key: str = "qwen25_7b"  # under which ComfyUI looks for embeddings of this text encoder
+
+    # owner/name/file@revision, Apache-2.0, 1.7 GB; the commit is the one that uploaded the file.
+    distilled_lora: str = (
+        "lightx2v/Qwen-Image-Lightning/Qwen-Image-Lightning-8steps-V2.0.safetensors@813e69cd4c5627f2c7b921667f79690a0e12bd4e"
+    )
+    # The scheduler's settings for it, from its model card: a fixed shift of 3 at any size, no stretching to shift_terminal.
+    distilled_schedule: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "use_dynamic_shifting": True,
+            "time_shift_type": "exponential",
+            "base_shift": math.log(3),
+            "max_shift": math.log(3),
+            "shift": 1.0,
+            "shift_terminal": None,
+        }
+    )
+
+
+QWEN_IMAGE = Architecture()
+DEFAULT_MODEL = QWEN_IMAGE.repository
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which base model, and where and in which dtype its components run.
+    """Which base model, and on which device and in which dtype its components run.
 
-    `source`: a folder, or a repository of the hub, there at `revision` (a commit, tag or branch; None for its main branch).
+    `source`: a folder, or a repository of the hub at `revision` (a commit, tag or branch; None for its main branch).
     """
 
     source: str
@@ -45,7 +111,7 @@ class BaseModel:
         """
         source, revision = split_revision(os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL)
         if source == DEFAULT_MODEL:
-            revision = revision or DEFAULT_REVISION
+            revision = revision or QWEN_IMAGE.revision
         if torch.cuda.is_available():
             return cls(source, torch.device("cuda"), torch.bfloat16, revision=revision)
         if source == DEFAULT_MODEL:
@@ -63,8 +129,8 @@ class BaseModel:
         """Bytes that can still be allocated on the device."""
         return free_bytes(self.device)
 
-    def fetch(self, log: Callable[[str], None]) -> None:
-        """Have all files at hand before the first is read, fetched side by side from the hub where the source is not a folder."""
+    def fetch(self, log: Log) -> None:
+        """Download all missing files from the hub in parallel, before the first is read; nothing for a folder."""
         fetch(self.source, log, revision=self.revision)
 
     def component(self, kind: type, name: str, **options: Any) -> Any:
@@ -73,10 +139,10 @@ class BaseModel:
 
     def configuration(self, kind: type, name: str) -> Any:
         """The configuration of a component: a dictionary for a diffusers class, the object for one of transformers."""
-        read = kind.load_config if issubclass(kind, ConfigMixin) else kind.from_pretrained
+        read = kind.load_config if issubclass(kind, ConfigMixin) else kind.config_class.from_pretrained
         return read(self.source, subfolder=name, **self._pinned())
 
     def _pinned(self) -> dict[str, str]:
-        """The commit that was fetched, so that all components are of one, also where the branch moves meanwhile."""
+        """The fetched commit, so that all components are of one, also where the branch has moved since."""
         revision = self.commit or self.revision
         return {"revision": revision} if revision else {}

@@ -1,44 +1,40 @@
-"""Where the models of a prediction lie: on the GPU as far as they fit there, otherwise offloaded to the host layer by layer."""
+"""Placement of a prediction's models: on the GPU if they fit, otherwise offloaded to host memory layer by layer."""
 
 from dataclasses import dataclass
 
 from placeholder.devices import KEPT_FREE
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import text_encoder_shell, transformer_shell
-from placeholder.model.quantization import stored_bytes
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which models stay in the host's memory and are streamed to the GPU, and the line that says so."""
+    """Which models are offloaded to host memory, and the log line that says so."""
 
-    stream_text_encoder: bool
-    stream_transformer: bool
+    offload_text_encoder: bool
+    offload_transformer: bool
     line: str
 
 
 def place(transformer: int, text_encoder: int, free: int) -> Placement:
     """The placement of models of so many bytes where `free` bytes are free on the device.
 
-    The text encoder goes first, because it runs once a prompt and the transformer in every step. A tenth of the memory is
-    left to the VAE and the activations.
+    The text encoder is offloaded first: it runs once a prompt, the transformer in every step. A tenth of the memory is left to
+    the VAE and the activations.
     """
     usable = round((1 - KEPT_FREE) * free)
-    stream_text_encoder = transformer + text_encoder > usable
-    stream_transformer = stream_text_encoder and transformer > usable
-    how = {False: "on the device", True: "streamed layer by layer"}
+    offload_text_encoder = transformer + text_encoder > usable
+    offload_transformer = offload_text_encoder and transformer > usable
+    where = {False: "on the device", True: "offloaded layer by layer"}
     line = (
-        f"Memory: {usable / 1e9:.3g} GB may be used; transformer ({transformer / 1e9:.3g} GB) {how[stream_transformer]}, "
-        f"text encoder ({text_encoder / 1e9:.3g} GB) {how[stream_text_encoder]}"
+        f"Memory: {usable / 1e9:.3g} GB may be used; transformer ({transformer / 1e9:.3g} GB) {where[offload_transformer]}, "
+        f"text encoder ({text_encoder / 1e9:.3g} GB) {where[offload_text_encoder]}"
     )
-    return Placement(stream_text_encoder, stream_transformer, line)
+    return Placement(offload_text_encoder, offload_transformer, line)
 
 
-def placement_of(base: BaseModel, free: int) -> Placement:
-    """The placement of a base model where `free` bytes are free, from its configuration: no weights are read."""
-    transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
-    return place(
-        stored_bytes(transformer, transformer, "full"),
-        stored_bytes(text_encoder, text_encoder, "full"),
-        free,
-    )
+def placement_of(base: BaseModel, free: int | None = None) -> Placement:
+    """The placement of a base model in `free` bytes, by default those free now; from its configuration, no weights are read."""
+    shells = transformer_shell(base), text_encoder_shell(base)
+    sizes = (sum(parameter.nbytes for parameter in shell.parameters()) for shell in shells)
+    return place(*sizes, base.free_bytes() if free is None else free)

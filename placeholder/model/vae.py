@@ -1,19 +1,22 @@
-"""The VAE of Qwen-Image on single images: encoding, and the normalized, packed latents that the transformer reads."""
+"""The VAE on single images: from pixels to the normalized, packed latents that the transformer reads."""
 
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
-from torch import Tensor
+from torch import Tensor, nn
+
+from placeholder.model.base import QWEN_IMAGE
+
+PIXELS_A_TOKEN = QWEN_IMAGE.pixels_per_token
 
 
-def as_single_frame(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
-    """Let the causal 3-D convolutions compute as what they are on one frame: 2-D, by the last temporal slice of their kernels.
+def as_single_frame(vae: nn.Module) -> nn.Module:
+    """Replace the causal 3-D convolutions by what they are on one frame: 2-D, with the last temporal slice of their kernels.
 
-    All earlier frames that the other slices look at are zero padding then. Results are equal up to rounding; more than one
-    frame is a ValueError from here on. Returns the same VAE.
+    The other slices only see zero padding then. Results are equal up to rounding; more than one frame raises ValueError from
+    here on. Returns the same VAE.
     """
     for name, module in vae.named_modules():
         if isinstance(module, QwenImageCausalConv3d) and not name.endswith("time_conv"):
@@ -24,12 +27,9 @@ def as_single_frame(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
 def _forward(conv: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     """(B, C, 1, H, W) => (B, C', 1, H, W)."""
     if x.shape[2] != 1:
-        raise ValueError(f"this VAE works on single pictures: got {x.shape[2]} frames, expected 1")
+        raise ValueError(f"this VAE works on single images: got {x.shape[2]} frames, expected 1")
     left, _, top, *_ = conv._padding
     return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, padding=(top, left))[:, :, None]
-
-
-PIXELS_A_TOKEN = 16  # along one side: 8 pixels a latent, 2 latents a token
 
 
 def normalize(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -46,15 +46,15 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, height * width, C * 4) => (B, C, height * 2, width * 2); `height` and `width` count tokens. Undoes `pack`."""
+    """(B, height * width, C * 4) => (B, C, height * 2, width * 2); `height` and `width` count tokens. Inverse of `pack`."""
     batch, _, channels = tokens.shape
     patches = tokens.view(batch, height, width, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(batch, channels // 4, height * 2, width * 2)
 
 
 @torch.no_grad()
-def encode_image(vae: AutoencoderKLQwenImage, pixels: Tensor) -> Tensor:
-    """A picture, uint8 (3, H, W) => normalized and packed latents, fp32 (H/16 * W/16, 64): the posterior's mode."""
+def encode_image(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """An image, uint8 (3, H, W) => normalized and packed latents, fp32 (H/16 * W/16, 64): the posterior's mode."""
     images = pixels.to(vae.device, vae.dtype)[None, :, None] / 127.5 - 1  # (1, 3, 1, H, W)
     latents = vae.encode(images).latent_dist.mode()[:, :, 0].float()  # (1, 16, H/8, W/8)
     mean, std = (torch.tensor(values, device=latents.device) for values in (vae.config.latents_mean, vae.config.latents_std))

@@ -128,7 +128,7 @@ def predict(given: dict[str, Any], console: Console) -> Path:
     from placeholder.generate import ImageGenerator, save_image
     from placeholder.lora.distilled import load_fast_lora
     from placeholder.model.base import BaseModel
-    from placeholder.service.files import local_file
+    from placeholder.model.download import local_file
     from placeholder.weights.archive import read_weights
 
     _find_model_from_anywhere()

@@ -1,36 +1,31 @@
 """From prompts to prompt_embeds, in one way for training and prediction: ids inside the template, then the text encoder."""
 
 from collections.abc import Iterable, Sequence
-from functools import cache
 
 import torch
-from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.devices import to_device
+from placeholder.model.base import QWEN_IMAGE
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 
 # The prompt that says nothing, for classifier-free guidance and caption dropout; Qwen-Image's own examples use a space.
 EMPTY_PROMPT = " "
-MAX_PROMPT_TOKENS = 512  # max_sequence_length of QwenImagePipeline.__call__
 
 
-@cache
 def prompt_template() -> tuple[str, str, int]:
     """The template before and after a prompt, and how many of its tokens are dropped from prompt_embeds, as in the pipeline."""
-    pipeline = QwenImagePipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=None)
-    prefix, suffix = pipeline.prompt_template_encode.split("{}")
-    return prefix, suffix, pipeline.prompt_template_encode_start_idx
+    return QWEN_IMAGE.prompt_prefix, QWEN_IMAGE.prompt_suffix, QWEN_IMAGE.dropped_tokens
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, prompt: str) -> tuple[int, ...]:
     """The ids of a prompt inside the template, with the placeholders' ids in their places.
 
-    Truncated after MAX_PROMPT_TOKENS of the prompt, as the pipeline does. An empty prompt counts as EMPTY_PROMPT.
+    Truncated after the most tokens of a prompt that the pipeline takes. An empty prompt counts as EMPTY_PROMPT.
     """
     prefix, suffix, dropped = prompt_template()
-    return tuple(tokens.tokenize(tokenizer, prompt or EMPTY_PROMPT, prefix, suffix)[: dropped + MAX_PROMPT_TOKENS])
+    return tuple(tokens.tokenize(tokenizer, prompt or EMPTY_PROMPT, prefix, suffix)[: dropped + QWEN_IMAGE.max_prompt_tokens])
 
 
 def encode_prompts(text_encoder: nn.Module, tokens: PlaceholderTokens, input_ids: Tensor) -> Tensor:

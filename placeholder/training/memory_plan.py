@@ -11,10 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from placeholder.config import TrainConfig
 from placeholder.devices import KEPT_FREE
 from placeholder.lora.adapter import add_lora
-from placeholder.model.base import BaseModel
+from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.loading import text_encoder_shell, transformer_shell
-from placeholder.model.quantization import STORAGES, Storage, stored_bytes
-from placeholder.model.vae import PIXELS_A_TOKEN
+from placeholder.model.quantization import QUANTIZATIONS, Quantization, quantized_bytes
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_template
 from placeholder.training.examples import Example, draw_sample
@@ -33,7 +32,7 @@ class Need:
     `encoding` is the peak before training, while the text encoder is whole; `text_encoder` is what of it stays.
     """
 
-    quantization: Storage
+    quantization: Quantization
     tabled: bool
     encoding: int
     transformer: int
@@ -97,7 +96,8 @@ def plan_memory(base: BaseModel, config: TrainConfig, grid: tuple[int, int], ids
     """
     usable = round((1 - KEPT_FREE) * free)
     needs = memory_needs(base, config, grid, ids)
-    side = f"{grid[1] * PIXELS_A_TOKEN}x{grid[0] * PIXELS_A_TOKEN}"
+    pixels = QWEN_IMAGE.pixels_per_token
+    side = f"{grid[1] * pixels}x{grid[0] * pixels}"
     token = "with a token" if config.tokens else "without a token"
     title = f"training at {side} pixels, batch {config.batch_size}, rank {config.rank}, {token}"
     allowed = [need for need in needs if (need.quantization != "none") == config.quantize]
@@ -120,20 +120,21 @@ def memory_needs(base: BaseModel, config: TrainConfig, grid: tuple[int, int], id
     On a GPU quantized weights have their modulations tabled, others come with a table and without.
     """
     transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
-    weights = {kind: stored_bytes(transformer, transformer.transformer_blocks, kind) for kind in STORAGES}
-    embedder = stored_bytes(transformer.time_text_embed, transformer.time_text_embed, "none")
+    weights = {kind: quantized_bytes(transformer, transformer.transformer_blocks, kind) for kind in QUANTIZATIONS}
+    embedder = quantized_bytes(transformer.time_text_embed, transformer.time_text_embed, "none")
     replaced = {
-        kind: embedder + sum(stored_bytes(layer, layer, kind) for layer in modulation_layers(transformer)) for kind in STORAGES
+        kind: embedder + sum(quantized_bytes(layer, layer, kind) for layer in modulation_layers(transformer))
+        for kind in QUANTIZATIONS
     }
     table_row = row_bytes(transformer)
-    encoder_bytes = stored_bytes(text_encoder, text_encoder.layers, "int8" if config.quantize_te else "none")
-    encoding = stored_bytes(text_encoder, text_encoder.layers, "none")
+    encoder_bytes = quantized_bytes(text_encoder, text_encoder.layers, "int8" if config.quantize_te else "none")
+    encoding = quantized_bytes(text_encoder, text_encoder.layers, "none")
     with fake_step(transformer, text_encoder, config, grid, ids) as loss:
         footprint = measure(transformer, loss, text_encoder.parameters())
     lora = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
-    variants = [(kind, False) for kind in STORAGES]
+    variants = [(kind, False) for kind in QUANTIZATIONS]
     if base.device.type != "cpu" and depend_on_timestep_alone(transformer):  # on a CPU a table would lie in the same memory
-        variants = [("none", False), *((kind, True) for kind in STORAGES)]
+        variants = [("none", False), *((kind, True) for kind in QUANTIZATIONS)]
     return tuple(
         Need(
             kind,

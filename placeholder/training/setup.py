@@ -14,9 +14,10 @@ from placeholder.data.captions import check_autocaption, describe_photos, draft,
 from placeholder.data.dataset import DatasetReport, Photo, dataset_digest, read_dataset, thumbnail
 from placeholder.devices import free_memory
 from placeholder.lora.adapter import add_lora
+from placeholder.model.base import QWEN_IMAGE
 from placeholder.model.captioner import check_vision_tower, load_vlm
 from placeholder.model.loading import load_text_encoder, load_tokenizer, load_transformer, load_vae, shift_constants, text_width
-from placeholder.model.vae import PIXELS_A_TOKEN, encode_image
+from placeholder.model.vae import encode_image
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, fresh_tokens
 from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, PromptEncoder, prompt_ids
 from placeholder.tokens.vocabulary import check_tokens
@@ -152,7 +153,7 @@ def encode_text(
     """The embeddings of prompts without a placeholder, cached; the text encoder stays only where tokens are trained."""
     config, token_optimizer = context.config, None
     with context.timing.part("load"):
-        text_encoder = load_text_encoder(context.base, config.quantize_te)
+        text_encoder = load_text_encoder(context.base, "int8" if config.quantize_te else "none")
     prompt_embeds = PromptEncoder(text_encoder, tokens)
     with context.timing.part("cache"):
         cached = prompt_embeds.cache(prompts)
@@ -192,4 +193,5 @@ def build(
 
 def _grid(pixels: Tensor) -> tuple[int, int]:
     """Height and width in image tokens of a crop (3, H, W)."""
-    return pixels.shape[1] // PIXELS_A_TOKEN, pixels.shape[2] // PIXELS_A_TOKEN
+    side = QWEN_IMAGE.pixels_per_token
+    return pixels.shape[1] // side, pixels.shape[2] // side

@@ -1,4 +1,4 @@
-"""How the transformer's layers compute with a LoRA on them, most of it in training: the same numbers up to rounding, with less kept and moved."""
+"""Layers of the transformer that keep and move less in training than PEFT's and diffusers' own, equal to them up to rounding."""
 
 from types import MethodType
 from typing import Any
@@ -10,25 +10,24 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+INT8_MAX = 127
 
 
 def fuse_lora_addition(transformer: nn.Module, adapter: str) -> None:
-    """Let the layers of an adapter without dropout add their LoRA as below. Its weights are read without calling its layers."""
+    """Let FusedLoraAddition add an adapter without dropout. Its weights are read without calling its layers."""
     for module in transformer.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
             module.lora_variant[adapter] = FusedLoraAddition()
 
 
 def prepare_layers(transformer: nn.Module, adapter: str) -> None:
-    """Let LoRA layers, layers in 8 bits and norms compute as below; for frozen norms and an adapter without dropout."""
+    """Let LoRA layers and norms compute as below, for frozen norms and an adapter without dropout."""
     fuse_lora_addition(transformer, adapter)
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             # Autocast brings weight and input together; PEFT would keep an fp32 copy of each input for the backward pass.
             module.cast_input_dtype_enabled = False
-        elif isinstance(module, nn.Linear) and is_traceable_wrapper_subclass(module.weight):  # torchao's, in 8 bits
-            module.forward = MethodType(_int8_linear, module)
         elif type(module) is nn.LayerNorm:
             module.forward = MethodType(_layer_norm, module)
         elif type(module) is RMSNorm and module.weight is not None and module.bias is None:
@@ -36,10 +35,10 @@ def prepare_layers(transformer: nn.Module, adapter: str) -> None:
 
 
 class FusedLoraAddition(LoraVariant):
-    """The LoRA's part is added onto the base layer's output by the matrix product itself (addmm).
+    """Adds the LoRA's output to the base layer's by one `addmm`.
 
-    PEFT's own forward pass writes it out, multiplies it by its scale and adds it: three more passes over a tensor as large as
-    the output, and one more backwards.
+    PEFT's own forward pass writes it out, scales it and adds it: three more passes over a tensor as large as the output, and
+    one more in the backward pass.
     """
 
     @staticmethod
@@ -54,15 +53,30 @@ class FusedLoraAddition(LoraVariant):
         return torch.addmm(result.flatten(0, -2), down, up, alpha=scale).view_as(result)
 
 
-def _int8_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer with its weight unpacked for each use alone: torchao's own would keep it unpacked until the backward pass."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Int8Linear.apply(x, layer.weight.qdata, layer.weight.scale, layer.bias)
+class Int8Linear(nn.Linear):
+    """A frozen linear layer with int8 weights (O, I) and a scale for each row, (O, 1) in the dtype of the layer it replaces.
+
+    The weight is dequantized in each pass, and not kept for the backward pass.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = layer.weight.detach()
+        scale = (weight.abs().amax(1, keepdim=True) / INT8_MAX).clamp_min(torch.finfo(weight.dtype).tiny)
+        numbers = (weight.float() / scale.float()).round().clamp(-INT8_MAX, INT8_MAX)
+        self.weight = nn.Parameter(numbers.to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) => (..., O), in the dtype of x, or autocast's."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return _Int8Product.apply(x, self.weight, self.scale, self.bias)
 
 
-class _Int8Linear(torch.autograd.Function):
-    """y = s (x Q^T) + b for a weight of int8 numbers Q (O, I) with a scale s for each row, which does not learn."""
+class _Int8Product(torch.autograd.Function):
+    """y = s (x Q^T) + b for int8 numbers Q (O, I) with scales s (O, 1)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, numbers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,9 +92,9 @@ class _Int8Linear(torch.autograd.Function):
 
 
 def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The norm in its input's dtype, as in prediction: CUDA's autocast returns fp32, which then is kept beside every bf16 copy.
+    """LayerNorm in its input's dtype, as in prediction; the CUDA kernel accumulates in fp32.
 
-    The CUDA kernel accumulates in fp32 all the same.
+    CUDA's autocast returns fp32, which is then kept together with every bf16 copy.
     """
     if x.dtype == torch.float32:
         return nn.LayerNorm.forward(norm, x)
@@ -89,9 +103,9 @@ def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def _rms_norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    """The norm with its input alone kept for the backward pass; of one in bf16 diffusers' own keeps fp32 copies.
+    """RMSNorm that keeps only its input for the backward pass; for bf16, diffusers' own keeps fp32 copies.
 
-    CUDA has a kernel for it, and so has the compiler; the CPU's takes the norm apart again.
+    CUDA and the compiler have a kernel for it; the CPU's is decomposed again.
     """
     if x.is_cuda or torch.compiler.is_compiling():
         with torch.autocast(x.device.type, enabled=False):
@@ -100,7 +114,7 @@ def _rms_norm(norm: RMSNorm, x: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = w x / sqrt(mean(x^2) + eps), arXiv:1910.07467, equation 4, in fp32, for a weight that does not learn."""
+    """y = w x / sqrt(mean(x^2) + eps), arXiv:1910.07467, equation 4, in fp32, for a frozen weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

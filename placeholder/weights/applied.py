@@ -3,14 +3,13 @@
 from collections import OrderedDict
 from pathlib import Path
 
-from diffusers import QwenImageTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.errors import Log, shown
 from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora, scale_loras, unload_lora
 from placeholder.model.base import BaseModel
-from placeholder.model.offloading import stop_streaming, stream
+from placeholder.model.offloading import offload, stop_offloading
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.vocabulary import archive_tokens, check_tokens
 from placeholder.transformer.layers import fuse_lora_addition
@@ -30,7 +29,7 @@ class AppliedWeights:
 
     def __init__(
         self,
-        transformer: QwenImageTransformer2DModel,
+        transformer: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         width: int,
         base: BaseModel,
@@ -68,10 +67,10 @@ class AppliedWeights:
         offload_again = self.offloaded and self.applied == INCOMPLETE  # the layers' hooks may be there in part
         self.applied = INCOMPLETE
         if offload_again:
-            stop_streaming(self.transformer)
+            stop_offloading(self.transformer)
         unload_lora(self.transformer)
         if offload_again:
-            stream(self.transformer, self.base.device)
+            offload(self.transformer, self.base.device)
         self._reset()
 
     def scale(self, scale: float, extra_scale: float, fast: bool) -> None:

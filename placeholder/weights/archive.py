@@ -2,34 +2,31 @@
 
 import hashlib
 import json
-import shutil
-import tempfile
 import zipfile
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import torch
-from diffusers import QwenImagePipeline
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from placeholder.config import MAX_VECTORS
 from placeholder.data.archive import Archive, open_archive
 from placeholder.data.entries import MAX_ENTRY_BYTES, is_clutter
 from placeholder.errors import label, quoted, reason, shown
-from placeholder.lora.adapter import DTYPES
-from placeholder.lora.formats import check_effect, plain_lora
+from placeholder.lora.adapter import DTYPES, PREFIX
+from placeholder.lora.formats import METADATA_KEY, check_effect, read_lora
 from placeholder.lora.safetensors import looks_like_safetensors, read_tensors
+from placeholder.model.base import QWEN_IMAGE
 from placeholder.tokens.vocabulary import MAX_TOKENS, check_word
 
 META_NAME = "meta.json"
 LORA_NAME = "lora/lora_weights.safetensors"
 EMBEDDINGS_FOLDER = "embeddings"
-EMBEDDING_KEY = "qwen25_7b"  # the key under which ComfyUI looks for an embedding of this text encoder
+EMBEDDING_KEY = QWEN_IMAGE.embedding_key
 HEADER_MULTIPLE = 8  # the tensors behind the header are aligned to so many bytes (the format's description)
-BLOCK_BYTES = 1024**2
 MAX_META_BYTES = 1024 * 1024
 MAX_BASE_MODEL_CHARACTERS = 1000
 MAX_ID = 2**31  # of a token
@@ -52,62 +49,41 @@ def embedding_name(token: str) -> str:
 
 
 def write_weights(path: Path, weights: Weights, lora_metadata: dict[str, Any], header: dict[str, str] | None = None) -> None:
-    """Write the archive, whole or not at all; `lora_metadata` is the PEFT configuration of the LoRA (alpha = rank).
+    """Write the archive; `lora_metadata` is the PEFT configuration of the LoRA (alpha = rank).
 
-    `header` goes into the LoRA's safetensors header, beside what diffusers writes there. Entries are stored, not compressed
-    (bf16 noise does not shrink), sorted, and without a time of their own: equal weights and meta.json make equal bytes.
+    The LoRA's file is that of diffusers' `save_lora_weights`, with `header` added to its metadata. Entries are stored, not compressed
+    (bf16 noise does not shrink), sorted, and without a time of their own: equal weights and meta.json give equal bytes.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        root = Path(folder)
-        QwenImagePipeline.save_lora_weights(
-            root / "lora",
-            transformer_lora_layers=weights.lora,
-            transformer_lora_adapter_metadata=lora_metadata,
-            weight_name=PurePosixPath(LORA_NAME).name,
-        )
-        _set_metadata(root / LORA_NAME, header or {})
-        for token, rows in weights.embeddings.items():
-            target = root / embedding_name(token)
-            target.parent.mkdir(exist_ok=True)
-            save_file({EMBEDDING_KEY: rows.contiguous()}, target, metadata={"format": "pt", "token": token})
-            _set_metadata(target, {})
-        (root / META_NAME).write_text(json.dumps(weights.meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        files = sorted(file for file in root.rglob("*") if file.is_file())
-        whole = root / path.name
-        with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
-            for file in files:
-                with (
-                    archive.open(_entry(file.relative_to(root).as_posix()), "w", force_zip64=True) as target,
-                    file.open("rb") as source,
-                ):
-                    shutil.copyfileobj(source, target, BLOCK_BYTES)
-        whole.replace(path)
+    lora = {PREFIX + key: value for key, value in weights.lora.items()}
+    peft = {PREFIX + key: value for key, value in lora_metadata.items()}
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(peft, indent=2, sort_keys=True)} | (header or {})
+    files = {
+        embedding_name(token): _safetensors({EMBEDDING_KEY: rows.contiguous()}, {"format": "pt", "token": token})
+        for token, rows in weights.embeddings.items()
+    }
+    files[LORA_NAME] = _safetensors(lora, metadata)
+    files[META_NAME] = (json.dumps(weights.meta, indent=2, ensure_ascii=False) + "\n").encode()
+    path.unlink(missing_ok=True)
+    add_files(path, dict(sorted(files.items())))
 
 
 def add_files(path: Path, files: dict[str, bytes]) -> None:
-    """Add files to an archive that was written, behind what it holds, as they are and without a time of their own."""
+    """Append files to an archive, uncompressed and without a time of their own."""
     with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
         for name, content in files.items():
-            archive.writestr(_entry(name), content)
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, content)
 
 
-def _entry(name: str) -> zipfile.ZipInfo:
-    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    entry.external_attr = 0o644 << 16
-    return entry
-
-
-def _set_metadata(path: Path, more: dict[str, str]) -> None:
-    """Add to the metadata in a safetensors header, and give them, which are written in a random order, that of their names."""
-    changed = path.with_name(f"{path.name}.changed")
-    with path.open("rb") as source, changed.open("wb") as target:
-        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
-        header["__metadata__"] = dict(sorted((header["__metadata__"] | more).items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text = text.ljust(-len(text) % HEADER_MULTIPLE + len(text))
-        target.write(len(text).to_bytes(8, "little") + text)
-        shutil.copyfileobj(source, target, BLOCK_BYTES)
-    changed.replace(path)
+def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file with its metadata sorted by name; the library writes them in random order."""
+    content = save(tensors)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(content[8:start])
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // HEADER_MULTIPLE) * HEADER_MULTIPLE)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[start:]))
 
 
 def read_weights(path: Path | str) -> Weights:
@@ -128,7 +104,7 @@ def read_weights(path: Path | str) -> Weights:
         if META_NAME not in archive.names:
             raise ValueError(f"{META_NAME} not found in {archive.name}: give the archive as the training returned it")
         meta = _meta(archive)
-        lora = _lora(f"{archive.name}: {LORA_NAME}", archive.read(LORA_NAME))
+        lora = read_lora(f"{archive.name}: {LORA_NAME}", archive.read(LORA_NAME))
         return Weights(lora, _embeddings(archive, meta), meta)
 
 
@@ -152,13 +128,9 @@ def _is_safetensors(path: Path) -> bool:
         return looks_like_safetensors(file.read(9))
 
 
-def _lora(name: str, content: bytes) -> dict[str, Tensor]:
-    return plain_lora(name, *read_tensors(name, content))
-
-
 def _lora_alone(name: str, content: bytes) -> dict[str, Tensor]:
-    """A LoRA that comes without tokens, so that it has to change something itself."""
-    lora = _lora(name, content)
+    """A LoRA without tokens, which therefore has to change something itself."""
+    lora = read_lora(name, content)
     check_effect(name, lora)
     return lora
 

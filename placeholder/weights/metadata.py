@@ -1,4 +1,4 @@
-"""What an archive says about the training it came from: meta.json, and the header that other tools read."""
+"""What an archive says about its training: meta.json, and the metadata in the LoRA's safetensors header."""
 
 import os
 from dataclasses import asdict
@@ -12,15 +12,19 @@ import torch
 import transformers
 
 from placeholder.config import TrainConfig
+from placeholder.model.base import QWEN_IMAGE
 
 TIME_VARIABLE = "SOURCE_DATE_EPOCH"
-MEASURED = ("training_seconds", "compile_seconds", "expected_peak_gb", "peak_gb")  # figures that differ from run to run
+MEASURED = ("training_seconds", "compile_seconds", "expected_peak_gb", "peak_gb")  # which differ from run to run
 
 
 def training_meta(
     config: TrainConfig, token_ids: dict[str, list[int]], found: dict[str, Any], figures: dict[str, Any]
 ) -> dict[str, Any]:
-    """meta.json."""
+    """meta.json: the resolved configuration, the tokens' ids, what was `found` in the dataset, `figures`, and library versions.
+
+    With SOURCE_DATE_EPOCH it holds that time and nothing that was measured, so that the same run gives the same bytes.
+    """
     ids = next(iter(token_ids.values()), None)
     fixed = fixed_time()
     if fixed:
@@ -41,22 +45,22 @@ def training_meta(
 
 
 def fixed_time() -> datetime | None:
-    """The time of SOURCE_DATE_EPOCH (reproducible-builds.org), where that is set."""
+    """The time of SOURCE_DATE_EPOCH (reproducible-builds.org); None if that is not set."""
     fixed = os.environ.get(TIME_VARIABLE)
     return datetime.fromtimestamp(int(fixed), UTC) if fixed else None
 
 
 def modelspec(meta: dict[str, Any]) -> dict[str, str]:
-    """What other tools show of a LoRA, for its safetensors header, by the names of Stability AI's Model Metadata Standard 1.0.0.
+    """Metadata that other tools show of a LoRA, for its safetensors header, after Stability AI's Model Metadata Standard 1.0.0.
 
-    The date is left to meta.json unless SOURCE_DATE_EPOCH fixes it: the same run gives the same LoRA, byte for byte.
+    It has a date only with SOURCE_DATE_EPOCH: the same run gives the same LoRA, byte for byte.
     """
     tokens = ", ".join(meta["placeholder_token_ids"])
     side = max(map(int, meta["resolution"].split(",")))
     base = PurePath(meta["base_model"]).name
     found = {
         "sai_model_spec": "1.0.0",
-        "architecture": "Qwen-Image/lora",
+        "architecture": f"{QWEN_IMAGE.name}/lora",
         "implementation": "diffusers",
         "title": f"LoRA of {base} for {tokens}" if tokens else f"LoRA of {base}",
         "resolution": f"{side}x{side}",

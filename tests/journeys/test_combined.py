@@ -266,7 +266,7 @@ def test_streaming_changes_a_picture_with_two_archives_by_rounding_alone(draw, b
     expected.append(draw(PLAIN))
     monkeypatch.setattr(placement_module, "free_bytes", lambda device: 1)
     streaming = Drawer(base)
-    assert streaming.generator.streamed
+    assert streaming.generator.offloaded
     for _ in range(2):
         # Streamed layers add their LoRA by another way: PEFT's, which calls the layers that bring their weights.
         assert np.abs(streaming(BOTH, zero_prior.archive, extra).astype(int) - expected[0]).max() <= 1

@@ -1,8 +1,8 @@
-"""`go_fast` with a step-distilled LoRA: the picture of stock diffusers with both LoRAs, and no trace of it afterwards."""
+"""`go_fast` with a step-distilled LoRA: the image of stock diffusers with both LoRAs, and no trace of it afterwards."""
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +13,16 @@ from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
 from placeholder import generate as generate_module
-from placeholder.lora import distilled as fast_module
-from placeholder.lora.adapter import FAST_ADAPTER, load_lora
-from placeholder.lora.distilled import FAST_VARIABLE, PUBLISHED, STEPS_VARIABLE, FastLora, load_fast_lora, steps_of
-from placeholder.model.base import DEFAULT_MODEL
+from placeholder.lora.distilled import FAST_VARIABLE, STEPS_VARIABLE, FastLora, load_fast_lora, steps_of
+from placeholder.model import placement as placement_module
+from placeholder.model.base import DEFAULT_MODEL, QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_transformer
-from placeholder.weights import applied as applied_module
 from placeholder.weights.archive import LORA_NAME
 from predict import Predictor
-from tests.support.interruption import CHANGING, interrupt_anywhere
-from tests.support.predictions import NAMED, PLAIN, Images
+from tests.journeys.test_isolation import CHANGING, interrupt_anywhere
 from tests.support.samples import read_zip
 from tests.support.stock import apply_archive, stock_pipeline
+from tests.test_generate import NAMED, PLAIN, Drawer
 from tests.test_request import DEFAULTS
 
 STEPS, RANK, ALPHA = 3, 8, 2.0
@@ -73,21 +71,21 @@ def fast(base, published) -> FastLora:
 
 
 @pytest.fixture(scope="module")
-def draw(base, fast) -> Images:
+def draw(base, fast) -> Drawer:
     """One generator for all tests here: what one does must not be seen in the next."""
-    return Images(base, fast)
+    return Drawer(base, fast)
 
 
 @pytest.fixture(scope="module")
-def as_before(base, zero_prior) -> Callable[[Images], bool]:
+def as_before(base, zero_prior) -> Callable[[Drawer], bool]:
     """Whether a generator draws, with an archive and without weights, what others draw that know of no step-distilled LoRA."""
     cases = [(NAMED, zero_prior.archive), (PLAIN, None)]
-    expected = [Images(base)(*case) for case in cases]
+    expected = [Drawer(base)(*case) for case in cases]
     return lambda drawer: all(np.array_equal(drawer(*case), picture) for case, picture in zip(cases, expected, strict=True))
 
 
 @pytest.mark.parametrize(("scale", "steps"), [(0.6, 50), (1.0, 2), (None, 50)])
-def test_the_picture_is_that_of_stock_diffusers_with_both_loras(scale, steps, draw, base, published, zero_prior):
+def test_the_image_is_that_of_stock_diffusers_with_both_loras(scale, steps, draw, base, published, zero_prior):
     prompt = PLAIN.prompt if scale is None else NAMED.prompt
     archive = None if scale is None else zero_prior.archive
     asked = replace(FAST, prompt=prompt, negative_prompt="blurry", lora_scale=scale or 1.0, steps=steps)
@@ -140,9 +138,9 @@ def test_guidance_and_negative_prompt_do_not_count_and_the_log_says_so(draw, mon
 
 
 def test_without_it_the_log_says_that_it_is_the_first_block_cache(base):
-    drawer = Images(base)
+    drawer = Drawer(base)
     drawer(FAST)
-    assert "go_fast: first-block cache, as there is no step-distilled LoRA at hand" in drawer.log
+    assert "go_fast: first-block cache, as no step-distilled LoRA is available" in drawer.log
 
 
 def test_two_archives_and_the_fast_lora_go_together(draw, zero_prior, as_before, tmp_path):
@@ -156,53 +154,33 @@ def test_two_archives_and_the_fast_lora_go_together(draw, zero_prior, as_before,
 
 
 def test_archives_of_one_shape_still_switch_by_their_weights_alone(draw, base, fast, zero_prior, baseline, monkeypatch):
-    alone = [Images(base, fast)(FAST, run.archive) for run in (zero_prior, baseline)]
-    plain = Images(base)(PLAIN, baseline.archive)
+    alone = [Drawer(base, fast)(FAST, run.archive) for run in (zero_prior, baseline)]
+    plain = Drawer(base)(PLAIN, baseline.archive)
     draw(FAST, zero_prior.archive)
     loaded = []
-    monkeypatch.setattr(applied_module, "load_lora", lambda *args: loaded.append(args))
+    monkeypatch.setattr(generate_module, "load_lora", lambda *args: loaded.append(args))
     switched = [draw(FAST, run.archive) for run in (zero_prior, baseline)]
     off = draw(PLAIN, baseline.archive)
     assert np.array_equal(draw(FAST, baseline.archive), switched[1])
     assert loaded == [] and all(map(np.array_equal, switched, alone)) and np.array_equal(off, plain)
 
 
-@pytest.mark.parametrize("before", [None, "zero_prior"])
-def test_an_interruption_while_it_is_put_on_is_undone_by_the_next_request(
-    before, base, fast, zero_prior, as_before, monkeypatch
-):
-    drawer, archive = Images(base, fast), zero_prior.archive if before else None
-    expected = Images(base, fast)(FAST, archive)
-    drawer(PLAIN, archive)
-
-    def interrupted(transformer, state, adapter):
-        load_lora(transformer, state, adapter)
-        if adapter == FAST_ADAPTER:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(applied_module, "load_lora", interrupted)
-        drawer(FAST, archive)
-    assert drawer.generator.weights.applied == applied_module.INCOMPLETE
-    assert np.array_equal(drawer(FAST, archive), expected)
-    assert as_before(drawer)
-
-
 def test_an_interruption_anywhere_leaves_no_trace(base, fast, zero_prior, as_before):
-    drawer = Images(base, fast)
+    drawer = Drawer(base, fast)
     short, with_archive = replace(PLAIN, steps=1), (replace(FAST, steps=1), zero_prior.archive)
-    interrupt_anywhere(drawer, CHANGING, (short, None), with_archive, "apply", lambda: as_before(drawer))
-    interrupt_anywhere(drawer, CHANGING, with_archive, (short, None), "remove", lambda: as_before(drawer))
+    interrupt_anywhere(drawer, CHANGING, (short, None), with_archive, "load", lambda: as_before(drawer))
+    interrupt_anywhere(drawer, CHANGING, with_archive, (short, None), "unload", lambda: as_before(drawer))
 
 
-def test_streaming_changes_no_pixel(draw, base, fast, zero_prior, as_before):
+def test_offloading_changes_no_pixel(draw, base, fast, zero_prior, as_before, monkeypatch):
     cases = [(FAST_NAMED, zero_prior.archive), (FAST, None)]
     expected = [draw(*case) for case in cases]
-    streaming = Images(base, fast, free=1)
-    assert streaming.generator.weights.offloaded
+    monkeypatch.setattr(placement_module, "free_bytes", lambda device: 1)
+    offloading = Drawer(base, fast)
+    assert offloading.generator.offloaded
     for _ in range(2):
-        assert all(np.array_equal(streaming(*case), picture) for case, picture in zip(cases, expected, strict=True))
-        assert as_before(streaming)
+        assert all(np.array_equal(offloading(*case), picture) for case, picture in zip(cases, expected, strict=True))
+        assert as_before(offloading)
 
 
 def test_the_predictor_draws_with_the_file_that_the_variable_names(draw, base, published, zero_prior, monkeypatch, capsys):
@@ -229,58 +207,63 @@ def test_for_another_base_model_and_for_none_there_is_none_and_the_log_says_why(
     ]
 
 
+@dataclass(frozen=True)
+class TinyQwenImage(BaseModel):
+    """Qwen/Qwen-Image by name, with the shapes of the tiny base model."""
+
+    tiny: BaseModel | None = None
+
+    def configuration(self, kind, name):
+        return self.tiny.configuration(kind, name)
+
+
 @pytest.fixture
-def hub(base, published, monkeypatch) -> list[tuple]:
-    """The full-size base model with the tiny one's shapes, and a hub that has the published file; what was asked of it."""
-    asked = []
-    monkeypatch.setattr(fast_module, "transformer_shell", lambda _base: load_transformer(base))
-    monkeypatch.setattr(fast_module, "fetch_file", lambda *given: asked.append(given[:3]) or published)
-    return asked
+def qwen_image(base) -> BaseModel:
+    return TinyQwenImage(DEFAULT_MODEL, base.device, torch.bfloat16, tiny=base)
 
 
-def test_for_qwen_image_it_is_the_published_one(base, hub, monkeypatch):
+def test_for_qwen_image_it_is_the_published_one(qwen_image, published, monkeypatch):
     monkeypatch.delenv(FAST_VARIABLE, raising=False)
-    found = load_fast_lora(replace(base, source=DEFAULT_MODEL, dtype=torch.bfloat16), lambda line: None)
-    repository, _, file = PUBLISHED.partition("@")[0].rpartition("/")
-    assert hub == [(repository, file, PUBLISHED.partition("@")[2])] and found.steps == 8 and found.name == file
+    asked = []
+    found = load_fast_lora(qwen_image, lambda line: None, lambda *given: asked.append(given[:3]) or published)
+    path, _, revision = QWEN_IMAGE.distilled_lora.partition("@")
+    repository, _, file = path.rpartition("/")
+    assert asked == [(repository, file, revision)] and found.steps == 8 and found.name == file
     assert {value.dtype for value in found.lora.values()} == {torch.bfloat16}
 
 
-def test_a_published_one_that_cannot_be_had_is_no_failure_and_one_that_is_named_is(base, hub, monkeypatch):
+def test_a_published_one_that_cannot_be_fetched_is_no_failure_a_named_one_is(base, qwen_image, monkeypatch):
     def away(*_):
         raise ValueError("the hub is away")
 
-    monkeypatch.setattr(fast_module, "fetch_file", away)
     monkeypatch.delenv(FAST_VARIABLE, raising=False)
     log: list[str] = []
-    assert load_fast_lora(replace(base, source=DEFAULT_MODEL), log.append) is None
+    assert load_fast_lora(qwen_image, log.append, away) is None
     assert log == ["Warning: go_fast has no step-distilled LoRA, so it is the first-block cache: the hub is away"]
     monkeypatch.setenv(FAST_VARIABLE, "some/model/sub/lora-4steps.safetensors@v1")
     with pytest.raises(ValueError, match=f"^{FAST_VARIABLE} cannot be used: the hub is away$"):
-        load_fast_lora(base, log.append)
+        load_fast_lora(base, log.append, away)
 
 
-def test_a_hubs_file_and_a_url_are_read(base, hub, published, site, monkeypatch):
-    address, folder = site
+def test_a_hubs_file_and_a_url_are_read(base, published, site, monkeypatch):
+    (address, folder), asked = site, []
     (folder / "x-5step.safetensors").write_bytes(published.read_bytes())
     for source, steps in (("some/model/sub/lora_4_steps.safetensors@v1", 4), (f"{address}/x-5step.safetensors?token=1", 5)):
         monkeypatch.setenv(FAST_VARIABLE, source)
-        assert load_fast_lora(base, lambda line: None).steps == steps
-    assert hub == [("some/model", "sub/lora_4_steps.safetensors", "v1")]
+        found = load_fast_lora(base, lambda line: None, lambda *given: asked.append(given[:3]) or published)
+        assert found.steps == steps
+    assert asked == [("some/model", "sub/lora_4_steps.safetensors", "v1")]
 
 
 @pytest.mark.parametrize("name", ["lora.safetensors", "4steps-or-8steps.safetensors", "8stepson.safetensors", "1000steps"])
-def test_a_number_of_steps_that_cannot_be_told_is_asked_for(name, base, published, tmp_path, monkeypatch):
-    path = tmp_path / name
-    path.write_bytes(published.read_bytes())
-    monkeypatch.setenv(FAST_VARIABLE, str(path))
+def test_a_number_of_steps_that_a_name_does_not_tell_is_asked_for(name, monkeypatch):
     with pytest.raises(ValueError, match=f"{name} does not say for how many steps .* or set {STEPS_VARIABLE}$"):
-        load_fast_lora(base, lambda line: None)
+        steps_of(name)
     monkeypatch.setenv(STEPS_VARIABLE, "6")
-    assert load_fast_lora(base, lambda line: None).steps == 6
+    assert steps_of(name) == 6
     monkeypatch.setenv(STEPS_VARIABLE, "many")
     with pytest.raises(ValueError, match=f"{STEPS_VARIABLE} is 'many': give a whole number from 1 to 200"):
-        load_fast_lora(base, lambda line: None)
+        steps_of(name)
 
 
 def test_the_published_names_say_their_steps():
@@ -293,16 +276,11 @@ def test_the_published_names_say_their_steps():
 
 WRONG = {
     "no such file": (None, "is neither a file nor a URL nor owner/name/file.safetensors@revision"),
-    "not safetensors": (lambda tensors: b"PK archive", "is not a safetensors file: give the step-distilled LoRA"),
+    "not safetensors": (lambda tensors: b"PK archive", "is not a safetensors file"),
     "another model": (
         lambda tensors: save({key.replace("blocks.1", "blocks.9"): value for key, value in tensors.items()}),
         "the LoRA was made for another model: this one has no linear layer 'transformer_blocks.9",
     ),
-    "another width": (
-        lambda tensors: save({key: value[..., :7].contiguous() if value.ndim else value for key, value in tensors.items()}),
-        "the LoRA was made for another model",
-    ),
-    "not finite": (lambda tensors: save({key: value * float("nan") for key, value in tensors.items()}), "NaN|finite number"),
     "no LoRA": (lambda tensors: save({"proj_out.weight": torch.ones(2, 2)}), "is not a LoRA of Qwen-Image"),
     "half of it": (
         lambda tensors: save({key: value for key, value in tensors.items() if "lora_up" not in key}),

@@ -1,12 +1,9 @@
-"""Descriptions of pictures: the inputs are those of transformers' own processor, the words are always the same and plain."""
+"""Captions by the vision-language model: its inputs are those of transformers' own processor, its words plain and the same."""
 
 import pytest
 import torch
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
-from placeholder.config import TrainConfig
-from placeholder.data.captions import instruction
-from placeholder.model import captioner
 from placeholder.model.base import BaseModel
 from placeholder.model.captioner import (
     MAX_PIXELS,
@@ -14,9 +11,9 @@ from placeholder.model.captioner import (
     check_vision_tower,
     describe,
     load_vlm,
-    model_inputs,
     plain,
     vlm_bytes,
+    vlm_inputs,
 )
 from tests.support.peak import PeakBytes
 from tests.support.samples import picture
@@ -29,19 +26,19 @@ You are a helpful assistant.<|im_end|>
 {% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-TOKEN = TrainConfig(train_placeholder_token=True, placeholder_token=("<zwx>",))
+TEXT = "Write a caption for this image.\nIts main subject, a {dog}, is called <zwx>: it's 5 years old."
 
 
 @pytest.fixture(scope="module")
-def whole(vision_base):
-    """The whole text encoder. Nothing changes it, so the module shares one."""
+def vlm(vision_base):
+    """The whole Qwen2.5-VL. Nothing changes it, so the module shares one."""
     return load_vlm(vision_base)
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    """Descriptions of a few words: the tiny model does not come to an end by itself."""
-    monkeypatch.setattr(captioner, "MAX_NEW_TOKENS", 6)
+@pytest.fixture
+def caption(vlm, tokenizer):
+    """Captions of a few words: the tiny model does not come to an end by itself."""
+    return lambda image, text: describe(vlm, tokenizer, image, text, max_new_tokens=6)
 
 
 @pytest.fixture
@@ -53,9 +50,8 @@ def official(tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 96), (300, 200), (1500, 1000)])
-@pytest.mark.parametrize("config", [TrainConfig(), TOKEN], ids=["plain", "token"])
-def test_the_inputs_are_those_of_transformers_own_processor(size, config, official, tokenizer):
-    image, text = picture(*size), instruction(config)
+def test_the_inputs_are_those_of_transformers_own_processor(size, official, tokenizer):
+    image, text = picture(*size), TEXT
     content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
     expected = official.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -64,7 +60,7 @@ def test_the_inputs_are_those_of_transformers_own_processor(size, config, offici
         return_dict=True,
         return_tensors="pt",
     )
-    found = model_inputs(tokenizer, image, text)
+    found = vlm_inputs(tokenizer, image, text)
     assert found.keys() == dict(expected).keys()
     for name, value in found.items():
         assert torch.equal(value, expected[name]), name
@@ -73,46 +69,37 @@ def test_the_inputs_are_those_of_transformers_own_processor(size, config, offici
     assert MIN_PIXELS <= height * width <= MAX_PIXELS
 
 
-def test_a_description_is_always_the_same_and_follows_the_picture_and_the_question(whole, tokenizer):
+def test_a_caption_is_always_the_same_and_follows_the_image_and_the_instruction(caption):
     asked = [
-        describe(whole, tokenizer, picture(96, 64, seed=seed), text)
-        for seed, text in ((0, "What?"), (0, "What?"), (1, "What?"), (0, "Who?"))
+        caption(picture(96, 64, seed=seed), text) for seed, text in ((0, "What?"), (0, "What?"), (1, "What?"), (0, "Who?"))
     ]
     assert asked[0] == asked[1]
     assert len(set(asked)) == 3
     assert all(text and text.isprintable() for text in asked)
 
 
-def test_a_description_is_what_the_model_finds_likeliest_word_by_word(whole, tokenizer):
+def test_a_caption_is_decoded_greedily(vlm, tokenizer, caption):
     image, text = picture(96, 64), "What?"
-    inputs = model_inputs(tokenizer, image, text)
+    inputs = vlm_inputs(tokenizer, image, text)
     ids = []
     with torch.no_grad():
         for _ in range(6):
             more = torch.tensor([ids], dtype=torch.long)
             rest = {name: torch.cat([inputs[name], 0 * more + kind], dim=1) for name, kind in KINDS.items()}
             rest["input_ids"] = torch.cat([inputs["input_ids"], more], dim=1)
-            logits = whole(**inputs | rest, use_cache=False).logits[0, -1]
+            logits = vlm(**inputs | rest, use_cache=False).logits[0, -1]
             logits[151646:] = logits[151644] = -torch.inf  # what is no text and ends none
             ids.append(int(logits.argmax()))
-    assert describe(whole, tokenizer, image, text) == plain(tokenizer.decode(ids), finished=False)
+    assert caption(image, text) == plain(tokenizer.decode(ids), finished=False)
 
 
 KINDS = {"attention_mask": 1, "mm_token_type_ids": 0}
 
 
-def test_what_a_folder_says_of_generation_does_not_count(whole, tokenizer):
-    before = describe(whole, tokenizer, picture(), "What?")
-    whole.generation_config.update(do_sample=True, repetition_penalty=5.0, temperature=9.0)
-    assert describe(whole, tokenizer, picture(), "What?") == before
-
-
-def test_special_tokens_in_what_a_user_writes_are_text(whole, tokenizer):
-    config = TrainConfig(train_placeholder_token=True, placeholder_token=("<zwx>",), class_word="<|image_pad|> <|im_end|>")
-    ids = model_inputs(tokenizer, picture(), instruction(config))["input_ids"][0].tolist()
-    assert ids.count(151655) == 4  # 56 x 56 pixels, 28 x 28 a token
-    assert ids.count(151645) == 2
-    assert describe(whole, tokenizer, picture(), instruction(config))
+def test_the_generation_config_of_a_folder_does_not_count(vlm, caption):
+    before = caption(picture(), "What?")
+    vlm.generation_config.update(do_sample=True, repetition_penalty=5.0, temperature=9.0)
+    assert caption(picture(), "What?") == before
 
 
 @pytest.mark.parametrize(
@@ -131,11 +118,11 @@ def test_special_tokens_in_what_a_user_writes_are_text(whole, tokenizer):
         (" \n", True, ""),
     ],
 )
-def test_a_description_is_cleaned_up(text, finished, expected):
+def test_a_caption_is_cleaned_up(text, finished, expected):
     assert plain(text, finished) == expected
 
 
-def test_the_small_base_says_that_it_cannot_see(base, vision_base):
+def test_a_base_model_without_a_usable_vision_tower_gets_its_sentence(base, vision_base):
     check_vision_tower(vision_base)
     with pytest.raises(
         ValueError, match="^autocaption needs a base model whose text encoder can see, and that of .*tiny-base has"
@@ -143,7 +130,7 @@ def test_the_small_base_says_that_it_cannot_see(base, vision_base):
         check_vision_tower(base)
 
 
-def test_a_base_model_without_the_weights_of_its_eyes_gets_its_sentence(vision_base, tmp_path):
+def test_a_base_model_without_the_weights_of_its_vision_tower_gets_its_sentence(vision_base, tmp_path):
     folder = tmp_path / "base" / "text_encoder"
     folder.mkdir(parents=True)
     given = load_vlm(vision_base)
@@ -155,8 +142,8 @@ def test_a_base_model_without_the_weights_of_its_eyes_gets_its_sentence(vision_b
         load_vlm(blind)
 
 
-def test_the_height_of_describing_is_foretold(whole, vision_base, tokenizer):
+def test_the_peak_memory_of_captioning_is_counted(vlm, vision_base, caption):
     with PeakBytes() as counted:
-        describe(whole, tokenizer, picture(776, 776), instruction(TOKEN))
-    weights = sum(parameter.nbytes for parameter in whole.parameters())
+        caption(picture(776, 776), TEXT)
+    weights = sum(parameter.nbytes for parameter in vlm.parameters())
     assert 0 < counted.peak < vlm_bytes(vision_base) - weights

@@ -1,9 +1,11 @@
-"""Fetching a base model: from a hub of our own on this machine, only the files that are needed, with lines that tell of it."""
+"""Downloads: base models and files from a hub on this machine, weights by URL, and what the log and the errors say."""
 
 import hashlib
 import json
+import tempfile
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import traceback
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -81,10 +83,9 @@ def hub(monkeypatch, tmp_path):
     thread.join()
 
 
-def test_only_weights_and_descriptions_are_fetched_and_the_log_tells_how_far(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "SECONDS", 0.0)
+def test_only_weights_and_descriptions_are_fetched_and_the_log_tells_how_far(hub, tmp_path, capfd):
     log: list[str] = []
-    download.fetch("some/model", log.append, hub)
+    download.fetch("some/model", log.append, hub, seconds=0.0)
     snapshot = tmp_path / "cache" / "models--some--model" / "snapshots" / COMMIT
     found = {path.relative_to(snapshot).as_posix(): path.read_bytes() for path in snapshot.rglob("*") if path.is_file()}
     wanted = ("model_index.json", "transformer/config.json", "transformer/weights.safetensors")
@@ -92,6 +93,7 @@ def test_only_weights_and_descriptions_are_fetched_and_the_log_tells_how_far(hub
     assert log[0] == "Base model: fetching what is missing of some/model"
     assert log[-2:] == ["Base model: 0.00 GB fetched", f"Base model: complete, commit {COMMIT}"]
     assert not any("%|" in line for line in log)  # which Replicate would take for the training's progress
+    assert capfd.readouterr().err == ""
 
 
 def test_a_folder_is_taken_as_it_is(base):
@@ -114,12 +116,13 @@ def test_the_commit_that_was_fetched_is_known_and_all_components_are_read_at_it(
     asked = []
 
     class Component:
-        """A component that notes what it is asked for."""
+        """A component, and its configuration, that note what is asked of them."""
 
         @classmethod
         def from_pretrained(cls, source: str, **options: str) -> None:
             asked.append((source, options))
 
+    Component.config_class = Component
     base.component(Component, "vae")
     base.configuration(Component, "text_encoder")
     assert asked == [("some/model", {"subfolder": name, "revision": COMMIT}) for name in ("vae", "text_encoder")]
@@ -137,7 +140,7 @@ def test_a_single_file_is_fetched_once_at_its_revision(hub, tmp_path):
         assert path.read_bytes() == FILES["transformer/weights.safetensors"]
         assert path.is_relative_to(tmp_path / "cache" / "models--some--model" / "snapshots" / COMMIT)
     assert Hub.asked.count("transformer/weights.safetensors") == 2  # the headers, then the content; nothing the second time
-    assert log[0] == f"Fetching transformer/weights.safetensors of some/model at {COMMIT} unless it is there"
+    assert log[0] == f"Fetching transformer/weights.safetensors of some/model at {COMMIT} unless it is cached"
 
 
 def test_a_single_file_that_cannot_be_had_gets_its_sentence(hub, monkeypatch):
@@ -146,6 +149,98 @@ def test_a_single_file_that_cannot_be_had_gets_its_sentence(hub, monkeypatch):
         download.fetch_file("some/model", "x.safetensors", "v1", lambda line: None, hub)
 
 
-def test_no_bar_is_drawn_anywhere(hub, capfd):
-    download.fetch("some/model", lambda line: None, hub)
-    assert Path(capfd.readouterr().err or "none").name == "none"
+@pytest.fixture
+def temporary(tmp_path, monkeypatch) -> Path:
+    """The place of temporary files."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_path_is_taken_as_it_is_and_nothing_is_copied(temporary):
+    with download.local_file("some/weights.zip") as path:
+        assert path == Path("some/weights.zip")
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_url_is_fetched_and_removed_afterwards(site, temporary):
+    address, folder = site
+    (folder / "weights.zip").write_bytes(b"content")
+    with download.local_file(f"{address}/weights.zip?key=secret") as path:
+        assert path.read_bytes() == b"content"
+    assert not path.exists()
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["/none.zip?key=secret", None])
+def test_a_url_that_cannot_be_had_gets_its_sentence_without_its_query(name, site, temporary):
+    address = site[0] + name if name else "http://127.0.0.1:9/weights.zip?key=secret"
+    with (
+        pytest.raises(ValueError, match="the weights could not be fetched from http.*: check the URL") as raised,
+        download.local_file(address),
+    ):
+        pass
+    assert "secret" not in str(raised.value)
+    assert list(temporary.iterdir()) == []
+
+
+class Redirect(BaseHTTPRequestHandler):
+    """Sends everyone to where urllib does not go, and names a secret there."""
+
+    def do_GET(self) -> None:
+        """The redirection."""
+        self.send_response(302)
+        self.send_header("Location", "gopher://elsewhere/weights.zip?key=s3cr3t")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def redirecting():
+    """The address of a server that redirects."""
+    server = HTTPServer(("127.0.0.1", 0), Redirect)
+    thread = threading.Thread(target=server.handle_request)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.server_close()
+    thread.join()
+
+
+SECRETS = ("s3cr3t", "h1dden", "n0body")
+
+
+def whole(error: BaseException) -> str:
+    """All that a log would show of an error, with its causes."""
+    return "".join(traceback.format_exception(error))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:9/weights.zip?key=s3cr3t#h1dden",
+        "http://n0body:s3cr3t@127.0.0.1:9/weights.zip",
+        "http://n0body:s3cr3t@127.0.0.1:9/@home/weights.zip?key=h1dden",
+        "http://n0body@127.0.0.1:9?key=s3cr3t",
+        "http://127.0.0.1:9/a b?key=s3cr3t",
+        "http://127.0.0.1:port/weights.zip",
+        "http://[::1?key=s3cr3t",
+        "https://127.0.0.1:9/weights.zip?key=s3cr3t",
+    ],
+)
+def test_no_part_of_a_url_that_may_be_secret_is_shown(url, temporary):
+    with (
+        pytest.raises(ValueError, match="the weights could not be fetched from http.*: check the URL") as raised,
+        download.local_file(url),
+    ):
+        pass
+    assert not [word for word in SECRETS if word in whole(raised.value)]
+    assert list(temporary.iterdir()) == []
+
+
+def test_nor_is_the_address_of_a_redirection(redirecting):
+    with pytest.raises(ValueError, match=r"HTTP status 302\): check the URL") as raised, download.local_file(redirecting):
+        pass
+    assert "s3cr3t" not in whole(raised.value)

@@ -1,4 +1,4 @@
-"""Prediction on cards of several sizes: what is streamed, and that streaming changes no pixel."""
+"""Prediction on cards of several sizes: what is offloaded, and that offloading changes no pixel."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.full_size import RandomBase
 from placeholder.generate import ImageGenerator
+from placeholder.model import placement as placement_module
 from placeholder.model.placement import place, placement_of
 from placeholder.request import Request
 
@@ -15,35 +16,36 @@ REQUEST = Request("a photo of <zwx>", "", 2, 4.0, 64, 64, 3, 1.0, False, "png", 
 FULL_SIZE = RandomBase("Qwen-Image with random weights", torch.device("cpu"), torch.bfloat16)
 
 
-@pytest.mark.parametrize(("gigabytes", "streamed"), [(80, (False, False)), (48, (True, False)), (24, (True, True))])
-def test_the_full_size_model_is_placed_on_the_cards_that_people_have(gigabytes, streamed):
+@pytest.mark.parametrize(("gigabytes", "offloaded"), [(80, (False, False)), (48, (True, False)), (24, (True, True))])
+def test_the_full_size_model_is_placed_on_the_cards_that_people_have(gigabytes, offloaded):
     """Counted, not measured on such cards."""
     found = placement_of(FULL_SIZE, gigabytes * 10**9)
-    assert (found.stream_text_encoder, found.stream_transformer) == streamed
+    assert (found.offload_text_encoder, found.offload_transformer) == offloaded
     assert "transformer (40.9 GB)" in found.line and "text encoder (14.1 GB)" in found.line
 
 
 def test_a_tenth_of_the_memory_stays_free():
-    assert not place(50, 40, 100).stream_text_encoder
-    assert place(50, 41, 100).stream_text_encoder
-    assert not place(90, 41, 100).stream_transformer
-    assert place(91, 41, 100).stream_transformer
+    assert not place(50, 40, 100).offload_text_encoder
+    assert place(50, 41, 100).offload_text_encoder
+    assert not place(90, 41, 100).offload_transformer
+    assert place(91, 41, 100).offload_transformer
 
 
 @pytest.mark.parametrize("factor", [1.5, 0.5])
-def test_streaming_changes_no_pixel(base, zero_prior, baseline, factor):
+def test_offloading_changes_no_pixel(base, zero_prior, baseline, monkeypatch, factor):
     """With room for the transformer alone, and without: base model, an archive, another one, the first again."""
 
-    def pictures(generator: ImageGenerator) -> list[np.ndarray]:
+    def images(generator: ImageGenerator) -> list[np.ndarray]:
         archives = (None, zero_prior.archive, baseline.archive, zero_prior.archive)
         requests = [replace(REQUEST, prompt="a photo") if archive is None else REQUEST for archive in archives]
         return [np.asarray(generator.generate(*both)) for both in zip(requests, archives, strict=True)]
 
     plain = ImageGenerator(base, log=lambda line: None)
     size = sum(parameter.nbytes for parameter in plain.pipeline.transformer.parameters())
+    monkeypatch.setattr(placement_module, "free_bytes", lambda device: round(factor * size))
     log: list[str] = []
-    streaming = ImageGenerator(base, log.append, free=round(factor * size))
-    assert log[0].count("streamed layer by layer") == (1 if factor > 1 else 2)
-    expected, found = pictures(plain), pictures(streaming)
+    offloading = ImageGenerator(base, log.append)
+    assert log[0].count("offloaded layer by layer") == (1 if factor > 1 else 2)
+    expected, found = images(plain), images(offloading)
     assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
     assert not np.array_equal(expected[1], expected[2]) and np.array_equal(expected[1], expected[3])

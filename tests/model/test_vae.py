@@ -1,12 +1,15 @@
-"""The VAE on single pictures: the same numbers as diffusers' 3-D convolutions, with less work."""
+"""The VAE on single images and its latents: the same numbers as diffusers' and the pipeline's, with less work."""
 
+import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLQwenImage
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from placeholder.model.loading import load_vae
-from placeholder.model.vae import as_single_frame
+from placeholder.model.vae import as_single_frame, encode_image, pack, unpack
+from tests.support.samples import picture
+from tests.support.stock import stock_pipeline
 
 IMAGES = torch.rand(2, 3, 1, 64, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -40,5 +43,28 @@ def test_encoding_takes_less_than_half_of_the_arithmetic(stock, ours):
 
 def test_more_than_one_frame_is_refused(base):
     vae = as_single_frame(base.component(AutoencoderKLQwenImage, "vae"))
-    with pytest.raises(ValueError, match=r"single pictures: got \d frames, expected 1"):
+    with pytest.raises(ValueError, match=r"single images: got \d frames, expected 1"):
         vae.encode(IMAGES.expand(-1, -1, 5, -1, -1))
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 8, 8), (2, 16, 4, 10), (3, 4, 2, 2)])
+def test_packing_equals_the_pipelines_and_unpacking_undoes_it(shape):
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    packed = pack(latents)
+    assert torch.equal(packed, QwenImagePipeline._pack_latents(latents, *shape))
+    assert torch.equal(unpack(packed, shape[2] // 2, shape[3] // 2), latents)
+
+
+@torch.no_grad()
+def test_an_encoded_image_comes_back_through_the_pipelines_denormalization(base, ours):
+    pipeline = stock_pipeline(base.source)
+    pixels = torch.from_numpy(np.array(picture(96, 64))).permute(2, 0, 1)
+    packed = encode_image(ours, pixels)
+    assert (packed.shape, packed.dtype) == ((4 * 6, 64), torch.float32)
+    # As QwenImagePipeline.__call__ does it before it decodes.
+    latents = pipeline._unpack_latents(packed[None], 64, 96, pipeline.vae_scale_factor)
+    mean, std = (torch.tensor(values).view(1, 16, 1, 1, 1) for values in (ours.config.latents_mean, ours.config.latents_std))
+    images = pipeline.image_processor.preprocess(picture(96, 64))
+    raw = ours.encode(images[:, :, None]).latent_dist.mode()
+    torch.testing.assert_close(latents * std + mean, raw, rtol=1e-4, atol=1e-4)
+    assert raw.std() > 0

@@ -1,4 +1,4 @@
-"""Layers while a LoRA is trained: the numbers of PEFT's and diffusers' own, with less kept for the backward pass."""
+"""Layers in training: the numbers of PEFT's and diffusers' own, with less kept for the backward pass."""
 
 import pytest
 import torch
@@ -6,17 +6,22 @@ from diffusers.models.normalization import RMSNorm
 from peft.tuners.lora.layer import LoraLayer
 
 from placeholder.lora.adapter import ADAPTER, add_lora, without_lora
-from placeholder.model.quantization import store
 from placeholder.transformer.checkpointing import saved_bytes
-from placeholder.transformer.layers import prepare_layers
+from placeholder.transformer.layers import Int8Linear, prepare_layers
 from standin.small_base import TINY_SIZE, new_components
 
 
 @pytest.fixture
-def layer() -> LoraLayer:
-    """One LoRA layer of a transformer, with B drawn instead of zero and a scale other than one."""
+def transformer() -> torch.nn.Module:
+    """A small transformer with a LoRA."""
     transformer = new_components(TINY_SIZE, seed=0)["transformer"].requires_grad_(False)
     add_lora(transformer, 4, seed=0)
+    return transformer
+
+
+@pytest.fixture
+def layer(transformer) -> LoraLayer:
+    """One of its LoRA layers, with a random B instead of zero and a scale other than one."""
     found = transformer.transformer_blocks[0].attn.to_q
     torch.nn.init.normal_(found.lora_B[ADAPTER].weight)
     found.scaling[ADAPTER] = 0.5
@@ -43,7 +48,7 @@ def test_the_lora_is_added_as_peft_adds_it(layer, shape):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_under_autocast_the_output_is_that_of_the_base_layer_and_gradients_are_fp32(layer):
+def test_under_autocast_the_output_is_bf16_and_gradients_are_fp32(layer):
     layer.base_layer.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result, in_x, *in_lora = values(layer, drawn(layer, 1, 5).to(torch.bfloat16))
@@ -51,37 +56,45 @@ def test_under_autocast_the_output_is_that_of_the_base_layer_and_gradients_are_f
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_in_8_bits_computes_as_torchao_has_it_and_keeps_nothing_unpacked(dtype):
-    transformer = new_components(TINY_SIZE, seed=0)["transformer"].requires_grad_(False).to(dtype)
-    store(transformer.transformer_blocks, "int8", dtype, torch.device("cpu"))
-    layer = transformer.transformer_blocks[0].img_mlp.net[2]
-    x = torch.randn(2, 7, layer.in_features, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+def test_an_int8_layer_computes_with_rounded_weights_and_keeps_only_these(dtype):
+    generator = torch.Generator().manual_seed(1)
+    plain = torch.nn.Linear(64, 24).to(dtype).requires_grad_(False)
+    torch.nn.init.normal_(plain.weight, generator=generator)
+    plain.weight[3] = 0.0
+    layer = Int8Linear(plain)
+    weight = layer.weight * layer.scale
+    assert (weight - plain.weight).abs().max() <= 0.51 * layer.scale.max()
+    x = torch.randn(2, 7, 64, generator=generator).to(dtype).requires_grad_()
+    expected, found = torch.nn.functional.linear(x, weight, plain.bias), layer(x)
+    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.2}
+    torch.testing.assert_close(found, expected, **tolerance)
+    gradients = [torch.autograd.grad(result.float().sum(), x)[0] for result in (found, expected)]
+    torch.testing.assert_close(*gradients, **tolerance)
+    assert saved_bytes(lambda: layer(x), [x, layer.weight, layer.scale]) == 0
 
-    def values() -> tuple[torch.Tensor, torch.Tensor, int]:
-        result = layer(x)
-        return result, *torch.autograd.grad(result.square().sum(), x), saved_bytes(lambda: layer(x), [x, layer.weight])
 
-    expected, gradient, unpacked = values()
-    prepare_layers(transformer, ADAPTER)
-    found, same, kept = values()
-    assert torch.equal(found, expected) and torch.equal(same, gradient)
-    assert unpacked >= layer.weight.numel() * dtype.itemsize and kept == 0
-
-
-def test_a_layer_in_8_bits_computes_in_autocasts_dtype():
-    transformer = new_components(TINY_SIZE, seed=0)["transformer"].requires_grad_(False)
-    store(transformer.transformer_blocks, "int8", torch.float32, torch.device("cpu"))
-    prepare_layers(transformer, ADAPTER)
-    layer = transformer.transformer_blocks[0].img_mlp.net[2]
+def test_an_int8_layer_computes_in_autocasts_dtype():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(torch.ones(1, layer.in_features)).dtype == torch.bfloat16
+        assert Int8Linear(torch.nn.Linear(8, 8))(torch.ones(1, 8)).dtype == torch.bfloat16
 
 
-def test_with_the_lora_off_only_the_base_layer_computes():
-    transformer = new_components(TINY_SIZE, seed=0)["transformer"].requires_grad_(False)
-    add_lora(transformer, 4, seed=0)
-    layer = transformer.transformer_blocks[0].attn.to_q
-    torch.nn.init.normal_(layer.lora_B[ADAPTER].weight)
+def test_a_layer_norm_computes_in_its_inputs_dtype_under_autocast(monkeypatch):
+    """CUDA's autocast would make it fp32, and with it all that follows until the next matrix product."""
+    norm, inside = torch.nn.LayerNorm(64).bfloat16(), []
+    prepare_layers(torch.nn.Sequential(norm), ADAPTER)
+    layer_norm = torch.nn.functional.layer_norm
+
+    def watched(*given, **named):
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return layer_norm(*given, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert norm(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert inside == [False]
+
+
+def test_with_the_lora_off_only_the_base_layer_computes(transformer, layer):
     x = drawn(layer, 1, 5)
     with without_lora(transformer):
         assert torch.equal(layer(x), layer.base_layer(x))
