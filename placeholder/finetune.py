@@ -12,10 +12,10 @@ from torch import Tensor
 from placeholder.config import TrainConfig
 from placeholder.devices import peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS, Processes
-from placeholder.errors import MAX_SEED
 from placeholder.job import CheckpointFolder, Job
 from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict, unload_lora
 from placeholder.model.base import BaseModel
+from placeholder.options import MAX_SEED
 from placeholder.report import tracking
 from placeholder.report.report import Report
 from placeholder.report.wandb_run import WandbRun

@@ -13,13 +13,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from placeholder.errors import MAX_SEED, readable_errors, shown
+from placeholder.errors import readable_errors, shown
 from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora, scale_loras, unload_lora
 from placeholder.lora.distilled import SCHEDULE, FastLora, line_of
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
 from placeholder.model.offloading import cache_first_block, stop_caching, stop_streaming, stream
 from placeholder.model.placement import placement_of
+from placeholder.options import MAX_SEED
 from placeholder.request import Request
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, archive_tokens, check_tokens
 from placeholder.tokens.prompt_encoder import encode_prompts, pipeline_inputs, prompt_ids

@@ -9,8 +9,8 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
-from placeholder.errors import number
 from placeholder.lora.adapter import ADAPTER, load_lora, scale_lora, unload_lora
+from placeholder.options import number
 from placeholder.service.files import local_file
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, archive_tokens
 from placeholder.tokens.prompt_encoder import prompt_ids

@@ -10,12 +10,13 @@ from urllib.parse import unquote, urlsplit
 
 from torch import Tensor
 
-from placeholder.errors import label, whole
+from placeholder.errors import label
 from placeholder.lora.adapter import check_lora
 from placeholder.lora.safetensors import looks_like_safetensors
 from placeholder.model.base import DEFAULT_MODEL, BaseModel
 from placeholder.model.download import fetch_file
 from placeholder.model.loading import transformer_shell
+from placeholder.options import whole
 from placeholder.request import MAX_STEPS, Request
 from placeholder.service.files import URL_SCHEMES, local_file
 from placeholder.weights.archive import read_weights

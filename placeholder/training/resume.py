@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import set_peft_model_state_dict
 
-from placeholder.config import TrainConfig
+from placeholder.config import OPTIONS, TrainConfig
 from placeholder.errors import shown
 from placeholder.lora.adapter import ADAPTER, lora_state_dict
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
@@ -19,13 +19,7 @@ from placeholder.training.training_state import restore, restore_position
 from placeholder.weights.archive import Weights, read_weights
 
 RECORDED = {"losses", "preservations", "loss", "seconds", "curve"}  # what Record.facts returns
-MAY_DIFFER = (
-    "steps",
-    "log_prompt_ids",
-    "report",
-    "sample_every",
-    "sample_prompts",
-)  # what a resumed training may be given anew
+MAY_DIFFER = tuple(name for name, option in OPTIONS.items() if option.resume_may_change)
 
 
 def resume_path(source: Path) -> Path:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from cog import Secret
 from PIL import Image
+from placeholder.service.inputs import declared_inputs
+from placeholder.service.options import GROUPS, POSITIONAL, SECRET, SOURCES, declared, parser
 
 import predict as predict_module
 import train as train_module
@@ -27,8 +29,6 @@ from placeholder.service import cli as command_line
 from placeholder.service import launch
 from placeholder.service.cli import inputs_of, main, with_hyphens
 from placeholder.service.console import CLEAR_LINE, Console
-from placeholder.service.inputs import declared_inputs
-from placeholder.service.options import GROUPS, POSITIONAL, SECRET, SOURCES, declared, parser
 from placeholder.training import setup as prepare_module
 from placeholder.training.checkpoint import stored_checkpoints
 from placeholder.weights.archive import LORA_NAME
