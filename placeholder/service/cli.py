@@ -8,13 +8,14 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import SecretStr
 
+from placeholder.errors import Log
 from placeholder.job import Job
 from placeholder.request import image_request
 from placeholder.service.console import Console
@@ -82,10 +83,20 @@ def output_format(given: dict[str, Any]) -> str | None:
     return found
 
 
-def train(given: dict[str, Any], console: Console) -> Path | None:
+def _launch(job: Job, log: Log) -> bool:
+    """Train on all GPUs. Whether this process wrote the archive."""
+    # TO MERGE: becomes `from placeholder.service.launch import train; return train(job, log)`.
+    from placeholder.service import launch
+
+    launch.finetune_on_all_gpus(job.dataset, job.config, job.output, log, job.resume_from, job.checkpoints, job.tracker)
+    return True
+
+
+def train(given: dict[str, Any], console: Console, launch: Callable[[Job, Log], bool] = _launch) -> Path | None:
     """A whole training; returns the path of the archive, None in a process that does not write it.
 
-    Of the processes that accelerate launch or torchrun starts, the one of rank 0 checks and writes the archive and uploads it.
+    Of the processes that accelerate launch or torchrun starts, rank 0 alone checks the output and the hub. `launch` trains and
+    returns whether this process wrote the archive.
     """
     first = os.environ.get(RANK_VARIABLE, "0") == "0"
     inputs = inputs_of("train", given)
@@ -103,7 +114,7 @@ def train(given: dict[str, Any], console: Console) -> Path | None:
         repository.check()
     _make_model_path_absolute()
     try:
-        written = _launch(job, console)
+        written = launch(job, console)
     except (KeyboardInterrupt, SystemExit):
         folder = job.checkpoints.path if job.checkpoints else None
         if folder is not None and folder.is_dir() and any(folder.iterdir()):
@@ -112,15 +123,6 @@ def train(given: dict[str, Any], console: Console) -> Path | None:
     if written and repository:
         repository.upload(job.output, console)
     return job.output if written else None
-
-
-def _launch(job: Job, console: Console) -> bool:
-    """Train on all GPUs. Whether this process wrote the archive."""
-    # TO MERGE: becomes `from placeholder.service.launch import train; return train(job, console)`.
-    from placeholder.service import launch
-
-    launch.finetune_on_all_gpus(job.dataset, job.config, job.output, console, job.resume_from, job.checkpoints, job.tracker)
-    return True
 
 
 def _make_model_path_absolute() -> None:
@@ -156,13 +158,16 @@ def predict(given: dict[str, Any], console: Console) -> Path:
     return output
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+COMMANDS = {"train": train, "predict": predict}
+
+
+def main(arguments: Sequence[str] | None = None, commands: dict[str, Callable] = COMMANDS) -> int:
     """Run a command; returns the exit code. The log goes to stderr, the path of the written file to stdout."""
     given = vars(parser().parse_args(with_hyphens(sys.argv[1:] if arguments is None else arguments)))
     console = Console(sys.stderr)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        written = {"train": train, "predict": predict}[given.pop("command")](given, console)
+        written = commands[given.pop("command")](given, console)
         if written is not None:
             print(written)
     except (ValueError, RuntimeError, OSError) as error:

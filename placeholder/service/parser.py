@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    """The parser of both commands. Options that are not given are not among its results; values stay text."""
+    """The parser of both commands. Options that are not given are not among its results."""
     both = Parser(PROGRAM, description="Teach Qwen-Image a new subject, and generate images of it.", allow_abbrev=False)
     commands = both.add_subparsers(dest="command", metavar="command", required=True)
     for name, description in DESCRIPTIONS.items():
@@ -66,13 +66,16 @@ def _add_inputs(command: Parser, name: str) -> None:
             continue  # other users see a command line: secrets come from the environment
         if option.heading not in groups:
             groups[option.heading] = command.add_argument_group(option.heading)
-        given = {"metavar": _metavar(option)} if option.kind is not bool else {"action": argparse.BooleanOptionalAction}
         flag = "--" + option.name.replace("_", "-")
-        groups[option.heading].add_argument(flag, dest=option.name, help=_help(option), **given)
+        groups[option.heading].add_argument(flag, dest=option.name, help=_help(option), **_kind(option))
 
 
-def _metavar(option: Option) -> str:
-    return "{" + ",".join(map(str, option.choices)) + "}" if option.choices else METAVARS[option.kind]
+def _kind(option: Option) -> dict[str, Any]:
+    """How argparse reads the option. Ranges and choices are checked later, as those of every input are."""
+    if option.kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    metavar = "{" + ",".join(map(str, option.choices)) + "}" if option.choices else METAVARS[option.kind]
+    return {"type": option.kind if option.kind in (int, float) else str, "metavar": metavar}
 
 
 def _help(option: Option) -> str:
