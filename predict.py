@@ -19,7 +19,7 @@ OUTPUT = OutputFolder("placeholder-prediction-")
 
 class Predictor(BasePredictor):
     def setup(self, weights: Optional[Path] = None) -> None:
-        """Load the base model, what go_fast draws with, and the weights (COG_WEIGHTS: a URL or a path) for requests without."""
+        """Load the base model, the LoRA of go_fast, and the default weights (COG_WEIGHTS: a URL or a path)."""
         self.kept = ExitStack()  # a download lives as long as the process
         self.default_weights = self.kept.enter_context(local_file(str(weights))) if weights else None
         base = BaseModel.from_environment()
@@ -30,21 +30,21 @@ class Predictor(BasePredictor):
     def predict(
         self,
         prompt: str = Input(
-            description="What to draw, with the placeholder token where the subject belongs, such as: a photo of <zwx>"
+            description="What to generate, with the placeholder token where the subject belongs, such as: a photo of <zwx>"
         ),
-        negative_prompt: str = Input(default="", description="What to keep out of the picture. Used when guidance is above 1."),
+        negative_prompt: str = Input(default="", description="What to keep out of the image. Used when guidance is above 1."),
         steps: int = Input(default=50, ge=1, le=200, description="Denoising steps."),
         num_inference_steps: Optional[int] = Input(
-            default=None, ge=1, le=200, description="Another name for steps; counts where it is given."
+            default=None, ge=1, le=200, description="Another name for steps; used instead of it where given."
         ),
         guidance: float = Input(
             default=4.0,
             ge=0.0,
             le=10.0,
-            description="Strength of classifier-free guidance. At 1 and below the negative prompt is not used and a step takes half the time.",
+            description="Classifier-free guidance scale. At 1 or below: no negative prompt, and a step takes half the time.",
         ),
         guidance_scale: Optional[float] = Input(
-            default=None, ge=0.0, le=10.0, description="Another name for guidance; counts where it is given."
+            default=None, ge=0.0, le=10.0, description="Another name for guidance; used instead of it where given."
         ),
         width: Optional[int] = Input(
             default=None, ge=64, le=2048, description="Width in pixels, rounded down to a multiple of 16. Give height too."
@@ -55,25 +55,25 @@ class Predictor(BasePredictor):
         aspect_ratio: str = Input(
             default="16:9",
             choices=["1:1", "16:9", "9:16", "4:3", "3:4", "3:2", "2:3"],
-            description="Shape of the picture where width and height are not given.",
+            description="Aspect ratio of the image where width and height are not given.",
         ),
         image_size: str = Input(
             default="optimize_for_quality",
             choices=["optimize_for_quality", "optimize_for_speed"],
-            description="Size of the picture where width and height are not given: about 1.6 megapixels for quality, 0.6 to 1 for speed.",
+            description="Size where width and height are not given: about 1.6 megapixels for quality, 0.6 to 1 for speed.",
         ),
         seed: Optional[int] = Input(
-            default=None, ge=0, le=4294967295, description="Seed of the noise. Left blank, one is drawn and logged."
+            default=None, ge=0, le=4294967295, description="Seed of the noise. Blank: one is drawn and logged."
         ),
         lora_scale: float = Input(
             default=1.0,
             ge=0.0,
             le=3.0,
-            description="Strength of the trained LoRA. At 0 only the new token's embedding is left.",
+            description="Strength of the trained LoRA. At 0 only the token embedding is left.",
         ),
         replicate_weights: Optional[Path] = Input(
             default=None,
-            description="The weights.zip of a training, or a LoRA of another trainer. Overrules the weights the model was started with.",
+            description="The weights.zip of a training, or another LoRA. Overrides the weights the model was started with.",
         ),
         extra_lora_weights: Optional[Path] = Input(
             default=None,
@@ -87,16 +87,16 @@ class Predictor(BasePredictor):
         ),
         enhance_prompt: bool = Input(
             default=False,
-            description="Append the quality words that Qwen-Image's model card recommends: Ultra HD, 4K, cinematic composition.",
+            description="Append the quality words of Qwen-Image's model card: Ultra HD, 4K, cinematic composition.",
         ),
         go_fast: bool = Input(
             default=False,
-            description="Draw in few steps with a step-distilled LoRA (8 for Qwen-Image; fewer where steps says so), without guidance and negative prompt. Where no such LoRA is at hand: skip transformer blocks in steps where the first one barely changes.",
+            description="Use a step-distilled LoRA: about 8 steps, no guidance. Where there is none: the first-block cache.",
         ),
-        output_format: str = Input(default="webp", choices=["webp", "jpg", "png"], description="Format of the picture file."),
+        output_format: str = Input(default="webp", choices=["webp", "jpg", "png"], description="Format of the image file."),
         output_quality: int = Input(default=80, ge=0, le=100, description="Quality of webp and jpg files; png is lossless."),
     ) -> Path:
-        """Draw one picture."""
+        """Generate one image."""
         inputs = dict(locals())
         del inputs["self"]
         weights, extra = inputs.pop("replicate_weights"), inputs.pop("extra_lora_weights")
@@ -107,6 +107,6 @@ class Predictor(BasePredictor):
                 pathlib.Path(weights) if weights else self.default_weights,
                 pathlib.Path(extra) if extra else None,
             )
-            picture = save_image(image, request, folder)
+            saved = save_image(image, request, folder)
             record("image_output_count", 1)
-            return Path(picture)
+            return Path(saved)

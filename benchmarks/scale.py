@@ -13,7 +13,7 @@ from benchmarks.full_size import RandomBase
 from placeholder.config import TrainConfig
 from placeholder.model.loading import text_encoder_shell, transformer_shell
 from placeholder.tokens.prompt_encoder import prompt_template
-from placeholder.training.needs import fake_step, training_needs
+from placeholder.training.memory_plan import fake_step, memory_needs
 
 BLOCKS = 60
 BASE = RandomBase("Qwen-Image", torch.device("cuda"), torch.bfloat16)  # for its plan: nothing is put there
@@ -80,7 +80,7 @@ def memory_table() -> list[str]:
     for side in SIDES:
         for rank in RANKS:
             for options in ({}, TOKEN):
-                needs = training_needs(BASE, TrainConfig(rank=rank, **options), grid(side), prompt(TEXT_TOKENS))
+                needs = memory_needs(BASE, TrainConfig(rank=rank, **options), grid(side), prompt(TEXT_TOKENS))
                 cells = [f"{need.peak(0) / 1e9:.0f} to {need.peak(need.footprint.blocks) / 1e9:.0f}" for need in needs]
                 lines.append(f"| {side} | {rank} | {'yes' if options else 'no'} | " + " | ".join(cells) + " |")
     return lines

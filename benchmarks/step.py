@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.flops import flop_counter
 from placeholder.distributed import SINGLE_PROCESS
-from placeholder.lora.adapter import TARGET_MODULES, add_lora
+from placeholder.lora.adapter import add_lora
+from placeholder.model.base import QWEN_IMAGE
 from placeholder.model.vae import pack
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
 from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_template
@@ -88,7 +89,13 @@ class Script:
         model = model or transformer()
         torch.manual_seed(SEED)
         model.add_adapter(
-            LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, init_lora_weights="gaussian", target_modules=TARGET_MODULES)
+            LoraConfig(
+                r=RANK,
+                lora_alpha=RANK,
+                lora_dropout=0.0,
+                init_lora_weights="gaussian",
+                target_modules=list(QWEN_IMAGE.lora_target_modules),
+            )
         )
         if checkpointing:
             model.enable_gradient_checkpointing()

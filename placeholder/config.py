@@ -1,94 +1,133 @@
-"""What a training run is asked to do: every option with its default, read from inputs and YAML, validated once."""
+"""The options of a training: declared once with default, range and help, read from inputs and a YAML file, checked."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.dataclasses import dataclass
 
-from placeholder.errors import MAX_SEED, choice, flag, label, number, reason, shown, text, whole
+from placeholder.options import (
+    DECLARATION,
+    MAX_SEED,
+    NUMERIC,
+    Flag,
+    Number,
+    Option,
+    Text,
+    Whole,
+    checked,
+    option,
+    options_of,
+    read_sections,
+)
 
 OPTIMIZERS = ("adamw", "adamw8bit", "adam8bit", "prodigy")
 BATCH_SIZES = (1, 2, 4)
 MAX_STEPS = 20_000
-MAX_VECTORS = 64  # rows one token may have
+MAX_VECTORS = 64  # embedding vectors of one token
 MIN_SIDE, MAX_SIDE = 64, 2048  # pixels
 DEFAULT_PLACEHOLDER = "<zwx>"
-MAX_CONFIG_BYTES = 64 * 1024
 MAX_SAMPLE_PROMPTS, MAX_SAMPLE_ROUNDS = 8, 200  # all samples travel in the archive
-
-# The sections of the YAML file; every option of TrainConfig stands in exactly one.
-YAML_SECTIONS: dict[str, tuple[str, ...]] = {
-    "train": (
-        "steps",
-        "rank",
-        "lora_rank",
-        "learning_rate",
-        "batch_size",
-        "resolution",
-        "default_caption",
-        "autocaption",
-        "autocaption_prefix",
-        "autocaption_suffix",
-        "caption_dropout",
-        "train_placeholder_token",
-        "placeholder_token",
-        "placeholder_vectors",
-        "placeholder_init_std",
-        "placeholder_learning_rate",
-        "placeholder_warmup_fraction",
-        "prior_preservation",
-        "prior_preservation_interval",
-        "class_word",
-        "optimizer",
-        "seed",
-        "report",
-        "sample_every",
-        "sample_prompts",
-    ),
-    "debug": ("log_prompt_ids",),
-    "model": ("quantize", "quantize_te", "torch_compile", "deterministic"),
-}
+# The headings of --help.
+LORA, TOKEN, CAPTIONS, SPEED, REPORT = "LoRA", "placeholder token", "captions", "memory and speed", "report"
+BLANK = (None, "", [], ())
 
 
-@dataclass(frozen=True)
+def _sides(value: Any) -> Any:
+    """`"512,768,1024"`, a number, or a list of numbers, as a list."""
+    return value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+
+
+def _tokens(value: Any) -> Any:
+    """Tokens separated by commas, as a list."""
+    return [token.strip(" ") for token in value.split(",")] if isinstance(value, str) else value or ()
+
+
+def _few_lines(value: str) -> str:
+    if sum(bool(line.strip()) for line in value.splitlines()) > MAX_SAMPLE_PROMPTS:
+        raise ValueError("too many prompts")
+    return value
+
+
+Side = Annotated[Whole, Field(ge=MIN_SIDE, le=MAX_SIDE)]
+Sides = Annotated[
+    tuple[Side, ...], Field(min_length=1), BeforeValidator(_sides), AfterValidator(lambda s: tuple(sorted(set(s))))
+]
+SIDES = f"give whole numbers from {MIN_SIDE} to {MAX_SIDE}, separated by commas"
+Words = Annotated[Text | None, AfterValidator(lambda text: text if text and text.strip() else None)]
+Tokens = Annotated[tuple[Text, ...], BeforeValidator(_tokens)]
+Prompts = Annotated[Text, AfterValidator(_few_lines)]
+PROMPTS = f"give at most {MAX_SAMPLE_PROMPTS} prompts, one a line"
+
+
+@dataclass(frozen=True, config=DECLARATION)
 class TrainConfig:
-    """The resolved options of one run.
+    """The resolved options of one training.
 
-    `caption_dropout` is the share of the samples that train the empty prompt. `resolution` holds the sides of the square areas trained at, in pixels; `placeholder_token` holds the tokens named, which
-    are used only where `train_placeholder_token` is on; `seed` None means that one is to be drawn, `torch_compile` None that the rule of payback.py decides; `sample_every` 0 means never, `sample_prompts` holds one prompt a line.
+    `resolution` holds sides in pixels, ascending. `placeholder_token` holds the named tokens, which are trained only where
+    `train_placeholder_token` is on. `seed` None: one is drawn. `torch_compile` None: on where it pays off.
     """
 
-    steps: int = 1000
-    rank: int = 32
-    learning_rate: float = 2e-4
-    batch_size: int = 1
-    resolution: tuple[int, ...] = (512, 768, 1024)
-    default_caption: str = "A photo of a person named <>"
-    autocaption: bool = False
-    autocaption_prefix: str | None = None
-    autocaption_suffix: str | None = None
-    caption_dropout: float = 0.05
-    train_placeholder_token: bool = False
-    placeholder_token: tuple[str, ...] = ()
-    placeholder_vectors: int = 1
-    placeholder_init_std: float = 1e-5
-    placeholder_learning_rate: float = 1e-3
-    placeholder_warmup_fraction: float = 0.0
-    prior_preservation: float = 4.0
-    prior_preservation_interval: int = 4
-    class_word: str = ""
-    optimizer: str = "adamw"
-    quantize: bool = False
-    quantize_te: bool = False
-    torch_compile: bool | None = None
-    deterministic: bool = False
-    log_prompt_ids: bool = False
-    seed: int | None = None
-    report: bool = True
-    sample_every: int = 0
-    sample_prompts: str = ""
+    steps: Annotated[Whole, option(LORA, "train", ge=1, le=MAX_STEPS, resume_may_change=True)] = 1000
+    """Training steps."""
+    rank: Annotated[Whole, option(LORA, "train", ge=1, le=256)] = 32
+    """Rank of the LoRA; alpha is the same. A higher rank can hold more detail and makes a larger archive."""
+    learning_rate: Annotated[Number, option(LORA, "train", ge=1e-6, le=1e-2)] = 2e-4
+    """Learning rate of the LoRA. Not used by prodigy, which finds its own step size."""
+    batch_size: Annotated[Literal[*BATCH_SIZES], NUMERIC, option(LORA, "train")] = 1
+    """Images per step, on each GPU."""
+    resolution: Annotated[Sides, option(LORA, "train", accepts=SIDES)] = (512, 768, 1024)
+    """Sides in pixels of the areas to train at, 64 to 2048, comma-separated. Images keep their aspect ratio."""
+    default_caption: Annotated[Text, option(CAPTIONS, "train")] = "A photo of a person named <>"
+    """Caption of images without one. With a placeholder token, <> and [trigger] in captions become the token."""
+    autocaption: Annotated[Flag, option(CAPTIONS, "train")] = False
+    """Describe images without a caption with the base model's text encoder, instead of default_caption."""
+    autocaption_prefix: Annotated[Words, option(CAPTIONS, "train")] = None
+    """Text in front of each autocaption, such as: a photo of <>, where <> becomes the placeholder token."""
+    autocaption_suffix: Annotated[Words, option(CAPTIONS, "train")] = None
+    """Text after each autocaption, such as: 35mm photograph."""
+    caption_dropout: Annotated[Number, option(CAPTIONS, "train", ge=0.0, le=0.9)] = 0.05
+    """Share of the samples that are trained with an empty prompt."""
+    train_placeholder_token: Annotated[Flag, option(TOKEN, "train", blank=True)] = False
+    """Train a zero-prior placeholder token with the LoRA. Blank: on when placeholder_token is given."""
+    placeholder_token: Annotated[Tokens, option(TOKEN, "train", accepts="give text, tokens separated by commas")] = ()
+    """Placeholder token, such as <zwx>; several are separated by commas. Blank: <zwx> where one is trained."""
+    placeholder_vectors: Annotated[Whole, option(TOKEN, "train", ge=1, le=MAX_VECTORS)] = 1
+    """Embedding vectors per token: more hold more of a subject and take more of the prompt's 512 tokens."""
+    placeholder_init_std: Annotated[Number, option(TOKEN, "train", ge=0.0, le=1.0)] = 1e-5
+    """Standard deviation of the new token embedding at the start. 0 is allowed: exactly zero."""
+    placeholder_learning_rate: Annotated[Number, option(TOKEN, "train", ge=0.0, le=1.0)] = 1e-3
+    """Learning rate of the token embedding."""
+    placeholder_warmup_fraction: Annotated[Number, option(TOKEN, "train", ge=0.0, le=0.9)] = 0.0
+    """Share of the steps, at the start, that train the token embedding alone, without the LoRA."""
+    prior_preservation: Annotated[Number, option(TOKEN, "train", ge=0.0, le=10.0)] = 4.0
+    """Weight of the loss that keeps prompts without the token as in the base model. 0 turns it off."""
+    prior_preservation_interval: Annotated[Whole, option(TOKEN, "train", ge=1, le=100)] = 4
+    """Apply prior_preservation every n steps; such a step takes about four times as long."""
+    class_word: Annotated[Text, option(TOKEN, "train")] = ""
+    """Replaces the token in the prompts of prior_preservation, such as person. Blank: the token is left out."""
+    optimizer: Annotated[Literal[*OPTIMIZERS], option(LORA, "train")] = "adamw"
+    """Optimizer of the LoRA. The token embedding always uses AdamW without weight decay."""
+    quantize: Annotated[Flag, option(SPEED, "model")] = False
+    """Quantize the transformer while training, to int8, or nf4 where int8 does not fit: less memory, slower."""
+    quantize_te: Annotated[Flag, option(SPEED, "model")] = False
+    """Quantize the text encoder to int8. Not possible with a placeholder token."""
+    torch_compile: Annotated[Flag | None, option(SPEED, "model")] = None
+    """Compile the transformer's blocks: faster steps after some minutes. Blank: on where that pays off."""
+    deterministic: Annotated[Flag, option(SPEED, "model")] = False
+    """Use deterministic GPU algorithms alone: the same seed gives the same weights on the same GPU. Slower."""
+    log_prompt_ids: Annotated[Flag, option(CAPTIONS, "debug", resume_may_change=True)] = False
+    """Log the token ids of every caption."""
+    seed: Annotated[Whole | None, option(LORA, "train", ge=0, le=MAX_SEED)] = None
+    """Random seed. Blank: one is drawn, logged and stored in the archive."""
+    report: Annotated[Flag, option(REPORT, "train", resume_may_change=True)] = True
+    """Put a report into the archive: curves, images before and after, the data set, the configuration."""
+    sample_every: Annotated[Whole, option(REPORT, "train", ge=0, le=MAX_STEPS, resume_may_change=True)] = 0
+    """Generate sample images for the report every n steps, at most 200 times. 0: never."""
+    sample_prompts: Annotated[Prompts, option(REPORT, "train", accepts=PROMPTS, resume_may_change=True)] = ""
+    """Prompts of the report's images, one a line, at most 8. Blank: the first captions."""
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -97,7 +136,7 @@ class TrainConfig:
 
     @property
     def preserves(self) -> bool:
-        """Whether the class word and the empty prompt are held to what the base model draws for them."""
+        """Whether prior preservation is on."""
         return bool(self.tokens) and self.prior_preservation > 0
 
     @property
@@ -106,154 +145,73 @@ class TrainConfig:
         return "zero_prior" if self.train_placeholder_token else "baseline"
 
 
-def train_config(inputs: dict[str, Any], config_file: Path | str | None = None) -> TrainConfig:
-    """The configuration that Cog's inputs ask for, overruled by what a YAML file names.
+# The hosted trainer calls the rank lora_rank.
+LORA_RANK = replace(options_of(TrainConfig)["rank"], name="lora_rank", default=None, blank=True, deprecated=True)
+OPTIONS: dict[str, Option] = options_of(TrainConfig) | {
+    "lora_rank": replace(LORA_RANK, description="Deprecated name of rank; used instead of it where given.")
+}
+# The sections of the YAML file; every option stands in exactly one.
+YAML_SECTIONS: dict[str, tuple[str, ...]] = {
+    section: tuple(name for name, declared in OPTIONS.items() if declared.section == section)
+    for section in ("train", "debug", "model")
+}
 
-    `inputs` holds the options by their input names; `lora_rank` None, `train_placeholder_token` None, `placeholder_token`
-    None, `torch_compile` None and `seed` None mean "not given". Raises ValueError, one sentence, for any value that is not accepted.
+
+def train_config(inputs: dict[str, Any], config_file: Path | str | None = None) -> TrainConfig:
+    """The configuration that the inputs ask for, overridden by the options of a YAML file.
+
+    `inputs` holds options by their input names. A placeholder token is trained where `train_placeholder_token` is on or, left
+    blank, where `placeholder_token` is given. Raises ValueError, one sentence, for any value that is not accepted.
     """
-    options = dict(inputs)
-    from_file = read_yaml(config_file) if config_file else {}
-    if "rank" in from_file:
-        options["lora_rank"] = None
-    options |= from_file
+    from_file = read_sections(config_file, YAML_SECTIONS) if config_file else {}
+    options = inputs | ({"lora_rank": None} if "rank" in from_file else {}) | from_file
     lora_rank = options.pop("lora_rank", None)
-    if lora_rank is not None:
+    if lora_rank not in BLANK:
         options["rank"] = lora_rank
-    train, named = options.pop("train_placeholder_token", None), options.pop("placeholder_token", None)
-    checked = {name: CHECKS[name](name, value) for name, value in options.items()}
-    config = TrainConfig(**checked, **_placeholder_options(train, named))
+    named = options.get("placeholder_token") not in BLANK
+    if options.get("train_placeholder_token") in BLANK:
+        options["train_placeholder_token"] = named
+    if options["train_placeholder_token"] and not named:
+        options["placeholder_token"] = DEFAULT_PLACEHOLDER
+    config = checked(TrainConfig, options)
+    _check_together(config)
+    return config
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Raise ValueError for options that exclude each other."""
     if config.train_placeholder_token and config.quantize_te:
         raise ValueError(
             "quantize_te cannot be combined with a placeholder token: the embedding of a quantized text encoder cannot learn; "
             "set quantize_te to false or train without the token"
         )
-    _check_samples(config)
-    _check_autocaption(config)
-    return config
-
-
-def read_yaml(path: Path | str) -> dict[str, Any]:
-    """The options that a YAML file with the sections train, debug and model names, flattened."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"config {label(path.name or str(path))} is not a file: give a YAML file")
-    content = path.read_bytes()
-    if len(content) > MAX_CONFIG_BYTES:
-        raise ValueError(f"config is {len(content)} bytes: a configuration file has at most {MAX_CONFIG_BYTES}")
-    try:
-        document = _PlainLoader(content.decode("utf-8")).get_single_data()
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # also an impossible date or number
-        raise ValueError(f"config is not a YAML file: {reason(error)}") from error
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise ValueError(f"config holds a {type(document).__name__}: expected the sections {', '.join(YAML_SECTIONS)}")
-    options: dict[str, Any] = {}
-    for section, entries in document.items():
-        if section not in YAML_SECTIONS:
-            raise ValueError(f"config has an unknown section {shown(section)}: known are {', '.join(YAML_SECTIONS)}")
-        if not isinstance(entries, dict | None):
-            raise ValueError(f"config section {section} holds a {type(entries).__name__}: expected option names with values")
-        for name, value in (entries or {}).items():
-            if name not in YAML_SECTIONS[section]:
-                known = "; ".join(f"{part}: {', '.join(names)}" for part, names in YAML_SECTIONS.items())
-                raise ValueError(f"config has an unknown key {section}.{_key(name)}: known are {known}")
-            options[name] = value
-    return options
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without tags and aliases: a tag can fail in any way, and aliases within merge keys grow without bound."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
-            raise yaml.YAMLError("tags (!name) and aliases (*name) are not read, write the value itself")
-        return super().compose_node(parent, index)
-
-
-def _key(name: Any) -> str:
-    return label(name) if isinstance(name, str) else shown(name)
-
-
-def _placeholder_options(train: Any, named: Any) -> dict[str, Any]:
-    """Whether a placeholder token is trained, and which: on when asked for or, left blank, when a token is named."""
-    train = named is not None if train is None else flag("train_placeholder_token", train)
-    if train and named is None:
-        named = DEFAULT_PLACEHOLDER
-    tokens = () if named is None else tuple(token.strip(" ") for token in text("placeholder_token", named).split(","))
-    return {"train_placeholder_token": train, "placeholder_token": tokens}
-
-
-def _check_samples(config: TrainConfig) -> None:
     if not config.report and (config.sample_every or config.sample_prompts):
-        raise ValueError("sample_every and sample_prompts draw pictures for the report, which is off: set report to true")
+        raise ValueError("sample_every and sample_prompts make images for the report, which is off: set report to true")
     if config.sample_every and config.steps // config.sample_every > MAX_SAMPLE_ROUNDS:
         raise ValueError(
             f"sample_every is {config.sample_every}: with {config.steps} steps give at least "
             f"{-(-config.steps // MAX_SAMPLE_ROUNDS)}, or 0 for no samples"
         )
-
-
-def _check_autocaption(config: TrainConfig) -> None:
     for name in ("autocaption_prefix", "autocaption_suffix"):
         if getattr(config, name) is not None and not config.autocaption:
-            raise ValueError(f"{name} is put around descriptions that autocaption makes, which is off: set autocaption to true")
+            raise ValueError(f"{name} is put around the captions of autocaption, which is off: set autocaption to true")
 
 
-def _words(name: str, value: Any) -> str | None:
-    """Text; None where nothing or only white space is given."""
-    return None if value is None or not text(name, value).strip() else value
+def config_yaml(config: TrainConfig) -> str:
+    """The configuration as the YAML file that the input `config` takes; read again it is equal to `config`."""
+    options = asdict(config) | {
+        "resolution": list(config.resolution),
+        "placeholder_token": ",".join(config.placeholder_token) or None,
+    }
+    sections = {section: {name: options[name] for name in names if name in options} for section, names in YAML_SECTIONS.items()}
+    return yaml.dump(sections, Dumper=_ExactDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _sample_prompts(name: str, value: Any) -> str:
-    """Text of at most MAX_SAMPLE_PROMPTS lines that are not blank."""
-    lines = [line for line in text(name, value).splitlines() if line.strip()]
-    if len(lines) > MAX_SAMPLE_PROMPTS:
-        raise ValueError(f"{name} has {len(lines)} prompts: give at most {MAX_SAMPLE_PROMPTS}, one a line")
-    return value
+class _ExactDumper(yaml.SafeDumper):
+    """YAML whose text is read back as it was: outside of double quotes, a reader makes every line break a line feed."""
+
+    def represent_str(self, data: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
 
 
-def _resolutions(name: str, value: Any) -> tuple[int, ...]:
-    """`"512,768,1024"`, a number, or a list of numbers, as sorted sides in pixels."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    sides = set()
-    for part in parts:
-        digits = str(part).strip() if isinstance(part, str) or type(part) is int and 0 < part <= MAX_SIDE else ""
-        if not (digits.isascii() and digits.isdigit() and len(digits) <= 4 and MIN_SIDE <= int(digits) <= MAX_SIDE):
-            raise ValueError(f"{name} is {shown(value)}: give whole numbers from {MIN_SIDE} to {MAX_SIDE}, separated by commas")
-        sides.add(int(digits))
-    return tuple(sorted(sides))
-
-
-# How each option is checked; the ranges are those of the inputs' descriptions.
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "steps": lambda name, value: whole(name, value, 1, MAX_STEPS),
-    "rank": lambda name, value: whole(name, value, 1, 256),
-    "learning_rate": lambda name, value: number(name, value, 1e-6, 1e-2),
-    "batch_size": lambda name, value: choice(name, value, BATCH_SIZES),
-    "resolution": _resolutions,
-    "default_caption": text,
-    "autocaption": flag,
-    "autocaption_prefix": _words,
-    "autocaption_suffix": _words,
-    "caption_dropout": lambda name, value: number(name, value, 0.0, 0.9),
-    "placeholder_vectors": lambda name, value: whole(name, value, 1, MAX_VECTORS),
-    "placeholder_init_std": lambda name, value: number(name, value, 0.0, 1.0),
-    "placeholder_learning_rate": lambda name, value: number(name, value, 0.0, 1.0),
-    "placeholder_warmup_fraction": lambda name, value: number(name, value, 0.0, 0.9),
-    "prior_preservation": lambda name, value: number(name, value, 0.0, 10.0),
-    "prior_preservation_interval": lambda name, value: whole(name, value, 1, 100),
-    "class_word": text,
-    "optimizer": lambda name, value: choice(name, value, OPTIMIZERS),
-    "quantize": flag,
-    "quantize_te": flag,
-    "torch_compile": lambda name, value: None if value is None else flag(name, value),
-    "deterministic": flag,
-    "log_prompt_ids": flag,
-    "seed": lambda name, value: None if value is None else whole(name, value, 0, MAX_SEED),
-    "report": flag,
-    "sample_every": lambda name, value: whole(name, value, 0, MAX_STEPS),
-    "sample_prompts": _sample_prompts,
-}
+_ExactDumper.add_representer(str, _ExactDumper.represent_str)

@@ -1,61 +1,20 @@
-"""Checks of input values, how values from strangers are shown in messages, and errors said in one sentence."""
+"""Messages: how values and names of strangers are shown, and memory or disk errors as one sentence."""
 
 import errno
-import math
 import reprlib
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from placeholder.devices import free_memory
+Log = Callable[[str], None]  # takes one line of the log
 
-Log = Callable[[str], None]
-
-MAX_TEXT_CHARACTERS = 20_000
-MAX_SEED = 2**32 - 1
-
-
-def number(name: str, value: Any, low: float, high: float) -> float:
-    """A number within [low, high]. Text that is a number counts as one: YAML 1.1 reads 1e-5, without a dot, as text."""
-    return _within(name, value, low, high, "a number")
-
-
-def whole(name: str, value: Any, low: int, high: int) -> int:
-    """A whole number within [low, high]."""
-    found = _within(name, value, low, high, "a whole number")
-    if found != int(found):
-        raise ValueError(f"{name} is {shown(value)}: give a whole number from {low} to {high}")
-    return int(found)
-
-
-def flag(name: str, value: Any) -> bool:
-    """True or false, and nothing that merely looks like it."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {shown(value)}: give true or false")
-    return value
-
-
-def choice(name: str, value: Any, choices: tuple) -> Any:
-    """One of the choices."""
-    if isinstance(value, bool) or value not in choices:
-        raise ValueError(f"{name} is {shown(value)}: choose one of {', '.join(map(str, choices))}")
-    return choices[choices.index(value)]
-
-
-def text(name: str, value: Any) -> str:
-    """Text of at most MAX_TEXT_CHARACTERS characters."""
-    if not isinstance(value, str) or len(value) > MAX_TEXT_CHARACTERS:
-        given = f"{len(value)} characters long" if isinstance(value, str) else shown(value)
-        raise ValueError(f"{name} is {given}: give text of at most {MAX_TEXT_CHARACTERS} characters")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{name} is {shown(value)}: give text without halves of surrogate pairs")
-    return value
-
-
-def shown(value: Any) -> str:
-    """A value as an error message shows it: cut short, however large or nested it is."""
-    return _SHORT.repr(value)
+MAX_SHOWN = 120  # characters of a name
+MAX_REASON = 400
+# PyTorch on CUDA and on a CPU, cuBLAS and cuDNN, and the operating system; many of them raise a bare RuntimeError.
+MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED", "Cannot allocate memory")
+DISK_WORDS = ("No space left on device", "Disk quota exceeded")  # safetensors passes them on without a number
+DISK_NUMBERS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Short(reprlib.Repr):
@@ -67,22 +26,13 @@ class _Short(reprlib.Repr):
 _SHORT = _Short()
 
 
-def _within(name: str, value: Any, low: float, high: float, kind: str) -> float:
-    try:
-        found = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
-    except (ValueError, OverflowError):
-        found = math.nan
-    if not low <= found <= high:  # also true of NaN
-        raise ValueError(f"{name} is {shown(value)}: give {kind} from {low} to {high}")
-    return found
-
-
-MAX_SHOWN = 120  # characters of a name
-MAX_REASON = 400
+def shown(value: object) -> str:
+    """A value as an error message shows it: its repr, cut short however large or nested it is."""
+    return _SHORT.repr(value)
 
 
 def quoted(name: str) -> str:
-    """A name in quotation marks, with control characters escaped, and cut in the middle where it is long."""
+    """A name in quotation marks, with control characters escaped, cut in the middle to MAX_SHOWN characters."""
     return _cut(repr(name), MAX_SHOWN)
 
 
@@ -92,7 +42,7 @@ def label(name: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an error of a library says, for use within a sentence of ours."""
+    """The message of a library's error on one printable line, for use within a sentence of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
     return _cut("".join(character if character.isprintable() else "?" for character in text), MAX_REASON)
 
@@ -102,21 +52,16 @@ def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
 
 
-# PyTorch on CUDA and on a CPU, cuBLAS and cuDNN, and the operating system; many of them raise a bare RuntimeError.
-MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED", "Cannot allocate memory")
-DISK_WORDS = ("No space left on device", "Disk quota exceeded")  # safetensors passes them on without a number
-DISK_NUMBERS = (errno.ENOSPC, errno.EDQUOT)
-
-
 class OutOfResourcesError(RuntimeError):
-    """One sentence about memory or a disk that does not suffice."""
+    """One sentence: out of memory, or out of disk space."""
 
 
 @contextmanager
 def readable_errors(advice: str = "use a machine with more memory") -> Iterator[None]:
-    """Raise OutOfResourcesError, a RuntimeError of one sentence, where the memory or the disk does not suffice; other errors pass as they are.
+    """Raise OutOfResourcesError, a RuntimeError of one sentence, when out of memory or disk space; other errors pass unchanged.
 
-    `advice` says what takes less memory. What the failed or cancelled work held is given back, although its traceback refers to it.
+    `advice` says what takes less memory. The memory that the failed or canceled work held is freed, although the traceback
+    of its error refers to it.
     """
     try:
         yield
@@ -124,18 +69,21 @@ def readable_errors(advice: str = "use a machine with more memory") -> Iterator[
         sentence = None if isinstance(error, OutOfResourcesError) else _sentence(error, advice)
         for cause in _chain(error):
             traceback.clear_frames(cause.__traceback__)
-        free_memory()
+        if "torch" in sys.modules:
+            from placeholder.devices import free_memory
+
+            free_memory()
         if sentence is None:
             raise
         raise OutOfResourcesError(sentence) from error
 
 
 def _sentence(error: BaseException, advice: str) -> str | None:
-    """For an error, or for what was being handled when it was raised: libraries tidy up and stumble."""
+    """The sentence for an error, or for one that was being handled when it was raised: libraries fail while they clean up."""
     for cause in _chain(error):
         text = str(cause)
         if isinstance(cause, MemoryError) or any(words in text for words in MEMORY_WORDS):
-            return f"the memory does not suffice: {advice}"
+            return f"out of memory: {advice}"
         if getattr(cause, "errno", None) in DISK_NUMBERS or any(words in text for words in DISK_WORDS):
             return "the disk is full: make room for temporary files, or name a folder that has room in TMPDIR"
     return None

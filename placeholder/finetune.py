@@ -13,10 +13,11 @@ from torch import Tensor
 from placeholder.config import TrainConfig
 from placeholder.devices import deterministic, peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS, Processes
-from placeholder.errors import MAX_SEED, Log
+from placeholder.errors import Log
 from placeholder.job import Job
 from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict, unload_lora
 from placeholder.model.base import BaseModel
+from placeholder.options import MAX_SEED
 from placeholder.report.report import Report
 from placeholder.report.samples import grid_prompts
 from placeholder.report.trackers import TrackedSteps, WandbTracker

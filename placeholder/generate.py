@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from placeholder.errors import MAX_SEED, Log, readable_errors
+from placeholder.errors import Log, readable_errors
 from placeholder.lora.distilled import FastLora, line_of
 from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
 from placeholder.model.offloading import cache_first_block, stop_caching
 from placeholder.model.placement import placement_of
+from placeholder.options import MAX_SEED
 from placeholder.request import Request
 from placeholder.tokens.prompt_encoder import encode_prompts, pipeline_inputs, prompt_ids
 from placeholder.weights.applied import Applied, AppliedWeights

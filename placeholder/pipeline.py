@@ -9,9 +9,9 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
-from placeholder.errors import number
 from placeholder.lora.adapter import ADAPTER, load_lora, scale_lora, unload_lora
 from placeholder.model.download import local_file
+from placeholder.options import number
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import prompt_ids
 from placeholder.tokens.vocabulary import archive_tokens

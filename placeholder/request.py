@@ -1,9 +1,11 @@
-"""What one picture is asked to be: every input of a prediction, validated before any weight is touched."""
+"""The inputs of a prediction: declared once with default, range and help, and checked before any weights are touched."""
 
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from placeholder.errors import MAX_SEED, choice, flag, number, text, whole
+from pydantic.dataclasses import dataclass
+
+from placeholder.options import DECLARATION, MAX_SEED, Flag, Number, Text, Whole, checked, option
 
 # The sizes of the hosted qwen/qwen-image-lora, in pixels, width first.
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
@@ -27,16 +29,63 @@ SIZES: dict[str, dict[str, tuple[int, int]]] = {
     },
 }
 OUTPUT_FORMATS = ("webp", "jpg", "png")
-SIDE_MULTIPLE = 16  # latents.PIXELS_A_TOKEN, without loading torch for it
+SIDE_MULTIPLE = 16  # pixels: the VAE's factor of 8, and latents packed 2x2
 MIN_SIDE, MAX_SIDE = 64, 2048
 MAX_STEPS = 200
+MAX_GUIDANCE, MAX_SCALE = 10.0, 3.0
 # The suffix that Qwen-Image's model card appends to English prompts.
 ENHANCEMENT = ", Ultra HD, 4K, cinematic composition."
+# The headings of --help.
+SAMPLING, WEIGHTS, SIZE, FILE = "sampling", "weights", "size", "file"
+
+
+@dataclass(frozen=True, config=DECLARATION)
+class PredictInputs:
+    """The inputs of `Predictor.predict`, with its names."""
+
+    prompt: Annotated[Text, option(SAMPLING)]
+    """What to generate, with the placeholder token where the subject belongs, such as: a photo of <zwx>"""
+    negative_prompt: Annotated[Text, option(SAMPLING)] = ""
+    """What to keep out of the image. Used when guidance is above 1."""
+    steps: Annotated[Whole, option(SAMPLING, ge=1, le=MAX_STEPS)] = 50
+    """Denoising steps."""
+    num_inference_steps: Annotated[Whole | None, option(SAMPLING, ge=1, le=MAX_STEPS)] = None
+    """Another name for steps; used instead of it where given."""
+    guidance: Annotated[Number, option(SAMPLING, ge=0.0, le=MAX_GUIDANCE)] = 4.0
+    """Classifier-free guidance scale. At 1 or below: no negative prompt, and a step takes half the time."""
+    guidance_scale: Annotated[Number | None, option(SAMPLING, ge=0.0, le=MAX_GUIDANCE)] = None
+    """Another name for guidance; used instead of it where given."""
+    width: Annotated[Whole | None, option(SIZE, ge=MIN_SIDE, le=MAX_SIDE)] = None
+    """Width in pixels, rounded down to a multiple of 16. Give height too."""
+    height: Annotated[Whole | None, option(SIZE, ge=MIN_SIDE, le=MAX_SIDE)] = None
+    """Height in pixels, rounded down to a multiple of 16. Give width too."""
+    aspect_ratio: Annotated[Literal[*SIZES["optimize_for_quality"]], option(SIZE)] = "16:9"
+    """Aspect ratio of the image where width and height are not given."""
+    image_size: Annotated[Literal[*SIZES], option(SIZE)] = "optimize_for_quality"
+    """Size where width and height are not given: about 1.6 megapixels for quality, 0.6 to 1 for speed."""
+    seed: Annotated[Whole | None, option(SAMPLING, ge=0, le=MAX_SEED)] = None
+    """Seed of the noise. Blank: one is drawn and logged."""
+    lora_scale: Annotated[Number, option(WEIGHTS, ge=0.0, le=MAX_SCALE)] = 1.0
+    """Strength of the trained LoRA. At 0 only the token embedding is left."""
+    replicate_weights: Annotated[Path | None, option(WEIGHTS)] = None
+    """The weights.zip of a training, or another LoRA. Overrides the weights the model was started with."""
+    extra_lora_weights: Annotated[Path | None, option(WEIGHTS)] = None
+    """A second weights.zip or LoRA, applied together with the first, with its own tokens."""
+    extra_lora_scale: Annotated[Number, option(WEIGHTS, ge=0.0, le=MAX_SCALE)] = 1.0
+    """Strength of the LoRA in extra_lora_weights."""
+    enhance_prompt: Annotated[Flag, option(SAMPLING)] = False
+    """Append the quality words of Qwen-Image's model card: Ultra HD, 4K, cinematic composition."""
+    go_fast: Annotated[Flag, option(SAMPLING)] = False
+    """Use a step-distilled LoRA: about 8 steps, no guidance. Where there is none: the first-block cache."""
+    output_format: Annotated[Literal[*OUTPUT_FORMATS], option(FILE)] = "webp"
+    """Format of the image file."""
+    output_quality: Annotated[Whole, option(FILE, ge=0, le=100)] = 80
+    """Quality of webp and jpg files; png is lossless."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture: prompts, guidance and steps, its size in pixels, its seed, the LoRAs' strengths, and the file to write."""
+    """One image: prompts, steps and guidance, width and height in pixels, seed, LoRA scales, and the file to write."""
 
     prompt: str
     negative_prompt: str
@@ -53,45 +102,30 @@ class Request:
 
 
 def image_request(inputs: dict[str, Any]) -> Request:
-    """The request that the inputs of `Predictor.predict` ask for; `num_inference_steps` and `guidance_scale` are aliases.
+    """The request that the inputs of `Predictor.predict` ask for; those that are not given have their defaults.
 
     Raises ValueError, one sentence, for any value that is not accepted.
     """
-    prompt = text("prompt", inputs["prompt"])
-    if not prompt.strip():
-        raise ValueError("prompt is empty: describe the picture, with the placeholder token where the subject belongs")
-    if flag("enhance_prompt", inputs["enhance_prompt"]):
-        prompt = prompt.rstrip(" .,") + ENHANCEMENT
-    width, height = _size(inputs)
-    seed = inputs["seed"]
+    given = checked(PredictInputs, inputs)
+    if not given.prompt.strip():
+        raise ValueError("prompt is empty: describe the image, with the placeholder token where the subject belongs")
+    width, height = _size(given)
     return Request(
-        prompt=prompt,
-        negative_prompt=text("negative_prompt", inputs["negative_prompt"]),
-        steps=whole("steps", _alias(inputs, "steps", "num_inference_steps"), 1, MAX_STEPS),
-        guidance=number("guidance", _alias(inputs, "guidance", "guidance_scale"), 0.0, 10.0),
+        prompt=given.prompt.rstrip(" .,") + ENHANCEMENT if given.enhance_prompt else given.prompt,
+        steps=given.steps if given.num_inference_steps is None else given.num_inference_steps,
+        guidance=given.guidance if given.guidance_scale is None else given.guidance_scale,
         width=width,
         height=height,
-        seed=None if seed is None else whole("seed", seed, 0, MAX_SEED),
-        lora_scale=number("lora_scale", inputs["lora_scale"], 0.0, 3.0),
-        extra_lora_scale=number("extra_lora_scale", inputs["extra_lora_scale"], 0.0, 3.0),
-        go_fast=flag("go_fast", inputs["go_fast"]),
-        output_format=choice("output_format", inputs["output_format"], OUTPUT_FORMATS),
-        output_quality=whole("output_quality", inputs["output_quality"], 0, 100),
+        **{name: getattr(given, name) for name in ("negative_prompt", "seed", "lora_scale", "extra_lora_scale")},
+        **{name: getattr(given, name) for name in ("go_fast", "output_format", "output_quality")},
     )
 
 
-def _size(inputs: dict[str, Any]) -> tuple[int, int]:
-    """Width and height in pixels, rounded down to what the model can draw; from the aspect ratio where they are not given."""
-    width, height = inputs["width"], inputs["height"]
+def _size(given: PredictInputs) -> tuple[int, int]:
+    """Width and height in pixels, rounded down to SIDE_MULTIPLE; from the aspect ratio where they are not given."""
+    width, height = given.width, given.height
     if width is None and height is None:
-        sizes = SIZES[choice("image_size", inputs["image_size"], tuple(SIZES))]
-        return sizes[choice("aspect_ratio", inputs["aspect_ratio"], tuple(sizes))]
+        return SIZES[given.image_size][given.aspect_ratio]
     if width is None or height is None:
         raise ValueError(f"width is {width} and height is {height}: give both, or neither and an aspect_ratio")
-    sides = (whole(name, inputs[name], MIN_SIDE, MAX_SIDE) for name in ("width", "height"))
-    width, height = (side // SIDE_MULTIPLE * SIDE_MULTIPLE for side in sides)
-    return width, height
-
-
-def _alias(inputs: dict[str, Any], name: str, alias: str) -> Any:
-    return inputs[name] if inputs[alias] is None else inputs[alias]
+    return width // SIDE_MULTIPLE * SIDE_MULTIPLE, height // SIDE_MULTIPLE * SIDE_MULTIPLE

@@ -2,27 +2,10 @@
 
 import pytest
 
-from placeholder.request import SIZES, image_request
+from placeholder.options import options_of
+from placeholder.request import SIZES, PredictInputs, image_request
 
-DEFAULTS = {
-    "prompt": "a photo of <zwx>",
-    "negative_prompt": "",
-    "steps": 50,
-    "num_inference_steps": None,
-    "guidance": 4.0,
-    "guidance_scale": None,
-    "width": None,
-    "height": None,
-    "aspect_ratio": "16:9",
-    "image_size": "optimize_for_quality",
-    "seed": None,
-    "lora_scale": 1.0,
-    "extra_lora_scale": 1.0,
-    "enhance_prompt": False,
-    "go_fast": False,
-    "output_format": "webp",
-    "output_quality": 80,
-}
+DEFAULTS = {name: option.default for name, option in options_of(PredictInputs).items()} | {"prompt": "a photo of <zwx>"}
 
 
 def request(**inputs):
@@ -31,6 +14,7 @@ def request(**inputs):
 
 def test_the_defaults_make_a_request():
     found = request()
+    assert found == image_request({"prompt": "a photo of <zwx>"})
     assert (found.prompt, found.negative_prompt) == ("a photo of <zwx>", "")
     assert (found.steps, found.guidance, found.lora_scale, found.seed) == (50, 4.0, 1.0, None)
     assert (found.width, found.height) == (1664, 928)
@@ -78,15 +62,15 @@ def test_enhance_prompt_appends_the_model_cards_words():
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
-        ({"prompt": ""}, "prompt is empty: describe the picture"),
+        ({"prompt": ""}, "prompt is empty: describe the image"),
         ({"prompt": " \n"}, "prompt is empty"),
         ({"prompt": None}, "prompt is None: give text"),
         ({"prompt": "x" * 20_001}, "prompt is 20001 characters long"),
         ({"negative_prompt": None}, "negative_prompt is None: give text"),
         ({"steps": 0}, "steps is 0: give a whole number from 1 to 200"),
-        ({"num_inference_steps": 201}, "steps is 201: give a whole number from 1 to 200"),
+        ({"num_inference_steps": 201}, "num_inference_steps is 201: give a whole number from 1 to 200"),
         ({"guidance": -1}, "guidance is -1: give a number from 0"),
-        ({"guidance_scale": 11}, "guidance is 11: give a number"),
+        ({"guidance_scale": 11}, "guidance_scale is 11: give a number"),
         ({"width": 128}, "width is 128 and height is None: give both, or neither and an aspect_ratio"),
         ({"height": 128}, "width is None and height is 128: give both"),
         ({"width": 63, "height": 64}, "width is 63: give a whole number from 64 to 2048"),

@@ -9,12 +9,13 @@ from urllib.parse import unquote, urlsplit
 
 from torch import Tensor
 
-from placeholder.errors import Log, label, whole
+from placeholder.errors import Log, label
 from placeholder.lora.adapter import check_lora
 from placeholder.lora.formats import read_lora
 from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.download import URL_SCHEMES, fetch_file, local_file
 from placeholder.model.loading import transformer_shell
+from placeholder.options import whole
 from placeholder.request import MAX_STEPS, Request
 
 FAST_VARIABLE, STEPS_VARIABLE = "QWEN_IMAGE_FAST_LORA", "QWEN_IMAGE_FAST_STEPS"

@@ -1,6 +1,6 @@
-"""Training and prediction without Cog: a command with the options that train.py and predict.py declare as inputs.
+"""The command line: training and prediction without Cog, with the same inputs.
 
-The libraries that take seconds to import are imported by the command that needs them, so that --help does not.
+The libraries that take seconds to import are imported by the command that needs them, so that --help is fast.
 """
 
 import os
@@ -8,17 +8,23 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-from placeholder.config import YAML_SECTIONS, train_config
+from pydantic import SecretStr
+
+from placeholder.errors import Log
+from placeholder.job import Job
 from placeholder.request import image_request
 from placeholder.service.console import Console
-from placeholder.service.options import SECRET, declared, parser
+from placeholder.service.parser import INPUTS, parser
 
 SUFFIXES = {".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg", ".png": "png"}
+RANK_VARIABLE = "RANK"  # set by accelerate launch and torchrun
+MODEL_VARIABLE = "QWEN_IMAGE_MODEL"  # that of model/base.py, which imports torch
+WANDB_NAMES = ("wandb_project", "wandb_run", "wandb_entity")
 
 
 def with_hyphens(arguments: Sequence[str]) -> list[str]:
@@ -34,12 +40,12 @@ def with_hyphens(arguments: Sequence[str]) -> list[str]:
 def inputs_of(command: str, given: dict[str, Any]) -> dict[str, Any]:
     """Every input by name, with its default where it was not given; paths are absolute, and empty ones are None.
 
-    A secret such as hf_token is what the environment variable of its name, HF_TOKEN, holds.
+    A secret such as hf_token is read from the environment variable of its name, HF_TOKEN.
     """
     inputs = {}
-    for name, option in declared(command).items():
-        value = os.environ.get(name.upper()) if option.kind == SECRET else given.get(name, option.default)
-        if option.kind == "Path":
+    for name, option in INPUTS[command].items():
+        value = os.environ.get(name.upper()) if option.kind is SecretStr else given.get(name, option.default)
+        if option.kind is Path:
             value = _path(value) if value else None
         inputs[name] = value
     return inputs
@@ -51,7 +57,7 @@ def _path(value: str) -> Path | str:
 
 
 def output_path(value: str, overwrite: bool) -> Path:
-    """Where to write. Raises ValueError where that cannot be, before any work is done."""
+    """The path to write to. Raises ValueError where that cannot be, before any work is done."""
     path = Path(value).absolute()
     if not path.parent.is_dir():
         raise ValueError(f"output {value}: the folder {path.parent} does not exist, make it first")
@@ -65,60 +71,69 @@ def output_path(value: str, overwrite: bool) -> Path:
 
 
 def output_format(given: dict[str, Any]) -> str | None:
-    """The format that the suffix of the output asks for; None where no output is given."""
+    """The format that the suffix of the output asks for; None where neither it nor --output-format is given."""
     output, wanted = given.get("output"), given.get("output_format")
     if output is None:
         return wanted
     found = SUFFIXES.get(Path(output).suffix.lower(), wanted)
     if found is None:
-        raise ValueError(f"output {output} has no suffix of a picture: end it in .webp, .jpg or .png, or give --output-format")
+        raise ValueError(f"output {output} has no suffix of an image: end it in .webp, .jpg or .png, or give --output-format")
     if wanted not in (None, found):
         raise ValueError(f"output {output} is a {found} by its name and --output-format is {wanted}: give one of them")
     return found
 
 
-def train(given: dict[str, Any], console: Console) -> Path:
-    """A whole training; returns where the archive is."""
+def _launch(job: Job, log: Log) -> bool:
+    """Train on all GPUs. Whether this process wrote the archive."""
+    # TO MERGE: becomes `from placeholder.service.launch import train; return train(job, log)`.
+    from placeholder.service import launch
+
+    launch.finetune_on_all_gpus(job.dataset, job.config, job.output, log, job.resume_from, job.checkpoints, job.tracker)
+    return True
+
+
+def train(given: dict[str, Any], console: Console, launch: Callable[[Job, Log], bool] = _launch) -> Path | None:
+    """A whole training; returns the path of the archive, None in a process that does not write it.
+
+    Of the processes that accelerate launch or torchrun starts, rank 0 alone checks the output and the hub. `launch` trains and
+    returns whether this process wrote the archive.
+    """
+    first = os.environ.get(RANK_VARIABLE, "0") == "0"
     inputs = inputs_of("train", given)
-    if not inputs["dataset"]:
-        raise ValueError("dataset is missing: give a zip or tar of jpg, png or webp pictures")
-    config = train_config({name: inputs[name] for names in YAML_SECTIONS.values() for name in names}, inputs["config"])
-    output = output_path(given.get("output", "weights.zip"), given.get("overwrite", False))
+    if not any(inputs[name] for name in WANDB_NAMES):
+        inputs["wandb_api_key"] = None  # the environment may hold it for other programs
+    if not first:
+        inputs |= dict.fromkeys(("wandb_api_key", *WANDB_NAMES, "hf_repo_id", "hf_token"))
+    path, overwrite = given.get("output", "weights.zip"), given.get("overwrite", False)
+    job = Job.of(inputs, output_path(path, overwrite) if first else Path(path).absolute())
+    repository = None
+    if inputs["hf_repo_id"]:
+        from placeholder.report.hub import HubRepository
 
-    from placeholder.job import CheckpointFolder, WandbTarget
-    from placeholder.report.hub import HubRepository
-    from placeholder.service.launch import finetune_on_all_gpus
-    from placeholder.training.checkpoint import stored_checkpoints
-
-    repository = HubRepository.of(inputs["hf_repo_id"], inputs["hf_token"]) if inputs["hf_repo_id"] else None
-    if repository:
+        repository = HubRepository.of(inputs["hf_repo_id"], inputs["hf_token"])
         repository.check()
-    names = [inputs[name] for name in ("wandb_project", "wandb_run", "wandb_entity")]
-    target = WandbTarget.of(inputs["wandb_api_key"], *names) if any(names) else None  # a key alone may be there for others
-    checkpoints = CheckpointFolder.of(inputs["checkpoint_folder"], inputs["checkpoint_every"], config.steps)
-    _find_model_from_anywhere()
+    _make_model_path_absolute()
     try:
-        finetune_on_all_gpus(inputs["dataset"], config, output, console, inputs["resume_from"], checkpoints, target)
+        written = launch(job, console)
     except (KeyboardInterrupt, SystemExit):
-        if checkpoints is not None and checkpoints.path.is_dir() and (stored := stored_checkpoints(checkpoints.path)):
-            console.end(f"--resume-from {shlex.quote(str(stored[-1]))} goes on from the last checkpoint")
+        folder = job.checkpoints.path if job.checkpoints else None
+        if folder is not None and folder.is_dir() and any(folder.iterdir()):
+            console.end(f"--resume-from {shlex.quote(str(folder))} resumes from the last checkpoint")
         raise
-    if repository:
-        repository.upload(output, console)
-    return output
+    if written and repository:
+        repository.upload(job.output, console)
+    return job.output if written else None
 
 
-def _find_model_from_anywhere() -> None:
-    """Make the folder that QWEN_IMAGE_MODEL may name absolute: the processes of a training run in another folder."""
-    from placeholder.model.base import MODEL_VARIABLE
-
+def _make_model_path_absolute() -> None:
+    """Make a folder in QWEN_IMAGE_MODEL absolute: the processes of a training run in another folder."""
     source = os.environ.get(MODEL_VARIABLE, "")
     if source and Path(source).is_dir():
         os.environ[MODEL_VARIABLE] = str(Path(source).absolute())
 
 
 def predict(given: dict[str, Any], console: Console) -> Path:
-    """A whole prediction; returns where the picture is."""
+    """A whole prediction; returns the path of the image."""
     found = output_format(given)
     inputs = inputs_of("predict", given | ({"output_format": found} if found else {}))
     paths = [inputs.pop(name) for name in ("replicate_weights", "extra_lora_weights")]
@@ -131,11 +146,10 @@ def predict(given: dict[str, Any], console: Console) -> Path:
     from placeholder.model.download import local_file
     from placeholder.weights.archive import read_weights
 
-    _find_model_from_anywhere()
     with ExitStack() as kept:
         archives = [kept.enter_context(local_file(str(path))) if path else None for path in paths]
         for archive in filter(None, archives):
-            read_weights(archive)  # what is wrong with it is said before the base model is loaded
+            read_weights(archive)  # its errors come before the base model is loaded
         base = BaseModel.from_environment()
         fast = load_fast_lora(base, console) if request.go_fast else None
         image = ImageGenerator(base, console, fast).generate(request, *archives)
@@ -144,13 +158,18 @@ def predict(given: dict[str, Any], console: Console) -> Path:
     return output
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. The log goes to stderr, the path of what was written to stdout."""
+COMMANDS = {"train": train, "predict": predict}
+
+
+def main(arguments: Sequence[str] | None = None, commands: dict[str, Callable] = COMMANDS) -> int:
+    """Run a command; returns the exit code. The log goes to stderr, the path of the written file to stdout."""
     given = vars(parser().parse_args(with_hyphens(sys.argv[1:] if arguments is None else arguments)))
     console = Console(sys.stderr)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        print({"train": train, "predict": predict}[given.pop("command")](given, console))
+        written = commands[given.pop("command")](given, console)
+        if written is not None:
+            print(written)
     except (ValueError, RuntimeError, OSError) as error:
         console.end(f"error: {' '.join(str(error).split()) or type(error).__name__}")
         return 2 if isinstance(error, ValueError) else 1
@@ -161,5 +180,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _terminated(number: int, _frame: object) -> NoReturn:
-    """End as Ctrl-C does, so that what is under way is tidied up and a training leaves its last checkpoint."""
+    """End as Ctrl-C does: clean up, and leave a last checkpoint of a training."""
     sys.exit(128 + number)

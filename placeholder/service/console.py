@@ -1,4 +1,4 @@
-"""Log lines for a person: on a terminal the progress stays on one line, elsewhere every line stands by itself."""
+"""The console of the command line: on a terminal the progress stays on one line, elsewhere each line is printed as it is."""
 
 import os
 import re
@@ -10,7 +10,7 @@ CLEAR_LINE = "\r\x1b[K"  # ECMA-48: to the first column, erase to the end
 
 
 class Console:
-    """Writes lines to a stream; call it with one."""
+    """A Log that writes its lines to a stream."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import set_peft_model_state_dict
 
-from placeholder.config import TrainConfig
+from placeholder.config import OPTIONS, TrainConfig
 from placeholder.errors import shown
 from placeholder.lora.adapter import ADAPTER, lora_state_dict
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
@@ -17,7 +17,6 @@ from placeholder.weights.archive import Weights, read_weights
 
 Start = Checkpoint | Weights | None
 PROGRESS = {"losses", "preservations", "loss", "seconds", "curve"}  # the keys of Progress.state_dict
-MAY_DIFFER = ("steps", "log_prompt_ids", "report", "sample_every", "sample_prompts")  # options that a resume may change
 
 
 def resume_path(source: Path) -> Path:
@@ -54,7 +53,7 @@ def resumed_config(start: Checkpoint | Weights, config: TrainConfig, facts: dict
     for name in ("seed", "torch_compile"):
         if getattr(config, name) is None:
             config = replace(config, **{name: recorded.get(name)})
-    wanted = {name: value for name, value in asdict(config).items() if name not in MAY_DIFFER} | facts
+    wanted = {name: value for name, value in asdict(config).items() if not OPTIONS[name].resume_may_change} | facts
     for name, value in wanted.items():
         stored = start.facts.get(name) if name in facts else recorded.get(name)
         value = list(value) if isinstance(value, tuple) else value  # as JSON has it

@@ -8,7 +8,7 @@ from placeholder.model.loading import load_text_encoder, load_transformer
 from placeholder.model.quantization import quantized_bytes
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import encode_prompts, prompt_ids
-from placeholder.training.losses import predict_velocity
+from placeholder.training.losses import Denoiser
 from placeholder.transformer.layers import Int8Linear
 
 NO_TOKENS = PlaceholderTokens(151665, {}, 32)
@@ -40,7 +40,7 @@ def test_a_quantized_transformer_predicts_nearly_the_same(base, quantization, la
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(1, 16, 64, generator=generator), torch.full((1,), 0.5), torch.randn(1, 5, 32, generator=generator)
     with torch.no_grad():
-        expected, found = (predict_velocity(load_transformer(base, kind), *inputs, (4, 4)) for kind in ("none", quantization))
+        expected, found = (Denoiser(load_transformer(base, kind))(*inputs, (4, 4)) for kind in ("none", quantization))
     difference = (found - expected).norm() / expected.norm()
     assert 0 < difference < largest
 

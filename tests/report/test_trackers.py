@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from placeholder.service.options import parser
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 import train as cog_train
@@ -27,7 +28,6 @@ from placeholder.report.wandb_run import WandbRun
 from placeholder.service import launch
 from placeholder.service.cli import inputs_of
 from placeholder.service.launch import finetune_on_all_gpus
-from placeholder.service.options import parser
 from placeholder.training import setup as prepare_module
 from placeholder.weights.metadata import TIME_VARIABLE
 from tests.conftest import SHORT

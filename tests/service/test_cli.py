@@ -1,41 +1,34 @@
 """The command line: the same options, results and errors as Cog's functions, and lines for a terminal and for a file."""
 
-import inspect
 import io
 import os
 import pty
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from cog import Secret
 from PIL import Image
+from pydantic import SecretStr
 
 import predict as predict_module
-import train as train_module
 from demo.server import ROOT
 from placeholder import generate as generate_module
-from placeholder.config import train_config
-from placeholder.job import WandbTarget
+from placeholder.config import OPTIONS, TrainConfig, train_config
+from placeholder.errors import Log
+from placeholder.job import CheckpointFolder, Job, WandbTarget
 from placeholder.model.base import MODEL_VARIABLE
 from placeholder.service import cli as command_line
-from placeholder.service import launch
 from placeholder.service.cli import inputs_of, main, with_hyphens
 from placeholder.service.console import CLEAR_LINE, Console
-from placeholder.service.inputs import declared_inputs
-from placeholder.service.options import GROUPS, POSITIONAL, SECRET, SOURCES, declared, parser
-from placeholder.training import setup as prepare_module
-from placeholder.training.checkpoint import stored_checkpoints
+from placeholder.service.parser import INPUTS, POSITIONAL, parser
 from placeholder.weights.archive import LORA_NAME
 from tests.support.samples import Run, read_zip
 
 COMMAND = [sys.executable, "-m", "placeholder"]
-FUNCTIONS = {"train": train_module.train, "predict": predict_module.Predictor.predict}
 SHORT = [
     "--no-report",
     "--steps",
@@ -54,12 +47,6 @@ SHORT = [
 ]
 DRAWN = ["--steps", "3", "--width", "64", "--height", "64", "--seed", "7", "--negative-prompt", "blurry"]
 METER = "{:3}%|{:10}| {}/15 [00:00<00:00, loss=1.0]"
-
-
-def fields(command: str) -> dict:
-    """What Cog itself knows of the inputs, by name: annotation and field."""
-    parameters = inspect.signature(FUNCTIONS[command]).parameters.values()
-    return {each.name: (each.annotation, each.default) for each in parameters if each.name != "self"}
 
 
 def actions(command: str) -> dict:
@@ -84,10 +71,10 @@ def run(arguments: list[str], folder: Path, **env: str) -> subprocess.CompletedP
     return subprocess.run([*COMMAND, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
-def exit_code(arguments: list[str]) -> int:
+def exit_code(arguments: list[str], commands: dict = command_line.COMMANDS) -> int:
     """The exit code of a command in this process."""
     try:
-        return main(arguments)
+        return main(arguments, commands)
     except SystemExit as ended:
         return ended.code
 
@@ -99,34 +86,16 @@ def refused(arguments: list[str], capsys) -> tuple[int, str]:
     return code, line
 
 
-@pytest.mark.parametrize("command", FUNCTIONS)
-def test_the_declarations_are_read_as_cog_reads_them(command):
-    expected = fields(command)
-    found = declared(command)
-    assert list(found) == list(expected)
-    for name, (annotation, field) in expected.items():
-        kind = next((part for part in getattr(annotation, "__args__", ()) if part is not type(None)), annotation)
-        assert found[name].kind == kind.__name__
-        assert found[name].required == (field.default is None and annotation is kind)
-        for fact in ("default", "description", "ge", "le"):
-            assert getattr(found[name], fact) == getattr(field, fact), (name, fact)
-        assert (found[name].choices or None) == (field.choices or None)
-        assert found[name].deprecated == bool(field.deprecated)
-
-
-@pytest.mark.parametrize("command", FUNCTIONS)
-def test_the_options_are_the_declared_inputs_one_to_one(command):
+@pytest.mark.parametrize("command", INPUTS)
+def test_every_input_is_an_option_and_secrets_are_none(command):
     found = actions(command)
-    own = {"output", "overwrite"}
-    options = {name: option for name, option in declared(command).items() if option.kind != SECRET}
-    assert set(found) == set(options) | own
+    options = {name: option for name, option in INPUTS[command].items() if option.kind is not SecretStr}
+    assert set(found) == set(options) | {"output", "overwrite"}
     for name, option in options.items():
-        strings = found[name].option_strings
-        expected = [] if name == POSITIONAL[command] else ["--" + name.replace("_", "-")]
-        if option.kind == "bool":
-            expected.append(expected[0].replace("--", "--no-"))
-        assert strings == expected
-        assert found[name].choices == option.choices
+        strings = [] if name == POSITIONAL[command] else ["--" + name.replace("_", "-")]
+        if option.kind is bool:
+            strings.append(strings[0].replace("--", "--no-"))
+        assert found[name].option_strings == strings
         assert option.description.replace("%", "%%") in found[name].help
 
 
@@ -138,31 +107,10 @@ def test_a_secret_comes_from_the_environment_and_is_no_option(monkeypatch):
         parser().parse_args(["train", "d.zip", "--hf-token", "hf_secret"])
 
 
-@pytest.mark.parametrize("command", FUNCTIONS)
-def test_every_heading_names_inputs_that_there_are_and_each_once(command):
-    named = [name for names in GROUPS[command].values() for name in names.split()]
-    assert len(named) == len(set(named))
-    assert set(named) < set(declared(command)) - {POSITIONAL[command]}
-
-
-def test_an_input_that_is_added_becomes_an_option(tmp_path, monkeypatch):
-    text = (
-        (ROOT / "train.py")
-        .read_text()
-        .replace("    steps: int", "    new: Optional[float] = Input(default=None),\n    steps: int")
-    )
-    path = tmp_path / "train.py"
-    path.write_text(text.replace("Input(default=None),", 'Input(default=None, ge=0, le=2, description="New, 5 %."),'))
-    monkeypatch.setitem(SOURCES, "train", (str(path), "train"))
-    assert declared_inputs(*SOURCES["train"])["new"].le == 2
-    assert vars(parser().parse_args(["train", "d.zip", "--new", "1.5"]))["new"] == 1.5
-    assert "New, 5 %. [0 to 2]" in parser()._subparsers._group_actions[0].choices["train"].format_help()
-
-
 def test_what_is_not_given_has_the_declared_default_and_paths_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inputs = inputs_of("train", {"dataset": "d.zip", "config": "", "steps": 3})
-    expected = {name: option.default for name, option in declared("train").items()}
+    expected = {name: option.default for name, option in INPUTS["train"].items()}
     assert inputs == expected | {"dataset": tmp_path / "d.zip", "steps": 3}
     assert inputs_of("predict", {"replicate_weights": "https://a/b.zip"})["replicate_weights"] == "https://a/b.zip"
 
@@ -179,55 +127,69 @@ def test_names_may_be_written_with_underscores(given, expected):
     assert with_hyphens(given) == expected
 
 
-def test_a_training_is_told_what_cogs_function_tells_it(sigterm, tmp_path, monkeypatch, capsys):
-    told = []
-    monkeypatch.setattr(launch, "finetune_on_all_gpus", lambda *args: told.append(args))
-    monkeypatch.setattr(
-        train_module,
-        "finetune_on_all_gpus",
-        lambda dataset, config, output, resume_from, checkpoints, target: told.append(
-            (dataset, config, output, None, resume_from, checkpoints, target)
-        ),
-    )
-    given = {"dataset": tmp_path / "d.zip", "steps": 40, "placeholder_token": "<zwx>", "quantize": True, "seed": 3}
-    given |= {
-        "resume_from": tmp_path / "c",
-        "checkpoint_folder": str(tmp_path / "c"),
-        "checkpoint_every": 5,
-        "class_word": "cat",
-        "wandb_project": "p",
-        "wandb_run": "r",
-        "wandb_entity": "e",
-    }
+def test_a_training_is_the_job_that_the_options_ask_for(sigterm, tmp_path, monkeypatch, capsys):
+    jobs = []
     monkeypatch.setenv("WANDB_API_KEY", "a key")
-    defaults = {name: field.default for name, (_, field) in fields("train").items()}
-    train_module.train(**defaults | given | {"wandb_api_key": Secret("a key")})
-    arguments = [
-        "--" + name.replace("_", "-") + f"={value}" for name, value in given.items() if name not in ("dataset", "quantize")
+    arguments = ["train", str(tmp_path / "d.zip"), "-o", str(tmp_path / "w.zip"), "--quantize", "--placeholder-token", "<zwx>"]
+    more = [
+        "--steps=40",
+        "--checkpoint_folder",
+        str(tmp_path / "c"),
+        "--checkpoint_every=5",
+        "--resume_from",
+        str(tmp_path / "c"),
     ]
-    assert main(["train", str(given["dataset"]), "-o", str(tmp_path / "w.zip"), "--quantize", *arguments]) == 0
-    cogs, ours = told
-    assert ours[:2] == cogs[:2]
-    assert ours[4:] == cogs[4:]
-    assert cogs[6] == WandbTarget("a key", "p", "r", "e")
-    assert ours[2] == tmp_path / "w.zip"
+    names = ["--wandb-project", "p", "--wandb-run", "r", "--wandb-entity", "e"]
+    commands = {"train": partial(command_line.train, launch=lambda job, log: jobs.append(job) or True)}
+    assert main([*arguments, *more, *names], commands) == 0
+    config = TrainConfig(steps=40, quantize=True, train_placeholder_token=True, placeholder_token=("<zwx>",))
+    checkpoints, tracker = CheckpointFolder(tmp_path / "c", 5), WandbTarget("a key", "p", "r", "e")
+    assert jobs == [Job(tmp_path / "d.zip", config, tmp_path / "w.zip", tmp_path / "c", checkpoints, tracker)]
     assert capsys.readouterr().out == f"{tmp_path / 'w.zip'}\n"
 
 
-def test_help_is_fast_and_says_what_there_is(tmp_path):
-    code = (
-        "import sys; from placeholder.service.options import parser; parser().format_help(); assert 'torch' not in sys.modules"
+def test_a_key_of_wandb_alone_makes_no_run(sigterm, tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setenv("WANDB_API_KEY", "a key")
+    command_line.train(
+        {"dataset": "d.zip", "output": str(tmp_path / "w.zip")}, print, lambda job, log: jobs.append(job) or True
     )
-    subprocess.run([sys.executable, "-c", code + "; assert 'cog' not in sys.modules"], cwd=ROOT, check=True)
-    start = time.monotonic()
-    found = run(["train", "--help"], tmp_path, COLUMNS="200")
-    assert time.monotonic() - start < 2  # 0.2 s on a quiet machine
-    assert found.returncode == 0
+    assert jobs[0].tracker is None
+
+
+def test_a_process_of_another_rank_checks_no_output_and_no_hub_and_prints_no_path(sigterm, tmp_path, monkeypatch, capsys):
+    jobs = []
+    monkeypatch.setenv("RANK", "1")
+    (tmp_path / "w.zip").write_text("old")
+    names = ["--hf-repo-id", "not a name", "--wandb-project", "p"]
+    commands = {"train": partial(command_line.train, launch=lambda job, log: bool(jobs.append(job)))}
+    assert main(["train", "d.zip", "-o", str(tmp_path / "w.zip"), *names], commands) == 0
+    assert capsys.readouterr().out == ""
+    assert (jobs[0].output, jobs[0].tracker) == (tmp_path / "w.zip", None)
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "d.zip", "-o", str(tmp_path / "w.zip"), *names], commands) == 2
+    assert len(jobs) == 1
+
+
+def test_help_says_what_there_is_and_imports_neither_torch_nor_cog():
+    code = """
+import sys
+from placeholder.service.cli import main
+try:
+    main(["train", "--help"])
+finally:
+    assert not {"torch", "cog", "diffusers", "transformers"} & set(sys.modules)
+"""
+    env = os.environ | {"COLUMNS": "200"}
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     lines = [line.strip() for line in found.stdout.splitlines()]
     assert "--steps N                     Training steps. [1 to 20000, default 1000]" in lines
-    (quantize,) = (line for line in lines if line.startswith("--quantize, --no-quantize     Store the transformer"))
+    (quantize,) = (line for line in lines if line.startswith("--quantize, --no-quantize     Quantize the transformer"))
     assert quantize.endswith("less memory, slower. [default off]")
-    assert {f"{title}:" for title in GROUPS["train"]} <= set(lines)
+    assert {f"{option.heading}:" for option in INPUTS["train"].values()} <= set(lines)
+    assert "HF_TOKEN: Token of the Hugging Face Hub" in found.stdout
+    assert "WANDB_API_KEY: API key" in found.stdout
+    assert "QWEN_IMAGE_MODEL" in found.stdout
 
 
 ERRORS = {
@@ -238,9 +200,9 @@ ERRORS = {
     "cut short": (["train", "d.zip", "--ste", "3"], "error: unrecognized arguments: --ste 3"),
     "no number": (["train", "d.zip", "--steps", "x"], "error: argument --steps: invalid int value: 'x'"),
     "range": (["train", "d.zip", "--steps", "0"], "error: steps is 0: give a whole number from 1 to 20000"),
-    "choice": (["predict", "a", "--output-format", "gif"], "error: argument --output-format: invalid choice: 'gif'"),
+    "choice": (["predict", "a", "--output-format", "gif"], "error: output_format is 'gif': choose one of webp, jpg, png"),
     "format": (["predict", "a", "-o", "a.png", "--output-format", "jpg"], "error: output a.png is a png by its name and"),
-    "suffix": (["predict", "a", "-o", "a.gif"], "error: output a.gif has no suffix of a picture"),
+    "suffix": (["predict", "a", "-o", "a.gif"], "error: output a.gif has no suffix of an image"),
     "prompt": (["predict", " ", "-o", "a.png"], "error: prompt is empty"),
     "folder": (["train", "d.zip", "-o", "no/w.zip"], "error: output no/w.zip: the folder"),
     "is a folder": (["train", "d.zip", "-o", "."], "error: output . is a folder"),
@@ -270,12 +232,12 @@ def test_what_is_wrong_is_said_in_one_line_and_the_exit_code_is_2(case, sigterm,
         (RuntimeError(), 1, "error: RuntimeError"),
     ],
 )
-def test_how_a_failure_ends(error, code, line, sigterm, monkeypatch, capsys):
+def test_how_a_failure_ends(error, code, line, sigterm, capsys):
     def fails(given, console):
         raise error
 
-    monkeypatch.setattr(command_line, "train", fails)
-    assert refused(["train", "d.zip"], capsys) == (code, line)
+    assert main(["train", "d.zip"], {"train": fails}) == code
+    assert capsys.readouterr().err == f"{line}\n"
 
 
 class Terminal(io.StringIO):
@@ -316,7 +278,7 @@ def test_elsewhere_every_line_stands_by_itself(dumb, monkeypatch):
 
 def test_a_training_writes_the_archive_of_the_same_configuration(base, dataset, zero_prior: Run, tmp_path):
     inputs = inputs_of("train", vars(parser().parse_args(with_hyphens(["train", "d.zip", *SHORT]))))
-    assert train_config({name: inputs[name] for name in inputs if name not in train_module.FILES}) == zero_prior.config
+    assert train_config({name: inputs[name] for name in inputs if name in OPTIONS}) == zero_prior.config
     found = run(
         ["train", str(dataset), "-o", "w.zip", *SHORT], tmp_path, **{MODEL_VARIABLE: os.path.relpath(base.source, tmp_path)}
     )
@@ -368,50 +330,26 @@ def read_terminal(terminal: int) -> bytes:
         return b""
 
 
-def interrupting(part: str, number: int) -> type[Console]:
-    """A console that sends this process a signal when a line with that part comes."""
-
-    class Interrupting(Console):
-        def __call__(self, line: str) -> None:
-            super().__call__(line)
-            if part in line:
-                signal.raise_signal(number)
-
-    return Interrupting
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_training_unwinds_and_says_how_to_go_on(number, code, sigterm, tmp_path, monkeypatch, capsys):
-    def interrupted(dataset, config, output, log, resume_from, checkpoints, target):
-        """What the launch module does, whose own tests have real processes."""
+def test_an_interrupted_training_unwinds_and_says_how_to_resume(number, code, sigterm, tmp_path, capsys):
+    def interrupted(job: Job, log: Log) -> bool:
         try:
             log("  1%|#| 7/1000 [")
+            signal.raise_signal(number)
         finally:
-            checkpoints.path.mkdir()
-            checkpoints.write(7, {"rows": torch.zeros(1)}, {})
+            job.checkpoints.path.mkdir()
+            (job.checkpoints.path / "step-7").write_text("a last checkpoint")
 
-    monkeypatch.setattr(launch, "finetune_on_all_gpus", interrupted)
-    monkeypatch.setattr(command_line, "Console", interrupting("7/1000 [", number))
     arguments = ["train", "d.zip", "-o", str(tmp_path / "w.zip"), "--checkpoint-folder", str(tmp_path / "my folder")]
-    assert exit_code(arguments) == code
-    (stored,) = stored_checkpoints(tmp_path / "my folder")
+    assert exit_code(arguments, {"train": partial(command_line.train, launch=interrupted)}) == code
     shown = capsys.readouterr().err.splitlines()
-    assert shown[1] == f"--resume-from '{stored}' goes on from the last checkpoint"
+    assert shown[1] == f"--resume-from '{tmp_path / 'my folder'}' resumes from the last checkpoint"
     assert shown[2:] == (["interrupted"] if number == signal.SIGINT else [])
 
 
-def test_a_data_set_that_is_not_there_is_said_and_nothing_is_left(base, tokenizer, sigterm, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
+def test_a_data_set_that_is_not_there_is_said_and_nothing_is_left(base, sigterm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(MODEL_VARIABLE, base.source)
     assert main(["train", "d.zip"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: d.zip is not a file: give a zip or tar archive"
     assert not list(tmp_path.iterdir())
-
-
-def test_help_names_the_secrets_that_the_environment_holds(capsys):
-    with pytest.raises(SystemExit):
-        parser().parse_args(["train", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "HF_TOKEN: Token of the Hugging Face hub" in shown and "WANDB_API_KEY: API key" in shown
-    assert "QWEN_IMAGE_MODEL" in shown

@@ -1,39 +1,30 @@
-"""The declarations in train.py and predict.py, read from their text as Cog's schema generator reads them."""
+"""The inputs of train.py and predict.py, read as Cog's schema generator reads them: literals alone, and the declared options."""
 
 import ast
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from demo.server import ROOT
-from placeholder.config import BATCH_SIZES, OPTIMIZERS, YAML_SECTIONS, TrainConfig, train_config
-from placeholder.request import OUTPUT_FORMATS, SIZES, image_request
-from train import FILES
+from placeholder.config import OPTIONS
+from placeholder.job import TRAIN_INPUTS as TRAIN_OPTIONS
+from placeholder.options import Option, options_of
+from placeholder.request import PredictInputs, image_request
 
-TYPES = {
-    "str",
-    "int",
-    "float",
-    "bool",
-    "Path",
-    "Optional[str]",
-    "Optional[Secret]",
-    "Optional[int]",
-    "Optional[float]",
-    "Optional[bool]",
-    "Optional[Path]",
-}
+# Every annotation that the generator knows and we use.
+KINDS = {"str", "int", "float", "bool", "Path", "Secret"}
 KEYWORDS = {"default", "description", "ge", "le", "choices", "deprecated"}
+Declared = dict[str, tuple[str, dict[str, ast.expr]]]
+PREDICT_OPTIONS = options_of(PredictInputs)
 
 
-def declared(file: str, function: str) -> tuple[ast.FunctionDef, dict[str, tuple[str, dict[str, ast.expr]]]]:
+def declared(file: str, function: str) -> tuple[ast.FunctionDef, Declared]:
     """The function, and for each input its annotation and the keywords of its Input(...)."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     (found,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function)
     arguments = [argument for argument in found.args.args if argument.arg != "self"]
-    assert not found.args.kwonlyargs
-    assert not found.args.vararg
-    assert not found.args.kwarg
+    assert not (found.args.kwonlyargs or found.args.vararg or found.args.kwarg)
     assert len(arguments) == len(found.args.defaults), "every input has an Input(...)"
     inputs = {}
     for argument, default in zip(arguments, found.args.defaults, strict=True):
@@ -44,49 +35,60 @@ def declared(file: str, function: str) -> tuple[ast.FunctionDef, dict[str, tuple
     return found, inputs
 
 
-TRAIN, TRAIN_INPUTS = declared("train.py", "train")
-PREDICT, PREDICT_INPUTS = declared("predict.py", "predict")
-EVERY_INPUT = [
-    pytest.param(name, annotation, keywords, id=f"{function}-{name}")
-    for function, inputs in (("train", TRAIN_INPUTS), ("predict", PREDICT_INPUTS))
-    for name, (annotation, keywords) in inputs.items()
-]
-
-
-def defaults(inputs: dict) -> dict[str, Any]:
+def defaults(inputs: Declared) -> dict[str, Any]:
     """The default of every input that has one."""
     return {name: ast.literal_eval(keywords["default"]) for name, (_, keywords) in inputs.items() if "default" in keywords}
 
 
-TRAIN_DEFAULTS = {name: value for name, value in defaults(TRAIN_INPUTS).items() if name not in FILES}
+TRAIN, TRAIN_INPUTS = declared("train.py", "train")
+PREDICT, PREDICT_INPUTS = declared("predict.py", "predict")
+TRAIN_DEFAULTS = {name: value for name, value in defaults(TRAIN_INPUTS).items() if name in OPTIONS}
 WEIGHTS = ("replicate_weights", "extra_lora_weights")
 PREDICT_DEFAULTS = {name: value for name, value in defaults(PREDICT_INPUTS).items() if name not in WEIGHTS}
+EVERY_INPUT = [
+    pytest.param(options.get(name), *found, id=f"{function}-{name}")
+    for function, inputs, options in (("train", TRAIN_INPUTS, TRAIN_OPTIONS), ("predict", PREDICT_INPUTS, PREDICT_OPTIONS))
+    for name, found in inputs.items()
+]
 
 
-@pytest.mark.parametrize(("name", "annotation", "keywords"), EVERY_INPUT)
-def test_an_input_is_declared_as_the_schema_generator_can_read_it(name, annotation, keywords):
-    assert annotation in TYPES
+def test_the_inputs_are_the_declared_options():
+    assert set(TRAIN_INPUTS) == set(TRAIN_OPTIONS)
+    assert list(PREDICT_INPUTS) == list(PREDICT_OPTIONS)
+
+
+@pytest.mark.parametrize(("option", "annotation", "keywords"), EVERY_INPUT)
+def test_an_input_says_what_its_option_declares(option: Option, annotation, keywords):
+    kind = "Secret" if option.kind is SecretStr else option.kind.__name__
+    assert annotation == (f"Optional[{kind}]" if option.blank else kind)
+    found = {name: ast.literal_eval(value) for name, value in keywords.items()}
+    required = option.default is None and not option.blank
+    wanted = {"description": option.description} | ({} if required else {"default": option.default})
+    wanted |= {"ge": option.low, "le": option.high} if option.low is not None else {}
+    wanted |= {"choices": list(option.choices)} if option.choices else {}
+    wanted |= {"deprecated": True} if option.deprecated else {}
+    assert found == wanted
+    assert type(found.get("default")) is type(wanted.get("default"))
+
+
+@pytest.mark.parametrize(("option", "annotation", "keywords"), EVERY_INPUT)
+def test_an_input_is_declared_as_the_schema_generator_can_read_it(option, annotation, keywords):
+    assert annotation.removeprefix("Optional[").removesuffix("]") in KINDS
     assert set(keywords) <= KEYWORDS
-    description = keywords["description"]
-    assert isinstance(description, ast.Constant)
-    assert isinstance(description.value, str)
-    assert "\\" not in ast.unparse(description)
-    for bound in keywords.keys() & {"ge", "le"}:
-        assert isinstance(keywords[bound], ast.Constant), "an expression is dropped"
-        assert isinstance(keywords[bound].value, int | float)
+    for name in keywords.keys() & {"ge", "le", "default", "description", "deprecated"}:
+        assert isinstance(keywords[name], ast.Constant), f"{name}: an expression is dropped, or makes the input required"
     if "choices" in keywords:
         assert isinstance(keywords["choices"], ast.List)
         assert all(isinstance(choice, ast.Constant) for choice in keywords["choices"].elts)
     if "default" in keywords:
-        default = keywords["default"]
-        assert isinstance(default, ast.Constant), "an expression makes the input required"
-        assert (default.value is None) == annotation.startswith("Optional["), "None without Optional makes the input required"
+        blank = keywords["default"].value is None
+        assert blank == annotation.startswith("Optional["), "None without Optional makes the input required"
 
 
-@pytest.mark.parametrize(("name", "annotation", "keywords"), EVERY_INPUT)
-def test_a_description_is_one_literal_without_concatenation(name, annotation, keywords):
+@pytest.mark.parametrize(("option", "annotation", "keywords"), EVERY_INPUT)
+def test_a_description_is_one_literal_without_concatenation(option, annotation, keywords):
     files = (ROOT / "train.py").read_text(encoding="utf-8") + (ROOT / "predict.py").read_text(encoding="utf-8")
-    # Pieces that Python would join do not stand in the text as one.
+    # Pieces that Python would join, and escapes, do not stand in the text as one.
     assert f'description="{keywords["description"].value}"' in files
 
 
@@ -108,57 +110,8 @@ def test_both_functions_return_what_cog_can_describe():
 
 
 def test_choices_of_one_name_are_the_same_in_training_and_prediction():
-    for name in TRAIN_INPUTS.keys() & PREDICT_INPUTS.keys():
-        found = [ast.unparse(inputs[name][1].get("choices", ast.Constant(None))) for inputs in (TRAIN_INPUTS, PREDICT_INPUTS)]
-        assert found[0] == found[1]
-
-
-def test_the_defaults_of_the_training_inputs_are_those_of_the_configuration():
-    assert train_config(TRAIN_DEFAULTS) == TrainConfig()
-
-
-def test_the_training_inputs_are_exactly_the_options_of_the_configuration():
-    options = {name for names in YAML_SECTIONS.values() for name in names}
-    assert set(TRAIN_INPUTS) == options | set(FILES)
-
-
-OTHER_VALUES = {
-    "steps": 1,
-    "rank": 1,
-    "lora_rank": 8,
-    "learning_rate": 1e-3,
-    "batch_size": 4,
-    "resolution": "64",
-    "default_caption": "a photo",
-    "autocaption": True,
-    "autocaption_prefix": "a photo of <>",
-    "autocaption_suffix": "35mm",
-    "caption_dropout": 0.0,
-    "train_placeholder_token": True,
-    "placeholder_token": "<qrs>",
-    "placeholder_vectors": 2,
-    "placeholder_init_std": 0.0,
-    "placeholder_learning_rate": 1e-2,
-    "placeholder_warmup_fraction": 0.5,
-    "prior_preservation": 0.0,
-    "prior_preservation_interval": 2,
-    "class_word": "person",
-    "optimizer": "prodigy",
-    "quantize": True,
-    "quantize_te": True,
-    "torch_compile": True,
-    "log_prompt_ids": True,
-    "seed": 0,
-    "report": False,
-    "sample_every": 100,
-    "sample_prompts": "a cat",
-}
-
-
-@pytest.mark.parametrize("name", TRAIN_DEFAULTS)
-def test_every_training_input_changes_the_configuration(name):
-    needed = {"autocaption": True} if name.startswith("autocaption_") else {}
-    assert train_config(TRAIN_DEFAULTS | needed | {name: OTHER_VALUES[name]}) != train_config(TRAIN_DEFAULTS | needed)
+    for name in TRAIN_OPTIONS.keys() & PREDICT_OPTIONS.keys():  # Cog merges both schemas
+        assert TRAIN_OPTIONS[name].choices == PREDICT_OPTIONS[name].choices
 
 
 OTHER_REQUESTS = {
@@ -185,56 +138,3 @@ def test_every_prediction_input_changes_the_request(name):
     plain = {"prompt": "a dog"} | PREDICT_DEFAULTS
     assert set(plain) == set(OTHER_REQUESTS) | {"width", "height"}
     assert image_request(plain | {name: OTHER_REQUESTS[name]}) != image_request(plain)
-
-
-def bounded(inputs: dict, skip: set[str]) -> list:
-    """Each numeric input with its lowest and highest value."""
-    return [
-        pytest.param(name, ast.literal_eval(keywords["ge"]), ast.literal_eval(keywords["le"]), id=name)
-        for name, (annotation, keywords) in inputs.items()
-        if ("int" in annotation or "float" in annotation) and "choices" not in keywords and name not in skip
-    ]
-
-
-@pytest.mark.parametrize(("name", "low", "high"), bounded(TRAIN_INPUTS, {"checkpoint_every"}))
-def test_the_range_of_a_training_input_is_the_one_that_is_checked(name, low, high):
-    for accepted in (low, high):
-        train_config(TRAIN_DEFAULTS | {name: accepted})
-    for refused in (low - 1e-9 - low * 0.01, high * 1.01):
-        with pytest.raises(ValueError, match="give a"):
-            train_config(TRAIN_DEFAULTS | {name: refused})
-
-
-@pytest.mark.parametrize(("name", "low", "high"), bounded(PREDICT_INPUTS, set()))
-def test_the_range_of_a_prediction_input_is_the_one_that_is_checked(name, low, high):
-    plain = {"prompt": "a dog"} | PREDICT_DEFAULTS
-    if name in ("width", "height"):
-        plain |= {"width": 64, "height": 64}
-    for accepted in (low, high):
-        image_request(plain | {name: accepted})
-    for refused in (low - 1, high + 1):
-        with pytest.raises(ValueError, match="give a"):
-            image_request(plain | {name: refused})
-
-
-@pytest.mark.parametrize(
-    ("inputs", "name", "accepted"),
-    [
-        (TRAIN_INPUTS, "batch_size", BATCH_SIZES),
-        (TRAIN_INPUTS, "optimizer", OPTIMIZERS),
-        (PREDICT_INPUTS, "output_format", OUTPUT_FORMATS),
-        (PREDICT_INPUTS, "image_size", tuple(SIZES)),
-        (PREDICT_INPUTS, "aspect_ratio", tuple(SIZES["optimize_for_speed"])),
-    ],
-)
-def test_the_choices_of_an_input_are_those_that_are_checked(inputs, name, accepted):
-    assert tuple(ast.literal_eval(inputs[name][1]["choices"])) == accepted
-
-
-def test_the_hosted_models_inputs_are_offered():
-    hosted = (
-        "prompt enhance_prompt negative_prompt aspect_ratio image_size width height go_fast num_inference_steps guidance seed"
-    )
-    assert set(f"{hosted} output_format output_quality replicate_weights lora_scale".split()) <= set(PREDICT_INPUTS)
-    hosted = "dataset steps learning_rate lora_rank default_caption batch_size optimizer seed"
-    assert set(hosted.split()) <= set(TRAIN_INPUTS)

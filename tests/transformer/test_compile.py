@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from placeholder.config import TrainConfig
 from placeholder.lora.adapter import add_lora, without_lora
-from placeholder.model.quantization import store
+from placeholder.model.quantization import quantize
 from placeholder.training.losses import Denoiser
 from placeholder.transformer.attention import RealRotaryAttention, real_rotations, rotate
 from placeholder.transformer.checkpointing import BlockCheckpointing, saved_bytes
@@ -131,7 +131,7 @@ def test_an_error_that_is_not_the_compilers_is_not_taken_for_one(passes):
 def test_compiled_blocks_keep_no_more_than_the_plan_counts(kind):
     """It counts uncompiled blocks; the compiler would keep 8-bit weights dequantized."""
     transformer = new_transformer(Size(text_width=32, text_layers=1, blocks=3, heads=2, vae_width=8)).requires_grad_(False)
-    store(transformer.transformer_blocks, kind, torch.float32, torch.device("cpu"))
+    quantize(transformer.transformer_blocks, kind, torch.device("cpu"))
     add_lora(transformer, 4, seed=0)
     BlockCheckpointing(transformer, 0)
     inputs = torch.randn(1, 256, 64), torch.full((1,), 0.5), torch.randn(1, 20, 32), (16, 16)

@@ -1,6 +1,7 @@
-"""Memory and disks that do not suffice: one sentence, and what the failed work held is given back."""
+"""How names, values and errors are shown; out of memory and out of disk space as one sentence, with the memory freed."""
 
 import errno
+import gc
 import tempfile
 import weakref
 from dataclasses import replace
@@ -8,24 +9,53 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import QwenImageTransformer2DModel
 from safetensors import SafetensorError
 
 from placeholder.config import TrainConfig
-from placeholder.errors import readable_errors
+from placeholder.errors import MAX_SHOWN, label, quoted, readable_errors, reason, shown
+from placeholder.finetune import finetune
 from placeholder.generate import save_image
-from placeholder.model.base import MODEL_VARIABLE
+from placeholder.job import Job
 from placeholder.model.download import local_file
-from placeholder.model.loading import load_transformer
 from placeholder.service.files import OutputFolder
-from placeholder.service.launch import finetune_on_all_gpus
-from placeholder.training import setup as prepare_module
 from placeholder.weights import archive as weights_module
 from tests.conftest import SHORT
 from tests.support.samples import picture
 from tests.test_generate import PLAIN
 
-MEMORY = "the memory does not suffice: eat less"
+MEMORY = "out of memory: eat less"
 DISK = "the disk is full: make room for temporary files, or name a folder that has room in TMPDIR"
+
+
+@pytest.mark.parametrize("name", ["a.png", "folder/a b.png", "\u00e9.png", "\u5199\u771f.png"])
+def test_a_plain_name_is_shown_as_it_is(name):
+    assert label(name) == name
+    assert quoted(name) == f"'{name}'"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "\udcff", "\u202e", "x" * 5000, "\0" * 5000])
+def test_any_other_name_is_quoted_escaped_and_cut(name):
+    assert label(name) == quoted(name)
+    assert quoted(name).isprintable()
+    assert len(quoted(name)) <= MAX_SHOWN + 3
+
+
+def test_a_huge_or_nested_value_is_shown_short():
+    nested: list = []
+    for _ in range(500):
+        nested = [nested]
+    assert len(shown("x" * 10_000)) < 100
+    assert len(shown(nested)) < 100
+    assert shown([10**5000]) == "[an integer of 16610 bits]"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("two\n lines", "two lines"), ("\x1b[31mred", "?[31mred"), ("", "ValueError"), ("x" * 5000, f"{'x' * 200}...{'x' * 200}")],
+)
+def test_an_error_is_shown_on_one_short_line(text, line):
+    assert reason(ValueError(text)) == line
 
 
 def allocate_too_much() -> torch.Tensor:
@@ -72,7 +102,7 @@ def test_other_errors_pass_as_they_are(error):
     assert found.value is error
 
 
-def test_a_library_that_stumbles_while_it_tidies_up_does_not_hide_the_memory():
+def test_a_library_that_fails_while_it_cleans_up_does_not_hide_the_memory():
     with pytest.raises(RuntimeError, match=MEMORY), readable_errors("eat less"):
         try:
             raise MemoryError
@@ -85,7 +115,7 @@ def test_a_sentence_inside_another_stays():
         raise MemoryError
 
 
-def test_what_the_failed_work_held_is_given_back_while_the_error_is_still_there():
+def test_the_memory_of_failed_work_is_freed_while_its_error_is_still_there():
     held: list[weakref.ref] = []
 
     def work() -> None:
@@ -100,7 +130,7 @@ def test_what_the_failed_work_held_is_given_back_while_the_error_is_still_there(
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpg", "webp"])
-def test_a_full_disk_gets_its_sentence_while_a_picture_is_saved(output_format, tmp_path):
+def test_a_full_disk_gets_its_sentence_while_an_image_is_saved(output_format, tmp_path):
     (tmp_path / f"output.{output_format}").symlink_to("/dev/full")  # every write fails with ENOSPC
     with pytest.raises(RuntimeError, match=DISK):
         save_image(picture(), replace(PLAIN, output_format=output_format), tmp_path)
@@ -115,7 +145,7 @@ def test_a_full_disk_gets_its_sentence_while_weights_are_fetched(site, tmp_path,
         pass
 
 
-def test_a_full_disk_gets_its_sentence_before_anything_is_drawn(tmp_path, monkeypatch):
+def test_a_full_disk_gets_its_sentence_before_anything_is_generated(tmp_path, monkeypatch):
     def full(path: Path, mode: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
@@ -125,41 +155,32 @@ def test_a_full_disk_gets_its_sentence_before_anything_is_drawn(tmp_path, monkey
         pass
 
 
-def test_a_cancelled_training_holds_no_memory(base, dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv(MODEL_VARIABLE, base.source)
-    loaded = []
+def transformers() -> int:
+    """How many transformers are in memory."""
+    return sum(isinstance(found, QwenImageTransformer2DModel) for found in gc.get_objects())
 
-    def load(*arguments):
-        transformer = load_transformer(*arguments)
-        loaded.append(weakref.ref(transformer))
-        return transformer
 
-    def cancelled(line: str) -> None:
+def test_a_canceled_training_holds_no_memory(base, dataset, tmp_path):
+    gc.collect()
+    before, during = transformers(), []
+
+    def cancel(line: str) -> None:
         if " 2/15 [" in line:
+            during.append(transformers())
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_module, "load_transformer", load)
-    with pytest.raises(KeyboardInterrupt):
-        finetune_on_all_gpus(dataset, TrainConfig(**SHORT), tmp_path / "weights.zip", cancelled)
-    assert [reference() for reference in loaded] == [None]
+    with pytest.raises(KeyboardInterrupt), readable_errors():
+        finetune(Job(dataset, TrainConfig(**SHORT), tmp_path / "weights.zip"), base, cancel)
+    assert transformers() == before < during[0]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_training_that_runs_out_of_memory_says_what_takes_less(base, dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv(MODEL_VARIABLE, base.source)
-    monkeypatch.setattr(prepare_module, "load_transformer", lambda *_: allocate_too_much())
-    sentence = "the memory does not suffice: give a smaller resolution or batch_size, or set quantize"
-    with pytest.raises(RuntimeError, match=f"^{sentence}$"):
-        finetune_on_all_gpus(dataset, TrainConfig(**SHORT), tmp_path / "weights.zip", lambda _: None)
 
 
 def test_a_disk_that_is_full_while_the_archive_is_written_leaves_nothing(base, dataset, tmp_path, monkeypatch):
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setenv(MODEL_VARIABLE, base.source)
     monkeypatch.setattr(weights_module, "save_file", full)
     config = TrainConfig(**SHORT | {"steps": 2}, train_placeholder_token=True, placeholder_token=("<zwx>",))
-    with pytest.raises(RuntimeError, match=f"^{DISK}$"):
-        finetune_on_all_gpus(dataset, config, tmp_path / "weights.zip", lambda _: None)
+    with pytest.raises(RuntimeError, match=f"^{DISK}$"), readable_errors():
+        finetune(Job(dataset, config, tmp_path / "weights.zip"), base, lambda _: None)
     assert list(tmp_path.iterdir()) == []
