@@ -1,4 +1,4 @@
-"""Cog's training interface: inputs and output, nothing else. The work is in placeholder/finetune.py."""
+"""Cog's training interface: inputs and output, nothing else. placeholder/service/launch.py starts the training."""
 
 import pathlib
 from typing import Optional
@@ -6,10 +6,9 @@ from typing import Optional
 from cog import BaseModel, Input, Path, Secret
 
 from placeholder.config import train_config
-from placeholder.job import CheckpointFolder, WandbTarget
-from placeholder.report.hub import HubRepository
+from placeholder.job import CheckpointFolder, Job, WandbTarget
+from placeholder.service import launch
 from placeholder.service.files import OutputFolder
-from placeholder.service.launch import finetune_on_all_gpus
 from placeholder.service.metrics import record
 
 # What is not an option of TrainConfig: files, and where things go.
@@ -23,9 +22,8 @@ class TrainingOutput(BaseModel):
 
 
 def train(
-    dataset: Optional[Path] = Input(
-        default=None,
-        description="Zip or tar of jpg, png or webp pictures, with a .txt caption of the same name beside each where you have one. Required.",
+    dataset: Path = Input(
+        description="Zip or tar of jpg, png or webp images, each with a .txt caption of the same name where there is one."
     ),
     steps: int = Input(default=1000, ge=1, le=20000, description="Training steps."),
     rank: int = Input(
@@ -180,23 +178,26 @@ def train(
         description="YAML file with the sections train, debug and model; what it names overrules the other inputs.",
     ),
 ) -> TrainingOutput:
-    """Train a LoRA, and optionally a fresh token, on the pictures; returns the weights archive."""
+    """Train a LoRA, and optionally a new token, on the images; returns the weights archive."""
     inputs = dict(locals())
     dataset, config_file, resume_from, checkpoint_folder, checkpoint_every, hf_repo_id, hf_token, wandb_key, *wandb = map(
         inputs.pop, FILES
     )
     options = train_config(inputs, config_file)
     checkpoints = CheckpointFolder.of(checkpoint_folder, checkpoint_every, options.steps)
-    repository = HubRepository.of(hf_repo_id, hf_token.get_secret_value() if hf_token else None)
     target = WandbTarget.of(wandb_key.get_secret_value() if wandb_key else None, *wandb)
     if not dataset:
         raise ValueError("dataset is missing: give a zip or tar of jpg, png or webp pictures")
-    if repository:
+    repository = None
+    if hf_repo_id or hf_token:
+        from placeholder.report.hub import HubRepository  # here, because it imports torch: see launch.py
+
+        repository = HubRepository.of(hf_repo_id, hf_token.get_secret_value() if hf_token else None)
         repository.check()
     with OUTPUT.fresh() as folder:
         weights = folder / "weights.zip"
         start = pathlib.Path(resume_from) if resume_from else None
-        finetune_on_all_gpus(dataset, options, weights, resume_from=start, checkpoints=checkpoints, target=target)
+        launch.train(Job(pathlib.Path(dataset), options, weights, start, checkpoints, target), print)
         if repository:
             repository.upload(weights, print)
         record("training_step_count", options.steps)

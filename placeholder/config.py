@@ -1,7 +1,7 @@
 """What a training run is asked to do: every option with its default, read from inputs and YAML, validated once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +255,13 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "sample_every": lambda name, value: whole(name, value, 0, MAX_STEPS),
     "sample_prompts": _sample_prompts,
 }
+
+
+def config_yaml(config: TrainConfig) -> str:
+    """The resolved configuration as the input `config` takes it; with it the same training can be made again."""
+    options = asdict(config) | {
+        "resolution": list(config.resolution),
+        "placeholder_token": ",".join(config.placeholder_token) or None,
+    }
+    sections = {section: {name: options[name] for name in names if name in options} for section, names in YAML_SECTIONS.items()}
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=120)

@@ -4,11 +4,11 @@ import errno
 import math
 import reprlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from placeholder.devices import free_memory
+Log = Callable[[str], None]
 
 MAX_TEXT_CHARACTERS = 20_000
 MAX_SEED = 2**32 - 1
@@ -119,6 +119,8 @@ def readable_errors(advice: str = "use a machine with more memory") -> Iterator[
     try:
         yield
     except BaseException as error:
+        from placeholder.devices import free_memory  # torch, which Cog's training server does without
+
         sentence = None if isinstance(error, OutOfResourcesError) else _sentence(error, advice)
         for cause in _chain(error):
             traceback.clear_frames(cause.__traceback__)

@@ -1,7 +1,7 @@
 """A whole training: data set and configuration in, a proven weights archive out."""
 
 import secrets
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from placeholder.config import TrainConfig
 from placeholder.devices import peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.errors import MAX_SEED
-from placeholder.job import CheckpointFolder, Job
+from placeholder.job import CheckpointFolder, Job, Stop, StoppedError
 from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict, unload_lora
 from placeholder.model.base import BaseModel
 from placeholder.report import tracking
@@ -34,18 +34,6 @@ from placeholder.training.training_state import capture
 from placeholder.transformer.compile import compiled_steps
 from placeholder.weights.archive import Weights, add_files, content_digest, read_weights, write_weights
 from placeholder.weights.metadata import modelspec, training_meta
-
-
-class StoppedError(RuntimeError):
-    """A training that was asked to end before its last step."""
-
-
-@dataclass
-class Stop:
-    """A training that leaves checkpoints ends after its present step once this is `wanted`, as long as it is `heeded`."""
-
-    wanted: bool = False
-    heeded: bool = False
 
 
 def finetune(

@@ -4,13 +4,11 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
-import yaml
 from PIL import Image
 
-from placeholder.config import YAML_SECTIONS, TrainConfig
+from placeholder.config import TrainConfig, config_yaml
 from placeholder.data.captions import Caption, Source, caption_files
 from placeholder.errors import readable_errors
 from placeholder.model.base import DEFAULT_MODEL, BaseModel
@@ -177,16 +175,6 @@ def base_notes(base: BaseModel) -> list[str]:
     return [
         f"The base model is a small one of {count / 1e6:.3g} million parameters, not {DEFAULT_MODEL}: it shows that the training works, not how well {DEFAULT_MODEL} draws."
     ]
-
-
-def config_yaml(config: TrainConfig) -> str:
-    """The resolved configuration as the input `config` takes it; with it the same training can be made again."""
-    options = asdict(config) | {
-        "resolution": list(config.resolution),
-        "placeholder_token": ",".join(config.placeholder_token) or None,
-    }
-    sections = {section: {name: options[name] for name in names if name in options} for section, names in YAML_SECTIONS.items()}
-    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=120)
 
 
 def curve_csv(curve: list[Point]) -> str:

@@ -77,44 +77,39 @@ def output_format(given: dict[str, Any]) -> str | None:
     return found
 
 
-def train(given: dict[str, Any], console: Console) -> Path:
-    """A whole training; returns where the archive is."""
+def train(given: dict[str, Any], console: Console) -> Path | None:
+    """A whole training; returns where the archive is, in the process that is to use it."""
     inputs = inputs_of("train", given)
     if not inputs["dataset"]:
         raise ValueError("dataset is missing: give a zip or tar of jpg, png or webp pictures")
     config = train_config({name: inputs[name] for names in YAML_SECTIONS.values() for name in names}, inputs["config"])
-    output = output_path(given.get("output", "weights.zip"), given.get("overwrite", False))
+    first = int(os.environ.get("RANK", 0)) == 0  # of the processes that train together
+    output = Path(given.get("output", "weights.zip")).absolute()
+    if first:
+        output = output_path(given.get("output", "weights.zip"), given.get("overwrite", False))
 
-    from placeholder.job import CheckpointFolder, WandbTarget
-    from placeholder.report.hub import HubRepository
-    from placeholder.service.launch import finetune_on_all_gpus
-    from placeholder.training.checkpoint import stored_checkpoints
+    from placeholder.job import CheckpointFolder, Job, WandbTarget
+    from placeholder.service import launch
 
-    repository = HubRepository.of(inputs["hf_repo_id"], inputs["hf_token"]) if inputs["hf_repo_id"] else None
-    if repository:
+    repository = None
+    if inputs["hf_repo_id"] and first:
+        from placeholder.report.hub import HubRepository
+
+        repository = HubRepository.of(inputs["hf_repo_id"], inputs["hf_token"])
         repository.check()
     names = [inputs[name] for name in ("wandb_project", "wandb_run", "wandb_entity")]
     target = WandbTarget.of(inputs["wandb_api_key"], *names) if any(names) else None  # a key alone may be there for others
     checkpoints = CheckpointFolder.of(inputs["checkpoint_folder"], inputs["checkpoint_every"], config.steps)
-    _find_model_from_anywhere()
     try:
-        finetune_on_all_gpus(inputs["dataset"], config, output, console, inputs["resume_from"], checkpoints, target)
+        if not launch.train(Job(inputs["dataset"], config, output, inputs["resume_from"], checkpoints, target), console):
+            return None
     except (KeyboardInterrupt, SystemExit):
-        if checkpoints is not None and checkpoints.path.is_dir() and (stored := stored_checkpoints(checkpoints.path)):
+        if checkpoints is not None and (stored := sorted(checkpoints.path.glob("checkpoint-*.safetensors"))):
             console.end(f"--resume-from {shlex.quote(str(stored[-1]))} goes on from the last checkpoint")
         raise
     if repository:
         repository.upload(output, console)
     return output
-
-
-def _find_model_from_anywhere() -> None:
-    """Make the folder that QWEN_IMAGE_MODEL may name absolute: the processes of a training run in another folder."""
-    from placeholder.model.base import MODEL_VARIABLE
-
-    source = os.environ.get(MODEL_VARIABLE, "")
-    if source and Path(source).is_dir():
-        os.environ[MODEL_VARIABLE] = str(Path(source).absolute())
 
 
 def predict(given: dict[str, Any], console: Console) -> Path:
@@ -131,7 +126,6 @@ def predict(given: dict[str, Any], console: Console) -> Path:
     from placeholder.service.files import local_file
     from placeholder.weights.archive import read_weights
 
-    _find_model_from_anywhere()
     with ExitStack() as kept:
         archives = [kept.enter_context(local_file(str(path))) if path else None for path in paths]
         for archive in filter(None, archives):
@@ -150,7 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(sys.stderr)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        print({"train": train, "predict": predict}[given.pop("command")](given, console))
+        written = {"train": train, "predict": predict}[given.pop("command")](given, console)
+        if written:
+            print(written)
     except (ValueError, RuntimeError, OSError) as error:
         console.end(f"error: {' '.join(str(error).split()) or type(error).__name__}")
         return 2 if isinstance(error, ValueError) else 1
