@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from placeholder.config import TrainConfig
 from placeholder.errors import readable_errors
 from placeholder.generate import save_image
+from placeholder.job import Job
 from placeholder.model.base import MODEL_VARIABLE
 from placeholder.model.loading import load_transformer
 from placeholder.service.files import OutputFolder, local_file
-from placeholder.service.launch import finetune_on_all_gpus
+from placeholder.service.worker import finetune_here
 from placeholder.training import setup as prepare_module
 from placeholder.weights import archive as weights_module
 from tests.conftest import SHORT
@@ -139,7 +140,7 @@ def test_a_cancelled_training_holds_no_memory(base, dataset, tmp_path, monkeypat
 
     monkeypatch.setattr(prepare_module, "load_transformer", load)
     with pytest.raises(KeyboardInterrupt):
-        finetune_on_all_gpus(dataset, TrainConfig(**SHORT), tmp_path / "weights.zip", cancelled)
+        finetune_here(Job(dataset, TrainConfig(**SHORT), tmp_path / "weights.zip"), cancelled)
     assert [reference() for reference in loaded] == [None]
     assert list(tmp_path.iterdir()) == []
 
@@ -149,7 +150,7 @@ def test_a_training_that_runs_out_of_memory_says_what_takes_less(base, dataset, 
     monkeypatch.setattr(prepare_module, "load_transformer", lambda *_: allocate_too_much())
     sentence = "the memory does not suffice: give a smaller resolution or batch_size, or set quantize"
     with pytest.raises(RuntimeError, match=f"^{sentence}$"):
-        finetune_on_all_gpus(dataset, TrainConfig(**SHORT), tmp_path / "weights.zip", lambda _: None)
+        finetune_here(Job(dataset, TrainConfig(**SHORT), tmp_path / "weights.zip"), lambda _: None)
 
 
 def test_a_disk_that_is_full_while_the_archive_is_written_leaves_nothing(base, dataset, tmp_path, monkeypatch):
@@ -160,5 +161,5 @@ def test_a_disk_that_is_full_while_the_archive_is_written_leaves_nothing(base, d
     monkeypatch.setattr(weights_module, "save_file", full)
     config = TrainConfig(**SHORT | {"steps": 2}, train_placeholder_token=True, placeholder_token=("<zwx>",))
     with pytest.raises(RuntimeError, match=f"^{DISK}$"):
-        finetune_on_all_gpus(dataset, config, tmp_path / "weights.zip", lambda _: None)
+        finetune_here(Job(dataset, config, tmp_path / "weights.zip"), lambda _: None)
     assert list(tmp_path.iterdir()) == []

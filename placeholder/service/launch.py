@@ -49,14 +49,7 @@ def train(job: Job, log: Log) -> bool:
             ERROR_VARIABLE: str(error),
             **(job.tracker.environment() if job.tracker else {}),
         }
-        code = _run(_command(job, config, count), environment, error, GRACE_SECONDS if job.checkpoints else KILL_SECONDS, log)
-        if error.exists():
-            told = json.loads(error.read_text(encoding="utf-8"))
-            if told["traceback"]:
-                log(told["traceback"])
-            raise (ValueError if told["kind"] == "ValueError" else RuntimeError)(told["message"])
-    if code:
-        raise RuntimeError(_death(code))
+        run(command(job, config, count), environment, error, GRACE_SECONDS if job.checkpoints else KILL_SECONDS, log)
     return True
 
 
@@ -81,30 +74,31 @@ def visible_gpus() -> int:
     return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
 
-def _command(job: Job, config: Path, count: int) -> list[str]:
-    """The command line of the training; secrets travel in the environment."""
+def command(job: Job, config: Path, count: int) -> list[str]:
+    """The command line of a training in `count` processes; secrets travel in the environment."""
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", f"--log-dir={os.devnull}", "-m"]
-    options = {"output": os.path.abspath(job.output), "config": config, "resume-from": job.resume_from}
+    options = {"output": Path(job.output).absolute(), "config": config, "resume-from": job.resume_from}
     if job.checkpoints:
         options |= {"checkpoint-folder": job.checkpoints.path, "checkpoint-every": job.checkpoints.every}
     if job.tracker:
         options |= {f"wandb-{name}": value for name, value in job.tracker.names().items()}
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
     launched = [*(launcher if count > 1 else []), "placeholder"]
-    return [sys.executable, "-m", *launched, "train", os.path.abspath(job.dataset), "--overwrite", *given]
+    return [sys.executable, "-m", *launched, "train", str(Path(job.dataset).absolute()), "--overwrite", *given]
 
 
-def _run(command: list[str], environment: dict[str, str], error: Path, grace: float, log: Log) -> int:
-    """Run the command until it ends or an error file is there; returns its exit code, negative for a signal.
+def run(arguments: list[str], environment: dict[str, str], error: Path, grace: float, log: Log) -> None:
+    """Run a training to its end, and hand its lines on.
 
-    Its processes end with this call: with their standard input, by SIGTERM, and `grace` seconds later by SIGKILL.
+    Raises what the file `error` tells, or RuntimeError where a process died without a word. All processes end with this call:
+    with their standard input and by SIGTERM, or `grace` seconds later by SIGKILL.
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 0}
     gc.disable()  # a collection could run any __del__ in this thread
     try:
-        child = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+        child = subprocess.Popen(arguments, env=environment, start_new_session=True, **pipes)
         try:
-            return _follow(child, error, log)
+            code = _follow(child, error, log)
         finally:
             child.stdin.close()  # first: should a second cancel interrupt this, the processes end all the same
             for number in (signal.SIGTERM, signal.SIGKILL):
@@ -115,6 +109,13 @@ def _run(command: list[str], environment: dict[str, str], error: Path, grace: fl
                     time.sleep(0.02)
     finally:
         gc.enable()
+    if error.exists():
+        told = json.loads(error.read_text(encoding="utf-8"))
+        if told["traceback"]:
+            log(told["traceback"])
+        raise (ValueError if told["kind"] == "ValueError" else RuntimeError)(told["message"])
+    if code:
+        raise RuntimeError(_death(code))
 
 
 def _follow(child: subprocess.Popen, error: Path, log: Log) -> int:

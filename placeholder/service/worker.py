@@ -43,7 +43,7 @@ def train_here(job: Job, log: Log) -> bool:
         processes = Processes.from_environment()
         finetune_here(job, log, processes, stop)
         processes.barrier()  # no machine is done before the archive is there
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the starter raises it
         stop.heeded = False
         plain = isinstance(error, ValueError | StoppedError | OutOfResourcesError | LostProcessError)
         _fail(error, "" if plain else traceback.format_exc(), told=not isinstance(error, LostProcessError))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,7 @@ from placeholder.service.cli import inputs_of, main, with_hyphens
 from placeholder.service.console import CLEAR_LINE, Console
 from placeholder.service.inputs import declared_inputs
 from placeholder.service.options import GROUPS, POSITIONAL, SECRET, SOURCES, declared, parser
-from placeholder.training import setup as prepare_module
-from placeholder.training.checkpoint import stored_checkpoints
+from placeholder.training.checkpoint import stored_checkpoints, write_checkpoint
 from placeholder.weights.archive import LORA_NAME
 from tests.support.samples import Run, read_zip
 
@@ -181,14 +181,7 @@ def test_names_may_be_written_with_underscores(given, expected):
 
 def test_a_training_is_told_what_cogs_function_tells_it(sigterm, tmp_path, monkeypatch, capsys):
     told = []
-    monkeypatch.setattr(launch, "finetune_on_all_gpus", lambda *args: told.append(args))
-    monkeypatch.setattr(
-        train_module,
-        "finetune_on_all_gpus",
-        lambda dataset, config, output, resume_from, checkpoints, target: told.append(
-            (dataset, config, output, None, resume_from, checkpoints, target)
-        ),
-    )
+    monkeypatch.setattr(launch, "train", lambda job, log: told.append(job) or True)
     given = {"dataset": tmp_path / "d.zip", "steps": 40, "placeholder_token": "<zwx>", "quantize": True, "seed": 3}
     given |= {
         "resume_from": tmp_path / "c",
@@ -207,10 +200,8 @@ def test_a_training_is_told_what_cogs_function_tells_it(sigterm, tmp_path, monke
     ]
     assert main(["train", str(given["dataset"]), "-o", str(tmp_path / "w.zip"), "--quantize", *arguments]) == 0
     cogs, ours = told
-    assert ours[:2] == cogs[:2]
-    assert ours[4:] == cogs[4:]
-    assert cogs[6] == WandbTarget("a key", "p", "r", "e")
-    assert ours[2] == tmp_path / "w.zip"
+    assert ours == replace(cogs, output=tmp_path / "w.zip")
+    assert cogs.tracker == WandbTarget("a key", "p", "r", "e")
     assert capsys.readouterr().out == f"{tmp_path / 'w.zip'}\n"
 
 
@@ -382,15 +373,15 @@ def interrupting(part: str, number: int) -> type[Console]:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_training_unwinds_and_says_how_to_go_on(number, code, sigterm, tmp_path, monkeypatch, capsys):
-    def interrupted(dataset, config, output, log, resume_from, checkpoints, target):
+    def interrupted(job, log):
         """What the launch module does, whose own tests have real processes."""
         try:
             log("  1%|#| 7/1000 [")
         finally:
-            checkpoints.path.mkdir()
-            checkpoints.write(7, {"rows": torch.zeros(1)}, {})
+            job.checkpoints.path.mkdir()
+            write_checkpoint(job.checkpoints, 7, {"rows": torch.zeros(1)}, {})
 
-    monkeypatch.setattr(launch, "finetune_on_all_gpus", interrupted)
+    monkeypatch.setattr(launch, "train", interrupted)
     monkeypatch.setattr(command_line, "Console", interrupting("7/1000 [", number))
     arguments = ["train", "d.zip", "-o", str(tmp_path / "w.zip"), "--checkpoint-folder", str(tmp_path / "my folder")]
     assert exit_code(arguments) == code
@@ -400,8 +391,7 @@ def test_an_interrupted_training_unwinds_and_says_how_to_go_on(number, code, sig
     assert shown[2:] == (["interrupted"] if number == signal.SIGINT else [])
 
 
-def test_a_data_set_that_is_not_there_is_said_and_nothing_is_left(base, tokenizer, sigterm, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
+def test_a_data_set_that_is_not_there_is_said_and_nothing_is_left(base, sigterm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(MODEL_VARIABLE, base.source)
     assert main(["train", "d.zip"]) == 2

@@ -1,22 +1,17 @@
 """A training that goes on where it was interrupted, and one that starts from earlier weights."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from demo.server import ROOT
 from placeholder.finetune import Stop, StoppedError, finetune
 from placeholder.job import CheckpointFolder, Job
-from placeholder.model.base import MODEL_VARIABLE
-from placeholder.service.job import ProcessJob
 from placeholder.training import setup as prepare_module
 from placeholder.training.checkpoint import FACTS_KEY, read_checkpoint, stored_checkpoints, write_checkpoint
 from placeholder.training.examples import Position
@@ -25,6 +20,7 @@ from placeholder.training.optimizers import RowOptimizer, lora_optimizer
 from placeholder.training.training_state import capture, restore
 from placeholder.transformer.checkpointing import BlockCheckpointing
 from tests.support.samples import Run, write_dataset
+from tests.support.trainings import child_training
 
 LORA, ROWS = "lora/lora_weights.safetensors", "embeddings/zwx.safetensors"
 EVERY = 5
@@ -70,16 +66,8 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(step, interrupt
 
 def process(config, folder: Path, dataset: Path, base) -> subprocess.Popen:
     """The training in a process of its own, with its log on a pipe."""
-    job = ProcessJob(str(dataset), str(folder / "w.zip"), asdict(config), None, str(folder / "checkpoints"), EVERY)
-    (folder / "job.json").write_text(json.dumps(asdict(job)))
-    return subprocess.Popen(
-        [sys.executable, "-m", "placeholder.service.launch", str(folder / "job.json")],
-        cwd=ROOT,
-        env=os.environ | {MODEL_VARIABLE: base.source},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    job = Job(dataset, config, folder / "w.zip", checkpoints=CheckpointFolder(folder / "checkpoints", EVERY))
+    return child_training(job, base.source, folder / "job")
 
 
 def send_at(moment: str, number: signal.Signals, running: subprocess.Popen) -> str:
