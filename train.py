@@ -1,20 +1,14 @@
-"""Cog's training interface: inputs and output, nothing else. The work is in placeholder/finetune.py."""
+"""Cog's training interface: inputs and output, nothing else. placeholder/service/launch.py starts the training."""
 
-import pathlib
 from typing import Optional
 
 from cog import BaseModel, Input, Path, Secret
 
-from placeholder.config import train_config
-from placeholder.job import CheckpointFolder, WandbTarget
-from placeholder.report.hub import HubRepository
+from placeholder.job import Job
+from placeholder.service import launch
 from placeholder.service.files import OutputFolder
-from placeholder.service.launch import finetune_on_all_gpus
 from placeholder.service.metrics import record
 
-# What is not an option of TrainConfig: files, and where things go.
-WANDB = ("wandb_api_key", "wandb_project", "wandb_run", "wandb_entity")
-FILES = ("dataset", "config", "resume_from", "checkpoint_folder", "checkpoint_every", "hf_repo_id", "hf_token", *WANDB)
 OUTPUT = OutputFolder("placeholder-training-")
 
 
@@ -124,6 +118,10 @@ def train(
         default=None,
         description="Compile the transformer's blocks: faster steps after some minutes. Blank: on where that pays off.",
     ),
+    deterministic: bool = Input(
+        default=False,
+        description="Use deterministic GPU algorithms alone: the same seed gives the same weights on the same GPU. Slower.",
+    ),
     log_prompt_ids: bool = Input(default=False, description="Log the token ids of every caption."),
     seed: Optional[int] = Input(
         default=None,
@@ -182,24 +180,19 @@ def train(
         description="YAML file with the sections train, debug and model; its values override the other inputs.",
     ),
 ) -> TrainingOutput:
-    """Train a LoRA, and optionally a fresh token, on the pictures; returns the weights archive."""
+    """Train a LoRA, and optionally a new token, on the images; returns the weights archive."""
     inputs = dict(locals())
-    dataset, config_file, resume_from, checkpoint_folder, checkpoint_every, hf_repo_id, hf_token, wandb_key, *wandb = map(
-        inputs.pop, FILES
-    )
-    options = train_config(inputs, config_file)
-    checkpoints = CheckpointFolder.of(checkpoint_folder, checkpoint_every, options.steps)
-    repository = HubRepository.of(hf_repo_id, hf_token.get_secret_value() if hf_token else None)
-    target = WandbTarget.of(wandb_key.get_secret_value() if wandb_key else None, *wandb)
-    if not dataset:
-        raise ValueError("dataset is missing: give a zip or tar of jpg, png or webp pictures")
-    if repository:
-        repository.check()
+    inputs |= {name: inputs[name].get_secret_value() for name in ("hf_token", "wandb_api_key") if inputs[name]}
+    repository = None
     with OUTPUT.fresh() as folder:
-        weights = folder / "weights.zip"
-        start = pathlib.Path(resume_from) if resume_from else None
-        finetune_on_all_gpus(dataset, options, weights, resume_from=start, checkpoints=checkpoints, target=target)
+        job = Job.of(inputs, folder / "weights.zip")
+        if hf_repo_id or hf_token:
+            from placeholder.report.hub import HubRepository  # here, because it imports torch: see launch.py
+
+            repository = HubRepository.of(hf_repo_id, inputs["hf_token"])
+            repository.check()
+        launch.train(job, print)
         if repository:
-            repository.upload(weights, print)
-        record("training_step_count", options.steps)
-        return TrainingOutput(weights=Path(weights))
+            repository.upload(job.output, print)
+        record("training_step_count", job.config.steps)
+        return TrainingOutput(weights=Path(job.output))

@@ -18,11 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
+from placeholder.service.job import ProcessJob
 
 from demo.server import ROOT, CogServer, data_url, from_data_url
 from placeholder.config import TrainConfig
 from placeholder.model.base import MODEL_VARIABLE
-from placeholder.service.job import ProcessJob
 from placeholder.training.checkpoint import stored_checkpoints
 from standin.small_base import build_tiny_base
 from tests.support.samples import read_zip, write_dataset

@@ -55,16 +55,20 @@ class CogServer:
         """Wait for READY; raises RuntimeError when setup fails or takes longer than START_SECONDS."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                health = requests.get(f"{self.url}/health-check", timeout=5).json()
-            except requests.ConnectionError:
-                health = {"status": "STARTING"}
-            if health["status"] == "READY":
+            if self.is_ready():
                 return
-            if health["status"] in ("SETUP_FAILED", "DEFUNCT"):
-                raise RuntimeError(f"the server's setup failed: {health}")
-            time.sleep(0.1)
+            time.sleep(0.02)
         raise RuntimeError(f"the server did not become ready; see {self.log}")
+
+    def is_ready(self) -> bool:
+        """Whether the server can take a request now; raises RuntimeError when its setup failed."""
+        try:
+            health = requests.get(f"{self.url}/health-check", timeout=5).json()
+        except requests.ConnectionError:
+            return False
+        if health["status"] in ("SETUP_FAILED", "DEFUNCT"):
+            raise RuntimeError(f"the server's setup failed: {health}")
+        return health["status"] == "READY"
 
     def ask(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """One training or prediction; the server's answer as it is, whether it succeeded or failed."""

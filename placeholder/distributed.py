@@ -1,6 +1,5 @@
-"""The processes that train together, each on its own GPU: the same random numbers in each, gradients added up."""
+"""The processes that train together, one a GPU, on one machine or several."""
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +10,13 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
-# How long all of them may take to come together, and to add their gradients up once all have them.
-JOINING = timedelta(minutes=10)
-# How long the processes wait for one that downloads the base model, draws samples or writes a checkpoint.
-PATIENCE = timedelta(hours=2)
+# For all processes to come together, and for NCCL to add up gradients that all of them have.
+JOIN_TIMEOUT = timedelta(minutes=10)
+# For the one process that downloads the base model, samples images or writes a checkpoint.
+WAIT_TIMEOUT = timedelta(hours=2)
 
 
 class LostProcessError(RuntimeError):
@@ -26,10 +25,10 @@ class LostProcessError(RuntimeError):
 
 @dataclass(frozen=True)
 class Processes:
-    """How many processes train together, which of them this is, and which it is on its machine.
+    """The group of processes, and this one's rank in it.
 
-    What they agree on goes through `group`, on the CPU: so no GPU waits for it, and a process that has ended is noticed at once.
-    Every method but `share` has to be called in all of them, and raises LostProcessError where one of them has gone.
+    Everything but gradients goes through `group`, gloo on the CPU: no GPU waits for it, and a lost process is noticed at once.
+    Every method but `shard` has to be called in all processes, and raises LostProcessError where one of them is lost.
     """
 
     world_size: int = 1
@@ -39,67 +38,47 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> "Processes":
-        """Join the group that torchrun or accelerate launch has set up; alone where there is none.
-
-        Raises ValueError where accelerate was to start several processes and starts one, as it does with --cpu,
-        and LostProcessError where not all of them come.
-        """
-        with _together():
-            state = PartialState(cpu=not torch.cuda.is_available(), timeout=JOINING)
-            if state.num_processes > 1:
-                group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-                return cls(state.num_processes, state.process_index, state.local_process_index, group)
-        # accelerate sets the address where it is to start several.
-        if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
-            raise ValueError(
-                "accelerate launch was to start several processes and started this one alone: give it --multi_gpu and no --cpu, "
-                "which works without a GPU too; for one process unset MASTER_ADDR"
-            )
-        return cls()
+        """Join the group that torchrun or accelerate launch has set up; a single process where there is none."""
+        with _lost_process():
+            state = PartialState(cpu=not torch.cuda.is_available(), timeout=JOIN_TIMEOUT)
+            if state.num_processes == 1:
+                return cls()
+            group = torch.distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+            return cls(state.num_processes, state.process_index, state.local_process_index, group)
 
     def shard(self, batch: list[T]) -> list[T]:
         """This process's part of a batch that all of them know."""
         return batch[self.rank :: self.world_size]
 
-    def broadcast(self, value: Any) -> Any:
-        """The first process's value, in all of them."""
-        if self.world_size == 1:
-            return value
-        found = [value]
-        with _together():
-            torch.distributed.broadcast_object_list(found, src=0, group=self.group)
-        return found[0]
-
     def all_gather(self, part: list[T]) -> list[T]:
-        """What every process brings, in all of them, those of the first one in front."""
+        """The parts of all processes in the order of their ranks."""
         if self.world_size == 1:
             return part
-        found: list[list[T]] = [[] for _ in range(self.world_size)]
-        with _together():
-            torch.distributed.all_gather_object(found, part, group=self.group)
-        return [value for values in found for value in values]
+        parts: list[list[T]] = [[] for _ in range(self.world_size)]
+        with _lost_process():
+            torch.distributed.all_gather_object(parts, part, group=self.group)
+        return [value for found in parts for value in found]
+
+    def broadcast(self, value: T) -> T:
+        """The value of rank 0."""
+        return self.all_gather([value])[0]
 
     def all_reduce_min(self, number: int) -> int:
-        """The smallest of the processes' numbers, in all of them."""
-        return -self.all_reduce_max(-number)
+        """The smallest of the processes' numbers."""
+        return min(self.all_gather([number]))
 
     def all_reduce_max(self, number: int) -> int:
-        """The largest of the processes' numbers, in all of them."""
-        if self.world_size == 1:
-            return number
-        found = torch.tensor(number)
-        with _together():
-            torch.distributed.all_reduce(found, ReduceOp.MAX, group=self.group)
-        return int(found)
+        """The largest of the processes' numbers."""
+        return max(self.all_gather([number]))
 
     def barrier(self) -> None:
-        """Go on when all of them have come here."""
-        self.all_reduce_max(0)
+        """Wait for all processes."""
+        self.all_gather([])
 
     def check_same(self, what: str, value: Any) -> None:
-        """Raise ValueError, which names `what`, in all of them unless all have the same value."""
+        """Raise ValueError in all processes unless they have the same value; `what` names it."""
         found = self.all_gather([value])
-        if different := [str(number) for number, other in enumerate(found) if other != found[0]]:
+        if different := [str(rank) for rank, other in enumerate(found) if other != found[0]]:
             raise ValueError(
                 f"process {', '.join(different)} of this training has {what} other than process 0: give every machine the same"
             )
@@ -107,13 +86,13 @@ class Processes:
     def all_reduce_sum(self, total: Tensor) -> None:
         """Replace a tensor on the device, in place, by its sum over the processes."""
         if self.world_size > 1:
-            with _together():
+            with _lost_process():
                 torch.distributed.all_reduce(total)
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """Say in a sentence that a process was lost, whichever library noticed it; other errors pass as they are."""
+def _lost_process() -> Iterator[None]:
+    """Raise LostProcessError for what NCCL or gloo says of a lost process; other errors pass as they are."""
     try:
         yield
     except RuntimeError as error:

@@ -14,14 +14,14 @@ from placeholder.config import TrainConfig
 from placeholder.devices import deterministic, peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.errors import Log
-from placeholder.job import Job
+from placeholder.job import Job, Stop
 from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict, unload_lora
 from placeholder.model.base import BaseModel
 from placeholder.options import MAX_SEED
 from placeholder.report.report import Report
 from placeholder.report.samples import grid_prompts
 from placeholder.report.trackers import TrackedSteps, WandbTracker
-from placeholder.training.checkpoint import Checkpoint, CheckpointWriter, Stop, prepare_folder
+from placeholder.training.checkpoint import Checkpoint, CheckpointWriter, prepare_folder
 from placeholder.training.context import Context, Training, schedule
 from placeholder.training.diagnostics import diagnose
 from placeholder.training.flow import MIDDLE_SIGMA

@@ -114,6 +114,18 @@ class CheckpointFolder:
         return cls(Path(path).absolute(), whole("checkpoint_every", every, 1, MAX_STEPS))
 
 
+class StoppedError(RuntimeError):
+    """A training that was asked to end before its last step."""
+
+
+@dataclass
+class Stop:
+    """A training that leaves checkpoints ends after its present step once this is `wanted`, as long as it is `heeded`."""
+
+    wanted: bool = False
+    heeded: bool = False
+
+
 @dataclass(frozen=True)
 class Job:
     """One training: the archive of images, the options, the weights archive to write.

@@ -85,11 +85,9 @@ def output_format(given: dict[str, Any]) -> str | None:
 
 def _launch(job: Job, log: Log) -> bool:
     """Train on all GPUs. Whether this process wrote the archive."""
-    # TO MERGE: becomes `from placeholder.service.launch import train; return train(job, log)`.
-    from placeholder.service import launch
+    from placeholder.service.launch import train
 
-    launch.finetune_on_all_gpus(job.dataset, job.config, job.output, log, job.resume_from, job.checkpoints, job.tracker)
-    return True
+    return train(job, log)
 
 
 def train(given: dict[str, Any], console: Console, launch: Callable[[Job, Log], bool] = _launch) -> Path | None:

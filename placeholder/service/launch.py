@@ -1,164 +1,146 @@
-"""A training on all visible GPUs, in a process for each; where there is one GPU and no checkpoint is asked for, in this one.
+"""Starts a training in child processes, one a GPU, and follows them until they end.
 
-`torchrun` or `accelerate launch` run the same on several machines: `accelerate launch --multi_gpu -m placeholder.service.launch job.json`,
-where job.json holds the fields of ProcessJob (job.py).
+Cog cancels by raising an exception at some bytecode of the thread that runs the training. Where that falls into a `__del__` or a
+weakref callback, Python drops it and the cancel is lost. So the server imports no torch, and its thread only runs `_follow`.
 """
 
-import errno
+import ctypes
+import gc
 import json
 import os
-import queue
+import re
+import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
-from dataclasses import asdict, replace
+import time
+from contextlib import suppress
 from pathlib import Path
 
-import torch
-
-from placeholder.config import TrainConfig
-from placeholder.errors import readable_errors
-from placeholder.finetune import finetune
-from placeholder.job import CheckpointFolder, Job, WandbTarget
-from placeholder.model.base import BaseModel
-from placeholder.report.wandb_run import wandb_run
-from placeholder.service.job import ProcessJob, error_of
-from placeholder.service.worker import GRACE_SECONDS, LESS_MEMORY, main
-from placeholder.training.determinism import deterministic
-from placeholder.training.setup import Log
-from placeholder.transformer.compile import CACHE_VARIABLE, chosen_cache
+from placeholder.config import config_yaml
+from placeholder.errors import Log
+from placeholder.job import Job
+from placeholder.service.worker import ERROR_VARIABLE, GRACE_SECONDS, LESS_MEMORY, train_here
 
 PROCESSES_VARIABLE = "TRAINING_PROCESSES"
-POLL_SECONDS = 0.2
 ROOT = Path(__file__).parents[2]
+POLL_SECONDS = 0.1
+KILL_SECONDS = 1.0  # from SIGTERM to SIGKILL where no checkpoint is to be written
+DIED = re.compile(rb"failed \(exitcode: (-\d+)\)")  # what torch's launcher logs of a process that a signal ended
 
 
-def wanted_processes() -> int:
-    """How many processes are to train: what TRAINING_PROCESSES says, otherwise one for each visible GPU.
+def train(job: Job, log: Log) -> bool:
+    """Train, and write the weights archive; True in the process that is to use the archive.
+
+    In a process of torchrun or accelerate launch the training runs right here, otherwise in children of this process. Raises
+    ValueError for what the user can correct, and RuntimeError.
+    """
+    if "RANK" in os.environ or ERROR_VARIABLE in os.environ:
+        return train_here(job, log)
+    count = process_count()
+    with tempfile.TemporaryDirectory(prefix="placeholder-job-") as folder:
+        config, error = Path(folder) / "config.yaml", Path(folder) / "error.json"
+        config.write_text(config_yaml(job.config), encoding="utf-8")
+        environment = {
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+            ERROR_VARIABLE: str(error),
+            **(job.tracker.environment() if job.tracker else {}),
+        }
+        run(command(job, config, count), environment, error, GRACE_SECONDS if job.checkpoints else KILL_SECONDS, log)
+    return True
+
+
+def process_count() -> int:
+    """How many processes train: TRAINING_PROCESSES, otherwise one for each visible GPU, at least one.
 
     Raises ValueError unless that is a whole number from 1.
     """
-    value = os.environ.get(PROCESSES_VARIABLE) or str(max(1, torch.cuda.device_count()))
+    value = os.environ.get(PROCESSES_VARIABLE) or str(max(1, visible_gpus()))
     if not (value.isascii() and value.isdigit() and int(value) >= 1):
         raise ValueError(f"{PROCESSES_VARIABLE} is {value!r}: give a whole number from 1, or leave it unset for one a GPU")
     return int(value)
 
 
-def finetune_on_all_gpus(
-    dataset: Path,
-    config: TrainConfig,
-    output: Path,
-    log: Log = print,
-    resume_from: Path | None = None,
-    checkpoints: CheckpointFolder | None = None,
-    target: WandbTarget | None = None,
-) -> None:
-    """Write the weights archive of a training to `output`; every process trains batches of `config.batch_size`.
-
-    With checkpoints the training always has a process of its own, which outlives this one for the time of a last checkpoint.
-    With a `target` one of the processes shows the training on Weights & Biases.
-    Raises what `finetune` raises, in this process and in others.
-    """
-    count = wanted_processes()
-    base = BaseModel.from_environment()
-    if count == 1 and checkpoints is None:
-        with readable_errors(LESS_MEMORY), deterministic(base.device), wandb_run(target, log) as run:
-            finetune(Job(dataset, config, output, resume_from), base, log, run=run)
-        return
-    job = ProcessJob(str(dataset), str(output), asdict(config), resume_from and str(resume_from), ends_with_stdin=True)
-    if checkpoints is not None:
-        job = replace(job, checkpoint_folder=str(checkpoints.path), checkpoint_every=checkpoints.every)
-    if target is not None:
-        job = replace(job, wandb=target.names())
-    with tempfile.TemporaryDirectory(prefix="placeholder-job-") as folder:
-        file = Path(folder) / "job.json"
-        file.write_text(json.dumps(asdict(job)))
-        code = _run(count, file, log, target.environment() if target else {})
-        if error := error_of(file):
-            raise error
-        if code:
-            raise RuntimeError(f"a training process ended with {code}: its own message is in the log above")
-
-
-def _run(count: int, job: Path, log: Log, environment: dict[str, str]) -> int:
-    """Train in `count` processes and hand their lines on; they end with this call, whatever ends it."""
-    launcher = []
-    if count > 1:  # without a folder for logs, of which it would leave an empty one behind
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", f"--log-dir={os.devnull}"]
-    threads = str(max(1, (os.cpu_count() or 1) // count))
-    processes = subprocess.Popen(
-        [sys.executable, *launcher, "-m", "placeholder.service.launch", str(job)],
-        cwd=ROOT,
-        env={
-            "OMP_NUM_THREADS": threads,
-            **os.environ,
-            CACHE_VARIABLE: chosen_cache() or str(job.parent / "compiled"),
-            **environment,
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
-    # Not a SimpleQueue: under Cog's server a cancellation that arrives inside its C code ends the thread without unwinding it.
-    lines: queue.Queue[str | None] = queue.Queue()
-    output = processes.stdout
-
-    def read() -> None:
-        try:
-            for line in output:
-                lines.put(line.rstrip("\n"))
-        finally:
-            lines.put(None)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    served = "cog" in sys.modules and _knock() == 0
+def visible_gpus() -> int:
+    """GPUs that CUDA_VISIBLE_DEVICES leaves, as CUDA's driver counts them (CUDA Driver API, cuDeviceGetCount)."""
     try:
-        while True:
-            if served and _knock() == errno.ECONNREFUSED:
-                processes.stdin.close()  # Cog's server has had SIGTERM: it hears no one any more, but waits for ten seconds
-            try:
-                line = lines.get(timeout=POLL_SECONDS)  # short, so that a cancellation is not held up
-            except queue.Empty:
-                continue
-            if line is None:
-                return processes.barrier()
-            if not isinstance(error_of(job), ValueError):  # what follows that is the launcher's own account of it
-                log(line)
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+def command(job: Job, config: Path, count: int) -> list[str]:
+    """The command line of a training in `count` processes; secrets travel in the environment."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", f"--log-dir={os.devnull}", "-m"]
+    options = {"output": Path(job.output).absolute(), "config": config, "resume-from": job.resume_from}
+    if job.checkpoints:
+        options |= {"checkpoint-folder": job.checkpoints.path, "checkpoint-every": job.checkpoints.every}
+    if job.tracker:
+        options |= {f"wandb-{name}": value for name, value in job.tracker.names().items()}
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    launched = [*(launcher if count > 1 else []), "placeholder"]
+    return [sys.executable, "-m", *launched, "train", str(Path(job.dataset).absolute()), "--overwrite", *given]
+
+
+def run(arguments: list[str], environment: dict[str, str], error: Path, grace: float, log: Log) -> None:
+    """Run a training to its end, and hand its lines on.
+
+    Raises what the file `error` tells, or RuntimeError where a process died without a word. All processes end with this call:
+    with their standard input and by SIGTERM, or `grace` seconds later by SIGKILL.
+    """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 0}
+    gc.disable()  # a collection could run any __del__ in this thread
+    try:
+        child = subprocess.Popen(arguments, env=environment, start_new_session=True, **pipes)
+        try:
+            code = _follow(child, error, log)
+        finally:
+            child.stdin.close()  # first: should a second cancel interrupt this, the processes end all the same
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, number)
+                deadline = time.monotonic() + grace
+                while child.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.02)
     finally:
-        _end(processes)
-        reader.join(GRACE_SECONDS)  # the process that keeps a run on W&B ends after them, and holds their output until then
+        gc.enable()
+    if error.exists():
+        told = json.loads(error.read_text(encoding="utf-8"))
+        if told["traceback"]:
+            log(told["traceback"])
+        raise (ValueError if told["kind"] == "ValueError" else RuntimeError)(told["message"])
+    if code:
+        raise RuntimeError(_death(code))
 
 
-def _knock() -> int:
-    """0 where a server listens on this machine's port for Cog, otherwise the number of the error."""
-    port = os.environ.get("PORT", "5000")
-    with socket.socket() as probe:
-        probe.settimeout(POLL_SECONDS)
-        return probe.connect_ex(("127.0.0.1", int(port))) if port.isdigit() else errno.EINVAL
+def _follow(child: subprocess.Popen, error: Path, log: Log) -> int:
+    """Hand the child's lines on until it ends, or until an error file says why it is going to."""
+    rest, died = b"", 0
+    while True:
+        ended = child.poll() is not None  # before the last look at its output
+        readable, _, _ = select.select([child.stdout], [], [], 0 if ended else POLL_SECONDS)
+        if readable and (chunk := os.read(child.stdout.fileno(), 65536)):
+            *lines, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
+            for line in filter(None, lines):
+                log(line.decode("utf-8", "replace"))
+                if found := DIED.search(line):
+                    died = int(found[1])
+        elif ended or error.exists():
+            if rest:
+                log(rest.decode("utf-8", "replace"))
+            return died or child.returncode or 0
 
 
-def _end(processes: subprocess.Popen) -> None:
-    """End the launcher and all that it has started; its processes end with their standard input."""
-    processes.stdin.close()
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(processes.pid, number)
-        except ProcessLookupError:
-            return
-        try:
-            processes.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("error: give the path of one job.json")
-    main(Path(sys.argv[1]))
+def _death(code: int) -> str:
+    """What became of a process that could not say it itself."""
+    if code == -signal.SIGKILL:
+        return f"the training process was killed, most likely out of memory: {LESS_MEMORY}, or use a machine with more memory"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"the training process crashed in native code ({name}): see the log above, and train again"
+    return f"the training process ended with exit code {code}: see the log above"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from placeholder.errors import Log
-from placeholder.job import CheckpointFolder
+from placeholder.job import CheckpointFolder, Stop, StoppedError
 from placeholder.training.loop import Step, TrainState
 
 FACTS_KEY = "placeholder_checkpoint"  # in the safetensors header: all that is no tensor, as JSON
@@ -31,18 +31,6 @@ class Checkpoint:
     name: str
     state: dict[str, Any]
     facts: dict[str, Any]
-
-
-class StoppedError(RuntimeError):
-    """A training that was asked to end before its last step."""
-
-
-@dataclass
-class Stop:
-    """A training that leaves checkpoints ends after its present step once this is `wanted`, as long as it is `heeded`."""
-
-    wanted: bool = False
-    heeded: bool = False
 
 
 @dataclass(frozen=True)

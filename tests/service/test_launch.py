@@ -1,12 +1,13 @@
-"""Training in several processes: the same result as in one, lines in the log, nothing left behind."""
+"""Training in child processes: the result of one process, lines in the log, errors in a sentence, nothing left behind."""
 
 import json
 import os
+import re
+import select
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from demo.server import ROOT, CogServer, data_url, from_data_url
+from demo.server import ROOT
 from placeholder.config import TrainConfig
 from placeholder.distributed import Processes
-from placeholder.job import WandbTarget
+from placeholder.job import Job, WandbTarget
 from placeholder.model.base import MODEL_VARIABLE
 from placeholder.report.wandb_run import URL_VARIABLE
 from placeholder.service import launch
-from placeholder.service.job import error_of, tell
-from placeholder.service.launch import finetune_on_all_gpus, wanted_processes
+from placeholder.service.worker import ERROR_VARIABLE
 from placeholder.weights.archive import read_weights
 from tests.support.parallel_steps import CONFIG, trained
-from tests.support.samples import read_zip, write_dataset
+from tests.support.samples import write_dataset
 from tests.support.wandb_server import wandb_server
 
 SHORT = TrainConfig(
@@ -42,15 +42,26 @@ SHORT = TrainConfig(
 
 
 @pytest.fixture
-def two_processes(base, monkeypatch):
-    """Trainings run in two processes, on the small base model."""
-    monkeypatch.setenv(launch.PROCESSES_VARIABLE, "2")
+def on_the_base(base, monkeypatch):
+    """Trainings run on the small base model."""
     monkeypatch.setenv(MODEL_VARIABLE, base.source)
+
+
+@pytest.fixture
+def two_processes(on_the_base, monkeypatch):
+    """Trainings run in two processes."""
+    monkeypatch.setenv(launch.PROCESSES_VARIABLE, "2")
 
 
 def children() -> list[psutil.Process]:
     """Every process that this one has started, however far down, and that still runs."""
     return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def all_ended(before: list[psutil.Process]) -> bool:
+    """Whether all children but those of `before` end within a few seconds."""
+    _, alive = psutil.wait_procs([child for child in children() if child not in before], timeout=10)
+    return not alive
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +70,7 @@ def parallel(base, dataset, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--log-dir={os.devnull}"]
     arguments = ["-m", "tests.support.parallel_steps", str(dataset), base.source, str(folder)]
-    subprocess.run([*command, *arguments], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([*command, *arguments], cwd=ROOT, check=True, timeout=300)
     return folder
 
 
@@ -97,37 +108,40 @@ def test_what_the_processes_were_given_has_to_be_the_same(parallel):
         assert told["other"].startswith(
             "ValueError: process 1 of this training has a data set other than process 0: give every"
         )
-        assert told["numbers"] == [0, 1, 0, 1]
+        assert told["numbers"] == [0, 1, 0, 1] and told["broadcast"] == "from 0"
 
 
 def test_the_archive_is_written_once_with_one_drawn_seed_and_the_lines_reach_the_log(two_processes, dataset, tmp_path):
     log: list[str] = []
     before = children()
-    finetune_on_all_gpus(dataset, replace(SHORT, seed=None), tmp_path / "weights.zip", log.append)
+    assert launch.train(Job(dataset, replace(SHORT, seed=None), tmp_path / "weights.zip"), log.append)
     assert [path.name for path in tmp_path.iterdir()] == ["weights.zip"]
     weights = read_weights(tmp_path / "weights.zip")
     assert weights.meta["processes"] == 2 and weights.embeddings["<zwx>"].any()
     assert [line for line in log if line.startswith("Seed: ")] == [f"Seed: {weights.meta['seed']} (drawn)"]
     assert sum("100%|##########| 15/15 [" in line for line in log) == 1
     assert sum(line.startswith("Weights archive proved") for line in log) == 1
-    assert children() == before
+    assert not any(line == str(tmp_path / "weights.zip") for line in log)
+    assert all_ended(before)
 
 
-def test_what_the_user_did_wrong_is_the_same_sentence_as_in_one_process(two_processes, tmp_path):
+def test_what_the_user_did_wrong_is_a_value_error_of_one_sentence(on_the_base, tmp_path):
     empty = write_dataset(tmp_path / "empty.zip", [])
-    log: list[str] = []
+    before, log = children(), []
     with pytest.raises(ValueError, match="the data set holds no usable picture"):
-        finetune_on_all_gpus(empty, SHORT, tmp_path / "weights.zip", log.append)
+        launch.train(Job(empty, SHORT, tmp_path / "weights.zip"), log.append)
     assert not any("Traceback" in line for line in log)
     assert not (tmp_path / "weights.zip").exists()
+    assert all_ended(before)
 
 
-def test_a_training_that_fails_in_the_processes_fails_here(two_processes, dataset, tmp_path):
-    before = children()
-    with pytest.raises(RuntimeError, match="the loss became nan by step"):
-        broken = replace(SHORT, placeholder_init_std=float("nan"))
-        finetune_on_all_gpus(dataset, broken, tmp_path / "weights.zip", lambda line: None)
-    assert children() == before
+def test_an_error_that_nobody_foresaw_is_told_with_its_traceback_in_the_log(dataset, tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    monkeypatch.setenv(MODEL_VARIABLE, str(tmp_path / "base"))  # it holds no model
+    log: list[str] = []
+    with pytest.raises(RuntimeError, match="Error: "):
+        launch.train(Job(dataset, SHORT, tmp_path / "weights.zip"), log.append)
+    assert any("Traceback" in line and "placeholder/finetune.py" in line for line in log)
 
 
 def test_a_cancelled_training_ends_its_processes_and_the_one_run_on_wandb(two_processes, dataset, tmp_path, monkeypatch):
@@ -136,81 +150,146 @@ def test_a_cancelled_training_ends_its_processes_and_the_one_run_on_wandb(two_pr
     def cancelled(line: str) -> None:
         log.append(line)
         if " 10/1000 [" in line:
-            assert len(children()) >= len(before) + 3  # the launcher and two trainings
-            (job,) = Path(folder).glob("placeholder-job-*/job.json")
-            assert "subjects" in job.read_text() and key not in job.read_text()
+            started = [child.cmdline() for child in children() if child not in before]
+            assert len(started) >= 3  # the launcher and two trainings
+            assert not any(key in argument for command in started for argument in command)
             raise KeyboardInterrupt
 
     with wandb_server(key) as server, tempfile.TemporaryDirectory(prefix="w") as folder:
         monkeypatch.setenv(URL_VARIABLE, server.url)
         monkeypatch.setenv("TMPDIR", folder)
         monkeypatch.setattr(tempfile, "tempdir", folder)
+        target = WandbTarget.of(key, "subjects", "-named", None)
         with pytest.raises(KeyboardInterrupt):
-            target = WandbTarget.of(key, "subjects", "named", None)
-            finetune_on_all_gpus(dataset, replace(SHORT, steps=1000), tmp_path / "weights.zip", cancelled, target=target)
+            launch.train(Job(dataset, replace(SHORT, steps=1000), tmp_path / "weights.zip", tracker=target), cancelled)
+        assert all_ended(before)
         assert not list(Path(folder).glob("placeholder-*"))
-    assert children() == before
     assert not (tmp_path / "weights.zip").exists()
-    assert len({run["name"] for run in server.runs}) == 1
+    assert {run["name"] for run in server.runs} == {server.runs[0]["name"]} and server.runs[0]["displayName"] == "-named"
     assert server.lines["wandb-history.jsonl"][0]["_step"] == 1
     assert server.exit_codes == [1]
     assert not any(key in line for line in log)
 
 
-def test_the_first_error_is_the_one_that_counts(tmp_path):
-    job = tmp_path / "job.json"
-    assert error_of(job) is None
-    tell(job, torch.OutOfMemoryError("CUDA out of memory"), 1)
-    tell(job, ValueError("an echo"), 0)
-    found = error_of(job)
-    assert type(found) is RuntimeError and str(found) == "CUDA out of memory"
+def test_a_process_of_several_that_is_killed_is_one_sentence(two_processes, dataset, tmp_path):
+    before = children()
+
+    def kill(line: str) -> None:
+        if " 10/1000 [" in line:
+            workers = [child for child in children() if "--overwrite" in child.cmdline() and not child.children()]
+            workers[-1].kill()
+
+    with pytest.raises(RuntimeError, match="^the training process was killed, most likely out of memory: give a smaller"):
+        launch.train(Job(dataset, replace(SHORT, steps=1000), tmp_path / "weights.zip"), kill)
+    assert all_ended(before)
+
+
+def run(script: str, folder: Path, log=lambda _: None, grace: float = 1.0) -> None:
+    """Follow a script of Python in the place of a training."""
+    error = folder / "error.json"
+    launch.run([sys.executable, "-c", script], os.environ | {ERROR_VARIABLE: str(error)}, error, grace, log)
+
+
+def test_every_line_is_handed_on_also_a_last_one_without_its_end(tmp_path):
+    log: list[str] = []
+    run(r"import sys; sys.stdout.buffer.write(b'one\n\xff\r 50%\r100%\nlast')", tmp_path, log.append)
+    assert log == ["one", "\N{REPLACEMENT CHARACTER}", " 50%", "100%", "last"]
+
+
+@pytest.mark.parametrize(
+    ("end", "sentence"),
+    [
+        ("os.kill(os.getpid(), 9)", "the training process was killed, most likely out of memory: give a smaller resolution"),
+        ("os.kill(os.getpid(), 11)", r"the training process crashed in native code \(SIGSEGV\): see the log above"),
+        ("os.abort()", r"the training process crashed in native code \(SIGABRT\): see the log above"),
+        ("os._exit(3)", "the training process ended with exit code 3: see the log above"),
+    ],
+)
+def test_a_process_that_dies_without_a_word_is_one_sentence(end, sentence, tmp_path):
+    with pytest.raises(RuntimeError, match=f"^{sentence}"):
+        run(f"import os; {end}", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [("ValueError('wrong')", ValueError, "wrong"), ("RuntimeError('nan')", RuntimeError, "nan")]
+    + [("KeyError('x')", RuntimeError, "KeyError: 'x'")],
+)
+def test_an_error_stays_what_it_is_and_the_process_that_waits_is_ended(error, kind, message, tmp_path):
+    log: list[str] = []
+    script = f"from placeholder.service.worker import _fail; _fail({error}, 'Traceback ...', told=True)"
+    with pytest.raises(kind) as found:
+        run(script, tmp_path, log.append)
+    assert (type(found.value), str(found.value), log) == (kind, message, ["Traceback ..."])
+
+
+def test_a_process_that_heeds_nothing_is_killed_and_so_is_what_it_started(tmp_path):
+    script = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "  # as its children do then
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print('started', flush=True); time.sleep(60)"
+    )
+    before, start = children(), time.monotonic()
+
+    def cancelled(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(script, tmp_path, cancelled)
+    assert all_ended(before)
+    assert time.monotonic() - start < 30
+
+
+WATCHED = """
+import sys, time
+from placeholder.job import Stop
+from placeholder.service.worker import end_when_asked
+stop = Stop(heeded=sys.argv[1] == "heeds")
+end_when_asked(stop)
+print("ready", flush=True)
+while not stop.wanted:
+    time.sleep(0.01)
+print("a last checkpoint", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("heeds", "told"), [("heeds", "a last checkpoint\n"), ("does not", "")])
+@pytest.mark.parametrize("asked", ["its standard input closes", "SIGTERM"])
+def test_a_process_ends_when_it_is_asked_to_or_its_starter_has_gone(asked, heeds, told, tmp_path):
+    environment = os.environ | {ERROR_VARIABLE: str(tmp_path / "error.json")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", WATCHED, heeds], cwd=ROOT, env=environment, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        if asked == "SIGTERM":
+            process.terminate()
+        else:
+            process.stdin.close()
+        assert process.stdout.read() == told
+        assert process.wait(30) == (0 if told else 1)
+
+
+def test_a_process_of_a_launcher_that_is_killed_ends():
+    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WATCHED!r}, 'does not'])"
+    with subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout.readline() == "ready\n"
+        launcher.kill()
+        assert select.select([launcher.stdout], [], [], 30)[0], "it goes on without its launcher"
+        assert launcher.stdout.read() == ""
+
+
+def test_the_server_and_the_command_line_start_trainings_without_torch():
+    modules = "train, placeholder.service.launch, placeholder.service.files, placeholder.service.metrics"
+    code = f"import sys, {modules}; print([name for name in ('torch', 'diffusers', 'accelerate') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
 
 
 @pytest.mark.parametrize(("value", "count"), [("1", 1), ("8", 8), ("", None)])
 def test_the_number_of_processes_is_the_variables_or_that_of_the_gpus(value, count, monkeypatch):
     monkeypatch.setenv(launch.PROCESSES_VARIABLE, value)
-    assert wanted_processes() == (count or max(1, torch.cuda.device_count()))
+    assert launch.process_count() == (count or max(1, torch.cuda.device_count()))
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
 def test_any_other_number_of_processes_gets_its_sentence(value, monkeypatch):
     monkeypatch.setenv(launch.PROCESSES_VARIABLE, value)
-    with pytest.raises(ValueError, match=f"TRAINING_PROCESSES is '{value}': give a whole number from 1"):
-        wanted_processes()
-
-
-def trainers(server: CogServer) -> list[float]:
-    """Seconds of work that each training process below the server's has done, the launcher's among them."""
-    found = []
-    for child in psutil.Process(server.process.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if "placeholder.service.launch" in child.cmdline():
-                found.append(child.cpu_times().user)
-    return found
-
-
-def wait_for(condition) -> float:
-    """Seconds until the condition holds."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < 180
-        time.sleep(0.05)
-    return time.monotonic() - start
-
-
-def test_a_cancel_through_the_server_ends_the_processes_and_the_next_training_uses_as_many(base, dataset, tmp_path):
-    env = {MODEL_VARIABLE: base.source, launch.PROCESSES_VARIABLE: "2"}
-    inputs = {"dataset": data_url(dataset), "rank": 4, "resolution": "64", "seed": 1}
-    with CogServer("train", env, tmp_path / "server.log") as server:
-        server.start("long", inputs | {"steps": 20000, "report": False})
-        wait_for(lambda: len(trainers(server)) == 3 and sorted(trainers(server))[1] > 8)  # imported, and well under way
-        server.cancel("long")
-        assert wait_for(lambda: not trainers(server)) < 10
-        answer = server.ask(inputs | {"steps": 15, "learning_rate": 1e-2, "sample_every": 10})
-    assert answer["status"] == "succeeded", answer
-    assert "100%|##########| 15/15 [" in answer["logs"]
-    archive = Path(tmp_path / "weights.zip")
-    archive.write_bytes(from_data_url(answer["output"]["weights"]))
-    assert read_weights(archive).meta["processes"] == 2
-    assert {"report/index.html", "report/samples/step-000010-1.jpg"} <= set(read_zip(archive))
-    assert answer["logs"].count("Samples of step 10: 1 drawn") == 1
+    with pytest.raises(ValueError, match=f"TRAINING_PROCESSES is '{re.escape(value)}': give a whole number from 1"):
+        launch.process_count()

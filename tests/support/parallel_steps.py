@@ -100,6 +100,7 @@ def main(dataset: Path, base: BaseModel, folder: Path) -> None:
         processes.all_reduce_max(processes.rank),
         *processes.all_gather([processes.rank]),
     ]
+    told["broadcast"] = processes.broadcast(f"from {processes.rank}")
     (folder / f"{processes.rank}.json").write_text(json.dumps(told))
     PartialState().destroy_process_group()
 

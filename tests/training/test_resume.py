@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from demo.server import ROOT
+from placeholder.config import config_yaml
 from placeholder.finetune import finetune
-from placeholder.job import CheckpointFolder, Job
+from placeholder.job import CheckpointFolder, Job, Stop, StoppedError
 from placeholder.model.base import MODEL_VARIABLE
-from placeholder.report.report import config_yaml
-from placeholder.training.checkpoint import FACTS_KEY, Stop, StoppedError, read_checkpoint, stored_checkpoints, write_checkpoint
+from placeholder.training.checkpoint import FACTS_KEY, read_checkpoint, stored_checkpoints, write_checkpoint
 from placeholder.training.examples import BatchSampler
 from placeholder.training.loop import TrainState
 from placeholder.training.losses import Denoiser
