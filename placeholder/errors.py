@@ -4,12 +4,13 @@ import errno
 import math
 import reprlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from placeholder.devices import free_memory
 
+Log = Callable[[str], None]
 MAX_TEXT_CHARACTERS = 20_000
 MAX_SEED = 2**32 - 1
 

@@ -16,9 +16,8 @@ from placeholder.errors import MAX_SEED
 from placeholder.job import CheckpointFolder, Job
 from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict, unload_lora
 from placeholder.model.base import BaseModel
-from placeholder.report import tracking
 from placeholder.report.report import Report
-from placeholder.report.wandb_run import WandbRun
+from placeholder.report.trackers import WandbTracker, step_scalars
 from placeholder.tokens.prompt_encoder import PromptEmbeddings
 from placeholder.training.checkpoint import Checkpoint, prepare_folder, write_checkpoint
 from placeholder.training.diagnostics import Diagnostics, diagnose
@@ -54,13 +53,13 @@ def finetune(
     log: Log = print,
     processes: Processes = SINGLE_PROCESS,
     stop: Stop | None = None,
-    run: WandbRun | None = None,
+    tracker: WandbTracker | None = None,
 ) -> dict[str, Any] | None:
     """Do the job on the base model, and write its weights archive; returns what meta.json holds.
 
     Where `stop` is wanted, a last checkpoint
-    is left and StoppedError raised. `run` is started, and shows the training. Of several processes the first alone writes and returns,
-    the others return None, and have no `run`.
+    is left and StoppedError raised. `tracker` is started, and shows the training. Of several processes the first alone writes and returns,
+    the others return None, and have no `tracker`.
     Raises ValueError for a bad data set, token or start before any weight is loaded, and RuntimeError when the loss stops being
     finite or the archive does not prove itself.
     """
@@ -80,8 +79,8 @@ def finetune(
         log(f"Checkpoints: every {checkpoints.every} steps")
     if config.placeholder_token and not config.tokens:
         log(f"Placeholder token '{','.join(config.placeholder_token)}' is not used: train_placeholder_token is false")
-    if run is not None:
-        tracking.start(run, config, shared)
+    if tracker is not None:
+        tracker.start(config, shared)
     reset_peak()
     timing = Timing()
     training = prepare(job.dataset, config, base, log, processes, start, timing)
@@ -93,7 +92,8 @@ def finetune(
     stop.heeded = checkpoints is not None
     report = None
     if config.report and processes.rank == 0:
-        report = Report(config, training, base, log, timing, lambda: stop.wanted)
+        report = Report(training, base, config, log, timing, lambda: stop.wanted)
+        report.start()
     with compiled_steps(
         training.train_state, training.examples, training.empty_ids, config, training.payback.one_shape, log
     ) as compile_seconds:
@@ -101,9 +101,13 @@ def finetune(
         for step in training.steps(config, processes):
             record.note(step)
             if report is not None:
-                record.start += report.sample(step.number)  # meanwhile the other processes wait for this one's gradients
-            if run is not None:
-                tracking.show_step(run, step.number, config, record, training, report)
+                before = timing.seconds.get("samples", 0.0)
+                report.step(step)
+                record.start += timing.seconds.get("samples", 0.0) - before  # meanwhile the other processes wait for this one
+            if tracker is not None:
+                point = record.curve[-1]
+                scalars = step_scalars(step.number, config, training, point) if point.step == step.number else {}
+                tracker.step(step.number, scalars, report.samples.get(step.number, []) if report else [])
             if checkpoints is None or processes.rank > 0:
                 continue
             stopping = stop.wanted
@@ -127,9 +131,10 @@ def finetune(
         figures["started_from"] = content_digest(source)
     meta = training_meta(config, training, figures)
     if report is not None:
-        report.draw_grid()
-    if run is not None:
-        tracking.show_end(run, config, training, report, meta)
+        report.end()
+    if tracker is not None:
+        grid = ("\n".join(training.prompts), report.grid) if report and report.grid else None
+        tracker.end(config.steps, meta, grid)
     transformer = training.train_state.transformer
     weights = Weights(lora_state_dict(transformer), training.tokens.embeddings(), meta)
     unproved = job.output.with_name(f"{job.output.name}.unproved")

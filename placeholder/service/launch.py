@@ -24,7 +24,7 @@ from placeholder.errors import readable_errors
 from placeholder.finetune import finetune
 from placeholder.job import CheckpointFolder, Job, WandbTarget
 from placeholder.model.base import BaseModel
-from placeholder.report.wandb_run import wandb_run
+from placeholder.report.trackers import WandbTracker
 from placeholder.service.job import ProcessJob, error_of
 from placeholder.service.worker import GRACE_SECONDS, LESS_MEMORY, main
 from placeholder.training.determinism import deterministic
@@ -65,8 +65,8 @@ def finetune_on_all_gpus(
     count = wanted_processes()
     base = BaseModel.from_environment()
     if count == 1 and checkpoints is None:
-        with readable_errors(LESS_MEMORY), deterministic(base.device), wandb_run(target, log) as run:
-            finetune(Job(dataset, config, output, resume_from), base, log, run=run)
+        with readable_errors(LESS_MEMORY), deterministic(base.device), WandbTracker(target, log) as tracker:
+            finetune(Job(dataset, config, output, resume_from), base, log, tracker=tracker)
         return
     job = ProcessJob(str(dataset), str(output), asdict(config), resume_from and str(resume_from), ends_with_stdin=True)
     if checkpoints is not None:
@@ -95,6 +95,7 @@ def _run(count: int, job: Path, log: Log, environment: dict[str, str]) -> int:
         env={
             "OMP_NUM_THREADS": threads,
             **os.environ,
+            "TMPDIR": str(job.parent),  # what a process that is killed leaves goes with the folder
             CACHE_VARIABLE: chosen_cache() or str(job.parent / "compiled"),
             **environment,
         },

@@ -16,7 +16,7 @@ from placeholder.errors import OutOfResourcesError, readable_errors
 from placeholder.finetune import Stop, StoppedError, finetune
 from placeholder.job import KEY_VARIABLE, CheckpointFolder, Job, WandbTarget
 from placeholder.model.base import BaseModel
-from placeholder.report.wandb_run import wandb_run
+from placeholder.report.trackers import WandbTracker
 from placeholder.service.job import ProcessJob, tell
 from placeholder.training.determinism import deterministic
 
@@ -108,11 +108,11 @@ def _train(job: ProcessJob, processes: Processes, ending: Ending) -> None:
 
     target = WandbTarget.of(key, **job.wandb) if job.wandb and processes.rank == 0 else None
     base = BaseModel.from_environment()
-    with readable_errors(LESS_MEMORY), deterministic(base.device), wandb_run(target, log) as run:
+    with readable_errors(LESS_MEMORY), deterministic(base.device), WandbTracker(target, log) as tracker:
         training = Job(
             Path(job.dataset), config, Path(job.output), Path(job.resume_from) if job.resume_from else None, checkpoints
         )
-        finetune(training, base, log, processes, ending.stop, run)
+        finetune(training, base, log, processes, ending.stop, tracker)
 
 
 def _say(error: Exception, processes: Processes) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from placeholder.config import TrainConfig
 from placeholder.distributed import Processes
 from placeholder.model.base import BaseModel
-from placeholder.report.samples import Sampler
+from placeholder.report.samples import sample_sigmas
 from placeholder.training.diagnostics import fixed_samples
 from placeholder.training.examples import Example, Position, draw_batch
 from placeholder.training.flow import MIDDLE_SIGMA
@@ -32,5 +32,5 @@ def levels_in_use(
         drawn += [sample.sigma for sample in fixed_samples(examples)]
     levels = [torch.stack(drawn).to(base.dtype)]
     if config.report:
-        levels.append(Sampler.noise_levels(base, config))
+        levels.append(sample_sigmas(base, config))
     return torch.cat(levels).unique()

@@ -20,7 +20,6 @@ from placeholder.config import TrainConfig
 from placeholder.distributed import Processes
 from placeholder.job import WandbTarget
 from placeholder.model.base import MODEL_VARIABLE
-from placeholder.report.wandb_run import URL_VARIABLE
 from placeholder.service import launch
 from placeholder.service.job import error_of, tell
 from placeholder.service.launch import finetune_on_all_gpus, wanted_processes
@@ -142,7 +141,7 @@ def test_a_cancelled_training_ends_its_processes_and_the_one_run_on_wandb(two_pr
             raise KeyboardInterrupt
 
     with wandb_server(key) as server, tempfile.TemporaryDirectory(prefix="w") as folder:
-        monkeypatch.setenv(URL_VARIABLE, server.url)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("TMPDIR", folder)
         monkeypatch.setattr(tempfile, "tempdir", folder)
         with pytest.raises(KeyboardInterrupt):
@@ -152,8 +151,6 @@ def test_a_cancelled_training_ends_its_processes_and_the_one_run_on_wandb(two_pr
     assert children() == before
     assert not (tmp_path / "weights.zip").exists()
     assert len({run["name"] for run in server.runs}) == 1
-    assert server.lines["wandb-history.jsonl"][0]["_step"] == 1
-    assert server.exit_codes == [1]
     assert not any(key in line for line in log)
 
 
