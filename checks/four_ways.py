@@ -22,7 +22,7 @@ from checks.four_ways_ours import BACKGROUNDS, PROMPTS
 from demo.run import OUTPUT, PICTURE
 from demo.server import ROOT
 from placeholder.lora.adapter import A, B
-from placeholder.report.charts import draw_grid
+from placeholder.report.charts import image_grid
 from standin import subject
 from standin.judge import background_of, kind_probabilities, subject_fidelity
 from standin.world import SUBJECT
@@ -153,7 +153,7 @@ def main(folder: Path) -> None:
     }
     found = compared(folder, pictures)
     columns = {way: [images[number] for number in SHOWN] for way, images in pictures.items()}
-    draw_grid(columns, [PROMPTS[number] for number in SHOWN]).save(OUTPUT / "four-ways.png", optimize=True)
+    image_grid(columns, [PROMPTS[number] for number in SHOWN]).save(OUTPUT / "four-ways.png", optimize=True)
     print(table(found["ways"]))
     gated = [
         found["lora_against_the_file"],

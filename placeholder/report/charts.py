@@ -1,107 +1,59 @@
-"""The report's figures, drawn with Pillow: curves over the steps, and pictures side by side."""
+"""The report's charts: loss curves by matplotlib, and a labeled grid of images by Pillow."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import io
+import logging
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-INK, FAINT, PAPER = "#222222", "#dddddd", "#ffffff"
-COLORS = ("#1f5fa8", "#c2571a")
-SMOOTHING = 2  # drawn so many times as large and scaled down, because Pillow's lines have steps
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 260, 76, 24, 44, 34  # pixels of one panel and its margins
-TICKS = 5
-CELL = 192  # pixels: smaller pictures are enlarged, so that the labels fit
-BAND = 26  # pixels, of a line of text
-GAP = 6  # pixels between the columns, since neighbors often have the same background
+from placeholder.training.progress import Point
+
+COLORS = {"loss": "#1f5fa8", "preservation": "#c2571a", "row_norm": "#1f5fa8"}
+CELL, BAND, GAP = 192, 26, 6  # pixels: the least width of a cell, the height of a line of text, the space between columns
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes: a title and curves by name, each as (step, value) pairs."""
+def curves(points: Sequence[Point]) -> bytes:
+    """A PNG of the losses over the steps and, below them, of the norm of the token embeddings where there are any.
 
-    title: str
-    curves: dict[str, list[tuple[float, float]]]
+    The same points give the same bytes.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # on its first use it warns of its font cache and folders
+    from matplotlib.figure import Figure  # here, because only a report needs it; not pyplot, which is not thread-safe
 
-
-def draw_panels(panels: Sequence[Panel]) -> Image.Image:
-    """The panels, one below the other, over the same kind of axis: training steps."""
-    image = Image.new("RGB", (WIDTH * SMOOTHING, HEIGHT * len(panels) * SMOOTHING), PAPER)
-    for number, panel in enumerate(panels):
-        _draw_panel(ImageDraw.Draw(image), panel, number * HEIGHT)
-    return image.resize((WIDTH, HEIGHT * len(panels)), Image.Resampling.LANCZOS)
-
-
-def _draw_panel(draw: ImageDraw.ImageDraw, panel: Panel, offset: int) -> None:
-    points = [point for curve in panel.curves.values() for point in curve]
-    steps = ticks(0, max(step for step, _ in points))
-    values = ticks(min(value for _, value in points), max(value for _, value in points))
-    box = (LEFT, offset + TOP, WIDTH - RIGHT, offset + HEIGHT - BOTTOM)
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        x = box[0] + (box[2] - box[0]) * step / steps[-1]
-        y = box[3] - (box[3] - box[1]) * (value - values[0]) / (values[-1] - values[0])
-        return x * SMOOTHING, y * SMOOTHING
-
-    def write(x: float, y: float, text: str, anchor: str, color: str = INK, size: int = 12) -> None:
-        draw.text((x * SMOOTHING, y * SMOOTHING), text, color, _font(size * SMOOTHING), anchor)
-
-    for value in values:
-        (start, y), (end, _) = place(0, value), place(steps[-1], value)
-        draw.line((start, y, end, y), FAINT, SMOOTHING)
-        write(box[0] - 8, y / SMOOTHING, f"{value:.4g}", "rm")
-    for step in steps:
-        write(place(step, values[0])[0] / SMOOTHING, box[3] + 6, f"{step:.6g}", "mt")
-    write(box[2], box[3] + 20, "step", "rt", size=11)
-    write(LEFT, offset + 12, panel.title, "lt", size=15)
-    legend = LEFT + _font(15).getlength(panel.title)  # beside the title, where a narrow screen shows it too
-    for number, (name, curve) in enumerate(panel.curves.items()):
-        color = COLORS[number % len(COLORS)]
-        if len(panel.curves) > 1:
-            write(legend + 24, offset + 14, name, "lt", color)
-            legend += 24 + _font(12).getlength(name)
-        placed = [place(*point) for point in curve]
-        draw.line(placed, color, 2 * SMOOTHING, joint="curve")
-        if len(placed) <= 30:
-            for x, y in placed:
-                draw.circle((x, y), 2.5 * SMOOTHING, color)
+    losses = [name for name in ("loss", "preservation") if any(getattr(point, name) is not None for point in points)]
+    panels = {"Loss": losses} | ({"Norm of the token embedding": ["row_norm"]} if points[-1].row_norm is not None else {})
+    figure = Figure(figsize=(8, 2.6 * len(panels)), dpi=100, layout="constrained")  # 800 pixels wide
+    for axes, (title, names) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
+        for name in names:
+            curve = [(point.step, value) for point in points if (value := getattr(point, name)) is not None]
+            axes.plot(*zip(*curve, strict=True), COLORS[name], label=name, marker="." if len(curve) <= 30 else "")
+        axes.set_title(title, loc="left")
+        axes.set_xlim(left=0)
+        axes.grid(color="#dddddd")
+        axes.spines[:].set_visible(False)
+        if len(names) > 1:
+            axes.legend(loc="lower left", bbox_to_anchor=(0.06, 0.97), ncols=len(names), frameon=False)  # beside the title
+    axes.set_xlabel("step", loc="right")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    return content.getvalue()
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """About TICKS round numbers, at equal distances, that enclose `low` and `high`."""
-    span = high - low or abs(high) or 1.0
-    power = 10 ** math.floor(math.log10(span / TICKS))
-    distance = next(factor * power for factor in (1, 2, 5, 10) if factor * power * TICKS >= span * (1 - 1e-9))
-    first, last = math.floor(low / distance + 1e-9), math.ceil(high / distance - 1e-9)
-    return [number * distance for number in range(first, max(last, first + 1) + 1)]
-
-
-def draw_grid(columns: dict[str, list[Image.Image]], rows: Sequence[str]) -> Image.Image:
-    """Square pictures in labeled columns; `rows` names what stands in each row, above it."""
-    (side, _) = next(iter(columns.values()))[0].size
+def image_grid(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str]) -> Image.Image:
+    """Square images in columns under their titles, each row under its label; small images are enlarged to CELL without blur."""
+    side = next(iter(columns.values()))[0].width
     cell = side * max(1, CELL // side)
-    width = (cell + GAP) * len(columns) - GAP
-    image = Image.new("RGB", (width, BAND + (BAND + cell) * len(rows)), PAPER)
-    draw = ImageDraw.Draw(image)
-    for x, (name, pictures) in enumerate(columns.items()):
+    grid = Image.new("RGB", ((cell + GAP) * len(columns) - GAP, BAND + (BAND + cell) * len(rows)), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(13)
+    for x, (title, images) in enumerate(columns.items()):
         left = x * (cell + GAP)
-        draw.text((left + cell / 2, BAND / 2), name, INK, _font(15), "mm")
-        for y, picture in enumerate(pictures):
-            resized = picture.resize((cell, cell), Image.Resampling.NEAREST) if cell != side else picture
-            image.paste(resized, (left, 2 * BAND + y * (BAND + cell)))
-    for y, name in enumerate(rows):
-        draw.text((6, BAND + y * (BAND + cell) + BAND / 2), _fitting(name, y + 1, image.width - 12), INK, _font(13), "lm")
-    return image
-
-
-def _fitting(text: str, number: int, width: int) -> str:
-    """The text cut to a width in pixels; its number where the font has no letters for it."""
-    if not text.isascii() or not text.isprintable():
-        return f"prompt {number}"
-    while _font(13).getlength(text) > width:
-        text = text[: -max(4, len(text) // 20)] + "..."
-    return text
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)  # the one that Pillow brings
+        draw.text((left + cell / 2, BAND / 2), title, "#222222", ImageFont.load_default(15), "mm")
+        for y, image in enumerate(images):
+            grid.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (left, 2 * BAND + y * (BAND + cell)))
+    for y, label in enumerate(rows):
+        if not (label.isascii() and label.isprintable()):
+            label = f"prompt {y + 1}"  # Pillow's font has no other letters
+        while font.getlength(label) > grid.width - 12:
+            label = label[: -max(4, len(label) // 20)] + "..."
+        draw.text((6, BAND * 1.5 + y * (BAND + cell)), label, "#222222", font, "lm")
+    return grid

@@ -1,32 +1,31 @@
-"""Uploading a trained archive to the Hugging Face hub, with a model card; checked before the training, done after it."""
+"""Uploading a weights archive to the Hugging Face Hub with a model card; access is checked before the training."""
 
-import io
 import json
 import re
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from httpx2 import HTTPError
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from placeholder.report.card import model_card
-from placeholder.weights.archive import EMBEDDINGS_FOLDER, LORA_NAME, META_NAME
+from placeholder.errors import Log
+from placeholder.weights.archive import EMBEDDINGS_FOLDER, LORA_NAME, META_NAME, embedding_name
 
-Log = Callable[[str], None]
-# Pictures that the model has drawn. The photographs it was trained on stay with the user.
-SHOWN = re.compile(r"report/(grid\.jpg|curve\.png|samples/[^/]+\.jpg)")
-
-
-# What the client raises: of the hub, of the connection, of the card's front matter, of large files and of the disk.
+CARD = Path(__file__).with_name("model_card.md.jinja")
+GRID, CURVE = "report/grid.jpg", "report/curve.png"
+SHOWN = re.compile(r"report/(grid\.jpg|curve\.png|samples/[^/]+\.jpg)")  # the photographs trained on are not uploaded
+LORA_FILE = PurePosixPath(LORA_NAME).name  # at the root, where load_lora_weights(repo_id) looks
+BASE_LICENSE = "apache-2.0"  # of Qwen/Qwen-Image, from which the LoRA is derived
+# Of the hub, the connection, the card's front matter, large files and the disk.
 UPLOAD_ERRORS = (HfHubHTTPError, HTTPError, ValueError, RuntimeError, OSError)
 
 
 @dataclass(frozen=True)
 class HubRepository:
-    """Where to upload: `owner/name` and a token that may write there. The token is never shown."""
+    """A repository `owner/name` and a token that may write there. The token is never shown."""
 
     repo_id: str
     token: str = field(repr=False)
@@ -34,7 +33,7 @@ class HubRepository:
 
     @classmethod
     def of(cls, repo_id: str | None, token: str | None) -> "HubRepository | None":
-        """The repository that the inputs ask for; None without one. Raises ValueError for a bad name or a missing token."""
+        """The repository that the inputs name; None without one. Raises ValueError for a bad name or a missing token."""
         if not repo_id:
             if token:
                 raise ValueError("hf_token is given without hf_repo_id: name the repository as owner/name")
@@ -48,7 +47,7 @@ class HubRepository:
         return cls(repo_id, token)
 
     def check(self) -> None:
-        """Make the repository, private, unless it is there. Raises ValueError where the token may not write to it."""
+        """Create the repository, private, unless it exists. Raises ValueError where the token may not write to it."""
         try:
             self._api().create_repo(self.repo_id, private=True, exist_ok=True)
             self._api().auth_check(self.repo_id, write=True)
@@ -58,7 +57,7 @@ class HubRepository:
             ) from None
 
     def upload(self, archive: Path, log: Log) -> None:
-        """Upload what the archive holds; the training is not lost where that fails, the log says so."""
+        """Upload what the archive holds. A failure is a warning in the log: the archive is returned in any case."""
         try:
             commit = self._api().create_commit(self.repo_id, _operations(archive, self.repo_id), commit_message="Upload LoRA")
         except UPLOAD_ERRORS as error:
@@ -79,9 +78,41 @@ def _operations(archive: Path, repo_id: str) -> list[CommitOperationAdd]:
     with zipfile.ZipFile(archive) as opened:
         files = {name: opened.read(name) for name in opened.namelist()}
     shown = [name for name in files if SHOWN.fullmatch(name)]
-    kept = {name: files[name] for name in files if name.startswith(EMBEDDINGS_FOLDER + "/")}
-    kept |= {name: files[name] for name in (META_NAME, *shown)}
-    # At the root, where load_lora_weights(repo_id) looks.
-    kept[PurePosixPath(LORA_NAME).name] = files[LORA_NAME]
-    kept["README.md"] = model_card(json.loads(files[META_NAME]), repo_id, shown).encode()
-    return [CommitOperationAdd(name, io.BytesIO(content)) for name, content in sorted(kept.items())]
+    embeddings = [name for name in files if name.startswith(EMBEDDINGS_FOLDER + "/")]
+    uploaded = {name: files[name] for name in (META_NAME, *embeddings, *shown)} | {LORA_FILE: files[LORA_NAME]}
+    uploaded["README.md"] = model_card(json.loads(files[META_NAME]), repo_id, shown).encode()
+    return [CommitOperationAdd(name, content) for name, content in sorted(uploaded.items())]
+
+
+def model_card(meta: dict[str, Any], repo_id: str, images: list[str]) -> str:
+    """The README.md of the repository, from what meta.json holds and the names of the images beside it.
+
+    It shows code where the base model is on the hub and every token has one embedding.
+    """
+    tokens, base = meta["placeholder_token_ids"], meta["base_model"]
+    base = base if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not Path(base).exists() else None
+    caption = "Before and after the training; the prompts stand in the image"
+    data = ModelCardData(
+        base_model=base,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=BASE_LICENSE,
+        instance_prompt=f"a photo of {next(iter(tokens))}" if tokens else meta["default_caption"],
+        tags=["text-to-image", "diffusers", "lora", "qwen-image", "template:sd-lora"],
+        widget=[{"text": caption, "output": {"url": GRID}}] if GRID in images else [],
+    )
+    card = ModelCard.from_template(
+        data,
+        str(CARD),
+        base_model=base,
+        repo_id=repo_id,
+        meta=meta,
+        tokens=list(tokens),
+        embeddings=[(token, ids[0], embedding_name(token)) for token, ids in tokens.items()],
+        code=base and all(len(ids) == 1 for ids in tokens.values()),
+        lora_file=LORA_FILE,
+        grid=GRID if GRID in images else None,
+        grid_caption=caption,
+        curve=CURVE if CURVE in images else None,
+    )
+    return str(card)

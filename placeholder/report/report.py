@@ -1,184 +1,142 @@
-"""The report of a training: curves, pictures, data set, configuration and costs, as files beside the weights."""
+"""The report of a training: curves, samples, data set, configuration and costs, as files in the weights archive."""
 
 import csv
 import io
-from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from PIL.Image import Image
 
-from placeholder.config import TrainConfig, config_yaml
-from placeholder.data.captions import Caption, Source, caption_files
+from placeholder.config import config_yaml
+from placeholder.data.captions import caption_files
 from placeholder.errors import readable_errors
 from placeholder.model.base import DEFAULT_MODEL, BaseModel
 from placeholder.model.loading import transformer_shell
-from placeholder.report.charts import Panel, draw_grid, draw_panels
-from placeholder.report.page import Contents, page
-from placeholder.report.samples import GUIDANCE, SEED, STEPS, InterruptedDrawing, Sampler, sample_prompts
+from placeholder.report.charts import curves, image_grid
+from placeholder.report.samples import GUIDANCE, SEED, Sampler, SamplingStopped, sample_prompts, sample_side
+from placeholder.training.context import Context, Training
+from placeholder.training.loop import Step
 from placeholder.training.progress import Point
-from placeholder.training.setup import Log
-from placeholder.training.timing import Timing
-from placeholder.training.training import Training
 from placeholder.weights.metadata import fixed_time
 
-FOLDER = "report"
+FOLDER, PAGE = "report", Path(__file__).with_name("index.html.jinja")
+MAX_CAPTION = 500  # characters of a caption on the page
 QUALITY = 85  # of JPEG; Cog hands archives over as base64
-SOURCES: dict[Source, str] = {"file": "caption file", "default": "default_caption", "auto": "autocaption"}
-CORRECTING = (
-    "The folder captions holds them as files. To correct them, change the text, put the files beside the pictures of their names "
-    "in the data set, and train again."
-)
 SMALL_PARAMETERS = 10**9  # Qwen-Image's transformer has twenty times as many
 
 
 class Report:
-    """Collects what a training shows of itself while it runs; `files` has it all.
+    """Samples a training while it runs; `files` has the whole report.
 
-    Samples are kept in memory: those of the steps before an interruption are not in the report of the training that goes on.
-    Pictures that cannot be drawn, for the want of memory or otherwise, are a warning and a note on the page.
+    Samples are kept in memory: those made before an interruption are not in the report of a resumed training. Samples that cannot be
+    made, for lack of memory or otherwise, are a warning and a note on the page.
     """
 
-    def __init__(
-        self, config: TrainConfig, training: Training, base: BaseModel, log: Log, timing: Timing, stopping: Callable[[], bool]
-    ):
-        self.config, self.training, self.base, self.log, self.timing = config, training, base, log, timing
-        self.sampler = Sampler(
-            base,
-            training.train_state.transformer,
-            training.prompt_embeds,
-            training.tokens,
-            training.prompts,
-            training.empty_ids,
-            Sampler.side_of(config),
-            stopping,
-        )
-        self.sample_prompts = sample_prompts(config, [caption.text for caption in training.captions])
-        self.samples: dict[int, list[Image.Image]] = {}
-        self.grid: dict[str, list[Image.Image]] | None = None
+    def __init__(self, training: Training, context: Context, stopping: Callable[[], bool]):
+        self.training, self.base, self.config = training, context.base, context.config
+        self.log, self.timing = context.log, context.timing
+        self.sampler = Sampler(self.base, training, sample_side(self.config), stopping)
+        self.sample_prompts = sample_prompts(self.config, [caption.text for caption in training.data.captions])
+        self.samples: dict[int, list[tuple[str, Image]]] = {}
+        self.columns: list[str] = []
+        self.grid: Image | None = None
         self.missing: list[str] = []
 
-    def sample(self, step: int) -> float:
-        """Draw samples where this step is one of those that have them; returns the seconds that it took."""
-        before = self.timing.seconds.get("samples", 0.0)
-        if self.config.sample_every and step % self.config.sample_every == 0:
-            drawn = self._drawn("samples", f"the samples of step {step}", lambda: self.sampler.draw(self.sample_prompts))
-            if drawn is not None:
-                self.samples[step] = drawn
-                self.log(f"Samples of step {step}: {len(drawn)} drawn")
-        return self.timing.seconds.get("samples", 0.0) - before
+    def step(self, step: Step) -> None:
+        """Sample the prompts where the step is one of every `sample_every`."""
+        number = step.number
+        if not self.config.sample_every or number % self.config.sample_every:
+            return
+        images = self._sampled("samples", f"the samples of step {number}", lambda: self.sampler.sample(self.sample_prompts))
+        if images is not None:
+            self.samples[number] = list(zip(self.sample_prompts, images, strict=True))
+            self.log(f"Samples of step {number}: {len(images)} images")
 
-    def draw_grid(self) -> None:
-        """Draw the prompts with and without what was trained."""
-        self.grid = self._drawn(
-            "pictures", "the pictures before and after", lambda: self.sampler.grid(self.training.initial_rows)
-        )
+    def end(self) -> None:
+        """Sample the grid: every prompt without and with what was trained."""
+        columns = self._sampled("grid", "the grid before and after", self.sampler.grid)
+        if columns is not None:
+            self.columns, self.grid = list(columns), image_grid(columns, list(self.training.shown_prompts))
 
-    def _drawn(self, part: str, what: str, draw: Callable[[], Any]) -> Any | None:
+    def _sampled(self, part: str, what: str, sample: Callable[[], Any]) -> Any | None:
         try:
-            with self.timing.part(part), readable_errors("draw them with predict, which can stream the models"):
-                return draw()
-        except InterruptedDrawing:
+            with self.timing.part(part), readable_errors("sample with predict, which can stream the models"):
+                return sample()
+        except SamplingStopped:
             return None
-        except (RuntimeError, ValueError, OSError) as error:  # the pictures are not worth the training
-            self.missing.append(f"Not drawn: {what} ({error})")
-            self.log(f"Warning: not drawn for the report: {what} ({error})")
+        except (RuntimeError, ValueError, OSError) as error:  # a sample is not worth the training
+            self.missing.append(f"Not sampled: {what} ({error})")
+            self.log(f"Warning: not sampled: {what} ({error})")
             return None
 
     def files(self, curve: list[Point], meta: dict[str, Any], diagnostics: list[str]) -> dict[str, bytes]:
         """The files by name; with SOURCE_DATE_EPOCH set they hold nothing that was measured."""
-        files = {
-            "config.yaml": config_yaml(self.config).encode(),
-            "curve.csv": curve_csv(curve).encode(),
-            "curve.png": _encoded(draw_panels(panels(curve)), "PNG", optimize=True),
-        }
-        thumbnails = {f"dataset/{number:03}.jpg": image for number, image in enumerate(self.training.thumbnails, 1)}
+        thumbnails = {f"dataset/{number:03}.jpg": jpeg(image) for number, image in enumerate(self.training.data.thumbnails, 1)}
         samples = {
-            step: {f"samples/step-{step:06}-{number}.jpg": image for number, image in enumerate(images, 1)}
-            for step, images in self.samples.items()
+            step: {f"samples/step-{step:06}-{number}.jpg": jpeg(image) for number, (_, image) in enumerate(pairs, 1)}
+            for step, pairs in self.samples.items()
         }
-        for images in (thumbnails, *samples.values()):
-            files |= {name: jpeg(image) for name, image in images.items()}
+        files = {"config.yaml": config_yaml(self.config).encode(), "curve.csv": curve_csv(curve).encode()}
+        files |= {"curve.png": curves(curve)} | thumbnails
+        for images in samples.values():
+            files |= images
         if self.grid:
-            files["grid.jpg"] = jpeg(draw_grid(self.grid, list(self.training.prompts)))
+            files["grid.jpg"] = jpeg(self.grid)
         if self.config.autocaption:
-            files |= {f"captions/{name}": content for name, content in caption_files(self.training.captions).items()}
-        contents = self._contents(meta, diagnostics, list(thumbnails), {step: list(names) for step, names in samples.items()})
-        files["index.html"] = page(contents).encode()
+            files |= {f"captions/{name}": content for name, content in caption_files(self.training.data.captions).items()}
+        files["index.html"] = self._page(meta, diagnostics, list(thumbnails), {step: list(s) for step, s in samples.items()})
         return {f"{FOLDER}/{name}": files[name] for name in sorted(files)}
 
-    def _contents(
-        self, meta: dict[str, Any], diagnostics: list[str], thumbnails: list[str], samples: dict[int, list[str]]
-    ) -> Contents:
-        found, fixed = self.training.report, fixed_time() is not None
-        tokens = ", ".join(self.config.tokens)
-        measured = {"expected at the height": meta.get("expected_peak_gb"), "at the height, on the GPU": meta.get("peak_gb")}
-        return Contents(
+    def _page(self, meta: dict[str, Any], diagnostics: list[str], thumbnails: list[str], samples: dict) -> bytes:
+        tokens, measured, side = ", ".join(self.config.tokens), fixed_time() is None, self.sampler.side
+        peaks = {"expected": meta.get("expected_peak_gb"), "on the GPU": meta.get("peak_gb")}
+        return render(
             title=f"Training of {tokens}" if tokens else "Training of a LoRA without a token",
-            notes=base_notes(self.base),
-            facts=_facts(meta),
-            diagnostics=diagnostics,
-            prompts=list(self.training.prompts),
-            drawing=f"{STEPS} denoising steps, guidance {GUIDANCE:g}, {self.sampler.side}x{self.sampler.side} pixels, seed {SEED} in every picture.",
-            grid="grid.jpg" if self.grid else None,
-            columns=list(self.grid or {}),
+            notes=[*base_notes(self.base), *self.missing],
+            meta=meta,
+            columns=self.columns,
+            prompts=list(self.training.shown_prompts),
             samples=samples,
             sample_prompts=self.sample_prompts,
-            curve="curve.png",
-            data_set={
-                "pictures": found.images,
-                "captions found": found.captions_found,
-                **_filled(self.training.captions),
-                "crops by size": ", ".join(f"{bucket}: {count}" for bucket, count in found.buckets.items()),
-                "skipped": len(found.skipped),
-            },
-            captions=[(caption.name, caption.text, SOURCES[caption.source]) for caption in self.training.captions],
-            captions_note=CORRECTING if self.config.autocaption else "",
+            sampling=f"{self.sampler.steps} steps, guidance {GUIDANCE:g}, {side}x{side} pixels, seed {SEED} in every image.",
+            diagnostics=diagnostics,
+            found=self.training.data.report,
+            captions=self.training.data.captions,
             thumbnails=thumbnails,
-            skipped=found.skipped,
-            config=config_yaml(self.config),
-            seconds={} if fixed else self.timing.seconds,
-            memory={} if fixed else {name: f"{value:.1f} GB" for name, value in measured.items() if value is not None},
-            missing=self.missing,
-        )
+            autocaption=self.config.autocaption,
+            seconds={name: f"{value:.1f}" for name, value in self.timing.seconds.items() if measured},
+            memory={name: f"{value:.1f} GB" for name, value in peaks.items() if measured and value is not None},
+            config_yaml=config_yaml(self.config),
+        ).encode()
 
 
-def _filled(captions: list[Caption]) -> dict[str, int]:
-    """How many captions were not found, by where they come from instead."""
-    counts = Counter(caption.source for caption in captions)
-    described = {"described by autocaption": counts["auto"]} if counts["auto"] else {}
-    return {"filled in with default_caption": counts["default"], **described}
+def render(**contents: Any) -> str:
+    """The page of index.html.jinja; a name in `contents` that it needs and does not get is an error."""
+    environment = Environment(loader=FileSystemLoader(PAGE.parent), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"bdi": _bdi, "cut": lambda text: text if len(text) <= MAX_CAPTION else f"{text[:MAX_CAPTION]}..."}
+    return environment.get_template(PAGE.name).render(contents)
 
 
-def _facts(meta: dict[str, Any]) -> dict[str, Any]:
-    ids = ", ".join(f"{token}: {', '.join(map(str, ids))}" for token, ids in meta["placeholder_token_ids"].items())
-    facts = {
-        "base model": meta["base_model"],
-        "revision": meta["base_model_revision"],
-        "training": meta["training_mode"],
-        "token ids": ids,
-        "steps": meta["steps"],
-        "rank": meta["rank"],
-        "seed": meta["seed"],
-        "loss at the end": f"{meta['loss']:.4f}",
-        "transformer stored in": meta["transformer_storage"],
-        "versions": ", ".join(f"{name} {version}" for name, version in meta["versions"].items()),
-    }
-    return {name: value for name, value in facts.items() if value not in (None, "")}
+def _bdi(value: Any) -> Markup:
+    """Text as HTML; <bdi> keeps right-to-left text from reordering what follows."""
+    text = escape(value)
+    return text if text.isascii() else Markup("<bdi>") + text + Markup("</bdi>")
 
 
 def base_notes(base: BaseModel) -> list[str]:
-    """That the base model is a small one, where it is."""
+    """A note for the page where the base model is a small one."""
     count = sum(parameter.numel() for parameter in transformer_shell(base).parameters())
     if count >= SMALL_PARAMETERS:
         return []
-    return [
-        f"The base model is a small one of {count / 1e6:.3g} million parameters, not {DEFAULT_MODEL}: it shows that the training works, not how well {DEFAULT_MODEL} draws."
-    ]
+    size = f"The base model is a small one of {count / 1e6:.3g} million parameters, not {DEFAULT_MODEL}"
+    return [f"{size}: it shows that the training works, not how well {DEFAULT_MODEL} generates."]
 
 
 def curve_csv(curve: list[Point]) -> str:
-    """The curve as a table; a figure that a step does not have is left empty."""
+    """The progress lines as CSV; a value that a step does not have is left empty."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(Point._fields)
@@ -186,23 +144,8 @@ def curve_csv(curve: list[Point]) -> str:
     return text.getvalue()
 
 
-def panels(curve: list[Point]) -> list[Panel]:
-    """The curve as it is drawn: losses, and below them the norm of the rows where there are any."""
-
-    def values(name: str) -> list[tuple[float, float]]:
-        return [(point.step, value) for point in curve if (value := getattr(point, name)) is not None]
-
-    losses = {name: values(name) for name in ("loss", "preservation") if values(name)}
-    norms = values("row_norm")
-    return [Panel("Loss", losses), *([Panel("Norm of the token's row", {"row norm": norms})] if norms else [])]
-
-
-def jpeg(image: Image.Image) -> bytes:
-    """The picture as a file, as all pictures of a training are shown."""
-    return _encoded(image, "JPEG", quality=QUALITY)
-
-
-def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+def jpeg(image: Image) -> bytes:
+    """The image as a JPEG file."""
     content = io.BytesIO()
-    image.save(content, kind, **options)
+    image.save(content, "JPEG", quality=QUALITY)
     return content.getvalue()

@@ -1,60 +1,57 @@
-"""The report's figures: ticks that enclose what is drawn, curves where they belong, pictures in their places."""
+"""The report's charts: curves where they belong, images in their cells."""
+
+import io
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from placeholder.report.charts import BAND, COLORS, GAP, HEIGHT, WIDTH, Panel, draw_grid, draw_panels, ticks
+from placeholder.report.charts import BAND, CELL, COLORS, GAP, curves, image_grid
+from placeholder.training.progress import Point
+
+FALLING = [Point(step, 1 - step / 100, None, None) for step in range(1, 101)]
+FULL = [Point(step, 0.5, 0.4, step / 100) for step in range(1, 101)]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 1000, [0, 200, 400, 600, 800, 1000]),
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0.31, 0.49, [0.3, 0.35, 0.4, 0.45, 0.5]),
-        (0, 15, [0, 5, 10, 15]),
-        (2, 2, [2, 2.5]),
-        (0, 0, [0, 0.2]),
-        (1e-5, 3e-3, [0, 0.001, 0.002, 0.003]),
-    ],
-)
-def test_ticks_are_round_and_enclose_the_values(low, high, expected):
-    assert ticks(low, high) == pytest.approx(expected)
+def pixels(points: list[Point]) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(curves(points))).convert("RGB")).astype(int)
 
 
-def test_a_curve_is_drawn_in_its_color_from_low_to_high():
-    image = draw_panels(
-        [Panel("Loss", {"loss": [(step, step / 100) for step in range(1, 101)]}), Panel("Norm", {"n": [(1, 0.5)]})]
-    )
-    assert image.size == (WIDTH, 2 * HEIGHT)
-    color = np.array([int(COLORS[0][start : start + 2], 16) for start in (1, 3, 5)])
-    rows, columns = np.nonzero((np.abs(np.asarray(image)[:HEIGHT].astype(int) - color) < 40).all(axis=2))
-    assert columns.max() - columns.min() > 0.9 * (WIDTH - 100)
-    assert rows[columns.argmin()] - rows[columns.argmax()] > HEIGHT / 2  # from below on the left to above on the right
+def colored(image: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the pixels in the color of a curve."""
+    color = np.array([int(COLORS[name][start : start + 2], 16) for start in (1, 3, 5)])
+    return np.nonzero((np.abs(image - color) < 30).all(axis=2))
 
 
-def test_the_names_of_the_curves_stand_beside_the_title_in_their_colors():
-    curve = [(1, 0.5), (2, 0.4)]
-    both = np.asarray(draw_panels([Panel("Loss", {"loss": curve, "preservation": curve})]))[:40, : WIDTH // 2].astype(int)
-    one = np.asarray(draw_panels([Panel("Loss", {"loss": curve})]))[:40].astype(int)
-    for color in COLORS:
-        ink = np.array([int(color[start : start + 2], 16) for start in (1, 3, 5)])
-        assert (np.abs(both - ink) < 60).all(axis=2).any()
-        assert not (np.abs(one - ink) < 60).all(axis=2).any()
+def test_a_falling_loss_is_plotted_from_the_upper_left_to_the_lower_right():
+    image = pixels(FALLING)
+    rows, columns = colored(image, "loss")
+    assert columns.max() - columns.min() > 0.85 * 800
+    assert rows[columns.argmax()] - rows[columns.argmin()] > image.shape[0] / 2
 
 
-def test_pictures_stand_in_their_columns_and_rows_enlarged_without_blur():
+def test_preservation_and_the_norm_are_plotted_only_where_there_are_any():
+    without, full = pixels(FALLING), pixels(FULL)
+    assert full.shape == (2 * without.shape[0], *without.shape[1:])
+    assert colored(full, "preservation")[0].size and not colored(without, "preservation")[0].size
+    assert colored(full[without.shape[0] :], "row_norm")[0].size
+    assert pixels([Point(1, 0.5, None, None)]).any()
+
+
+def test_the_same_curve_gives_the_same_bytes_without_the_name_of_a_program():
+    assert curves(FULL) == curves(FULL)
+    assert "Software" not in Image.open(io.BytesIO(curves(FULL))).info
+
+
+def test_images_are_in_their_columns_and_rows_and_enlarged_without_blur():
     colors = {"a": ["red", "lime"], "b": ["blue", "white"]}
     columns = {name: [Image.new("RGB", (64, 64), color) for color in row] for name, row in colors.items()}
-    image = draw_grid(columns, ["one", "zwölf " * 50])
-    assert image.size == (2 * 192 + GAP, BAND + 2 * (BAND + 192))
-    centers = [[image.getpixel((96 + (192 + GAP) * x, 2 * BAND + 96 + y * (BAND + 192))) for x in (0, 1)] for y in (0, 1)]
+    image = image_grid(columns, ["one", "zwölf " * 50])
+    assert image.size == (2 * CELL + GAP, BAND + 2 * (BAND + CELL))
+    centers = [[image.getpixel((96 + (CELL + GAP) * x, 2 * BAND + 96 + y * (BAND + CELL))) for x in (0, 1)] for y in (0, 1)]
     assert centers == [[(255, 0, 0), (0, 0, 255)], [(0, 255, 0), (255, 255, 255)]]
-    assert (np.asarray(image)[2 * BAND :, 192 : 192 + GAP] == 255).all()
-    assert np.asarray(image)[BAND : 2 * BAND].min() < 100  # the first row's name
+    assert (np.asarray(image)[2 * BAND :, CELL : CELL + GAP] == 255).all()
+    assert np.asarray(image)[BAND : 2 * BAND].min() < 100  # the label of the first row
 
 
-def test_a_long_name_is_cut_to_the_width():
-    columns = {"a": [Image.new("RGB", (64, 64))]}
-    assert draw_grid(columns, ["w" * 20_000]).size[0] == 192
+def test_a_long_label_is_cut_to_the_width():
+    assert image_grid({"a": [Image.new("RGB", (64, 64))]}, ["w" * 20_000]).width == CELL

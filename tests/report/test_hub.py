@@ -97,12 +97,12 @@ def test_the_archive_is_uploaded_with_a_card_and_without_the_photographs(hub, ze
     front = yaml.safe_load(card.split("---")[1])
     assert front["instance_prompt"] == "a photo of <zwx>"
     (shown,) = front["widget"]
-    assert shown["output"] == {"url": "report/grid.jpg"} and "the prompts stand in the picture" in shown["text"]
+    assert shown["output"] == {"url": "report/grid.jpg"} and "the prompts stand in the image" in shown["text"]
     assert "not on the hub" in card  # the tiny base is a folder
     assert (front["license"], front["library_name"]) == ("apache-2.0", "diffusers")
     assert "base_model" not in front  # a folder, which the hub would refuse
     assert "| rank | 4 |" in card
-    assert "![Before and after the training; the prompts stand in the picture](report/grid.jpg)" in card
+    assert "![Before and after the training; the prompts stand in the image](report/grid.jpg)" in card
     assert "curve.png" not in card  # which this archive has not
 
 

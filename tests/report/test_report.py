@@ -2,21 +2,23 @@
 
 import csv
 import io
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from placeholder.training.timing import Timing
 
 from placeholder.config import TrainConfig, read_yaml, train_config
+from placeholder.data.captions import Caption
+from placeholder.data.dataset import DatasetReport
 from placeholder.finetune import Stop, StoppedError, finetune
 from placeholder.job import CheckpointFolder, Job
-from placeholder.report import samples as samples_module
-from placeholder.report.page import Contents, page
-from placeholder.report.report import config_yaml, curve_csv
-from placeholder.training import setup as prepare_module
+from placeholder.report.report import Report, config_yaml, curve_csv, render
 from placeholder.training.progress import Point
+from placeholder.training.setup import prepare
 from placeholder.weights.archive import LORA_NAME, read_weights
 from placeholder.weights.metadata import TIME_VARIABLE
 from tests.conftest import SHORT
@@ -24,30 +26,24 @@ from tests.support.samples import Run, read_zip, train, write_dataset, write_zip
 
 HOSTILE = "<script>alert('x')</script> & \u202eزوكس"
 TOKEN = TrainConfig(
-    **SHORT | {"report": True, "steps": 6}, train_placeholder_token=True, placeholder_token=("<zwx>",), sample_every=2
+    **SHORT | {"report": True, "steps": 6},
+    train_placeholder_token=True,
+    placeholder_token=("<zwx>",),
+    sample_every=2,
+    sample_prompts=f"a photo of <zwx> {HOSTILE}\n<zwx> in a garden\na garden",
 )
 ROWS = "embeddings/zwx.safetensors"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick(tokenizer):
-    """The session's tokenizer, and pictures of two denoising steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "load_tokenizer", lambda _base: tokenizer)
-        patch.setattr(samples_module, "STEPS", 2)
-        patch.setattr(samples_module, "STEPS_A_CAPTION", 1)  # as in a long training
-        yield
-
-
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A data set whose captions and names would be code on a careless page, with a file that is no picture."""
+    """A data set whose captions and names would be code on a careless page, with a file that is no image."""
     path = write_dataset(tmp_path_factory.mktemp("data") / "data.zip", [f"a photo of <zwx> {HOSTILE}", "<zwx> in a garden"])
     return write_zip(path, read_zip(path) | {"<b>notes.pdf": b"text"})
 
 
 @pytest.fixture(scope="module")
-def shown(quick, hostile, base, tmp_path_factory) -> Run:
+def shown(hostile, base, tmp_path_factory) -> Run:
     """A training with a token, samples and a report."""
     return train(hostile, TOKEN, tmp_path_factory.mktemp("shown") / "weights.zip", base)
 
@@ -55,11 +51,11 @@ def shown(quick, hostile, base, tmp_path_factory) -> Run:
 class Page(HTMLParser):
     """The elements and the text of a page."""
 
-    def __init__(self, text: str):
+    def __init__(self, content: bytes):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
-        self.feed(text)
+        self.feed(content.decode())
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
@@ -69,10 +65,10 @@ class Page(HTMLParser):
 
 
 def page_of(run: Run) -> Page:
-    return Page(run.entry("report/index.html").decode())
+    return Page(run.entry("report/index.html"))
 
 
-def test_the_archive_shows_the_training_and_is_read_without_the_report(shown, base):
+def test_the_archive_has_the_report_and_is_read_without_it(shown):
     entries = read_zip(shown.archive)
     assert list(entries) == [
         ROWS,
@@ -85,49 +81,66 @@ def test_the_archive_shows_the_training_and_is_read_without_the_report(shown, ba
         "report/dataset/002.jpg",
         "report/grid.jpg",
         "report/index.html",
-        *(f"report/samples/step-{step:06}-{number}.jpg" for step in (2, 4, 6) for number in (1, 2)),
+        *(f"report/samples/step-{step:06}-{number}.jpg" for step in (2, 4, 6) for number in (1, 2, 3)),
     ]
     assert list(read_weights(shown.archive).embeddings) == ["<zwx>"]
     for name, content in entries.items():
         if name.endswith(("jpg", "png")):
             Image.open(io.BytesIO(content)).load()
+
+
+def test_the_page_shows_everything_and_runs_nothing_that_strangers_wrote(shown, base):
     page = page_of(shown)
     images = {f"report/{attributes['src']}" for tag, attributes in page.elements if tag == "img"}
-    assert images == {name for name in entries if name.endswith(("jpg", "png"))}
+    assert images == {name for name in read_zip(shown.archive) if name.endswith(("jpg", "png"))}
     assert not {"script", "b", "link", "iframe", "zwx"} & {tag for tag, _ in page.elements}
     assert all(":" not in (attributes.get("href") or "") for _, attributes in page.elements)
     for text in (
         f"a photo of <zwx> {HOSTILE}",
         "<b>notes.pdf",
-        "not a jpg, png or webp picture",
         base.source,
         "The base model is a small one of ",
         "Nearest to <zwx>: ",
-        "expected at the height",
+        "Peak memory",
+        "64x64: ",
+        "<zwx>: 151665",
     ):
         assert text in page.text
-    for part in ("load", "data set", "cache", "samples", "steps", "pictures", "save"):
+    for part in ("load", "data set", "cache", "samples", "steps", "grid", "save"):
         assert part in page.text
 
 
-def test_the_page_fits_a_phone_and_a_dark_browser_and_describes_its_pictures(shown):
-    text = shown.entry("report/index.html").decode()
-    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
-    assert "prefers-color-scheme: dark" in text
-    assert "//" not in text.split("<style>")[1].split("</style>")[0], "the style loads nothing"
-    described = {str(found["src"]): found["alt"] for tag, found in Page(text).elements if tag == "img"}
+def test_the_page_fits_a_phone_and_a_dark_browser_and_describes_its_images(shown):
+    content = shown.entry("report/index.html")
+    style = content.decode().split("<style>")[1].split("</style>")[0]
+    assert b'<meta name="viewport" content="width=device-width, initial-scale=1">' in content
+    assert "prefers-color-scheme: dark" in style
+    assert "//" not in style and "url" not in style, "the style loads nothing"
+    described = {str(found["src"]): found["alt"] for tag, found in Page(content).elements if tag == "img"}
     assert described["grid.jpg"].endswith("from left to right: base model; LoRA, token reset; LoRA and token")
     assert described["samples/step-000004-2.jpg"] == "<zwx> in a garden, step 4"
-    assert all(alt for name, alt in described.items() if not name.startswith("dataset/"))  # whose captions stand beside them
+    assert all(alt for name, alt in described.items() if not name.startswith("dataset/"))  # their captions stand next to them
 
 
-def test_a_title_is_plain_text_in_any_script():
-    empty = {field.name: [] for field in fields(Contents) if field.default is MISSING and field.default_factory is MISSING}
-    texts = {"title": "Training of <猫>", "drawing": "", "grid": None, "curve": "curve.png", "config": ""}
-    dictionaries = {name: {} for name in ("facts", "samples", "data_set", "skipped")}
-    text = page(Contents(**empty | texts | dictionaries))
+def test_a_page_has_a_thousand_captions_at_most_and_cuts_long_ones(shown):
+    skipped = {f"{number}.pdf": "not an image" for number in range(203)}
+    contents = {
+        "title": "Training of <猫>",
+        "meta": shown.meta,
+        "sampling": "",
+        "found": DatasetReport(1003, 1003, 0, 0, {"64x64": 1003}, skipped),
+        "captions": [Caption(f"{number}.png", "猫" * 501, "file") for number in range(1003)],
+        "config_yaml": "",
+        "autocaption": True,
+    }
+    lists = ("notes", "columns", "prompts", "samples", "sample_prompts", "diagnostics", "thumbnails", "seconds", "memory")
+    text = render(**dict.fromkeys(lists, ()) | contents)
     assert "<title>Training of &lt;猫&gt;</title>" in text
     assert "<h1><bdi>Training of &lt;猫&gt;</bdi></h1>" in text
+    assert text.count(f"<bdi>{'猫' * 500}...</bdi>") == 1000
+    assert text.count(".pdf") == 200 and text.count("and 3 more") == 2
+    assert "The folder captions" in text
+    assert "Before and after" not in text and "Samples while" not in text and "Time" not in text
 
 
 def test_the_curve_holds_every_progress_line(shown):
@@ -156,13 +169,16 @@ def test_a_baseline_has_its_report_and_is_left_as_it_is(hostile, base, tmp_path)
     assert "Training of a LoRA without a token" in page_of(run).text
 
 
-def test_with_a_fixed_time_the_report_holds_nothing_that_was_measured(hostile, base, tmp_path, monkeypatch):
+def test_the_reports_configuration_repeats_the_archive_byte_for_byte_at_a_fixed_time(hostile, base, tmp_path, monkeypatch):
     monkeypatch.setenv(TIME_VARIABLE, "1700000000")
-    config = replace(TOKEN, steps=1, sample_every=1)
-    first, second = (train(hostile, config, tmp_path / name, base) for name in ("1.zip", "2.zip"))
-    assert first.archive.read_bytes() == second.archive.read_bytes()
+    config = replace(TOKEN, seed=None, steps=1, sample_every=1, sample_prompts="<zwx>")
+    first = train(hostile, config, tmp_path / "1.zip", base)
+    (tmp_path / "config.yaml").write_bytes(first.entry("report/config.yaml"))
+    again = train_config({}, tmp_path / "config.yaml")
+    assert again == replace(config, seed=first.meta["seed"], torch_compile=False)
+    assert train(hostile, again, tmp_path / "2.zip", base).archive.read_bytes() == first.archive.read_bytes()
     assert "Time, in seconds" not in page_of(first).text
-    assert "Memory" not in page_of(first).text
+    assert "Peak memory" not in page_of(first).text
 
 
 @pytest.mark.parametrize(
@@ -185,30 +201,22 @@ def test_the_configuration_can_be_given_again(config, tmp_path):
     assert set(read_yaml(path)) == set(vars(config))
 
 
-def test_a_drawn_seed_stands_in_the_configuration(hostile, base, tmp_path):
-    run = train(
-        hostile, replace(TOKEN, seed=None, sample_every=0, steps=1, prior_preservation=0.0), tmp_path / "weights.zip", base
-    )
-    path = tmp_path / "config.yaml"
-    path.write_bytes(run.entry("report/config.yaml"))
-    assert train_config({}, path) == replace(run.config, seed=run.meta["seed"], torch_compile=False)
-
-
-def test_pictures_for_which_the_memory_does_not_suffice_are_missing_and_the_training_is_not(
-    hostile, base, tmp_path, monkeypatch
-):
-    def full(*_):
+def test_samples_that_run_out_of_memory_are_missing_and_the_rest_is_there(shown, hostile, base):
+    def full():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(samples_module, "load_vae", full)
-    run = train(hostile, replace(TOKEN, steps=2), tmp_path / "weights.zip", base)
-    said = "the pictures before and after (the memory does not suffice: draw them with predict, which can stream the models)"
-    assert f"Warning: not drawn for the report: {said}" in run.log
-    assert f"Not drawn: {said}" in page_of(run).text
-    assert "Not drawn: the samples of step 2 (the memory" in page_of(run).text
-    names = read_zip(run.archive)
-    assert not any("grid" in name or "samples" in name for name in names)
-    assert "report/curve.png" in names
+    log: list[str] = []
+    report = Report(prepare(hostile, TOKEN, base, log=lambda line: None), base, TOKEN, log.append, Timing(), full)
+    report.start()
+    report.step(SimpleNamespace(number=2))
+    report.end()
+    files = report.files([Point(1, 0.5, None, None)], shown.meta, [])
+    assert log[0] == "Samples: 3 prompts every 2 steps"
+    for line, what in zip(log[1:], ("the samples of step 2", "the grid before and after"), strict=True):
+        assert line.startswith(f"Warning: not sampled: {what} (") and "sample with predict" in line
+        assert line.removeprefix("Warning: not sampled: ") in Page(files["report/index.html"]).text
+    assert not any("grid" in name or "samples" in name for name in files)
+    assert "report/curve.png" in files
 
 
 def test_a_resumed_training_has_the_whole_curve_and_the_samples_since(shown, hostile, base, tmp_path):

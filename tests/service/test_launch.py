@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from placeholder.report.wandb_run import URL_VARIABLE
 from safetensors.torch import load_file
 
 from demo.server import ROOT
@@ -21,7 +22,6 @@ from placeholder.config import TrainConfig
 from placeholder.distributed import Processes
 from placeholder.job import Job, WandbTarget
 from placeholder.model.base import MODEL_VARIABLE
-from placeholder.report.wandb_run import URL_VARIABLE
 from placeholder.service import launch
 from placeholder.service.worker import ERROR_VARIABLE
 from placeholder.weights.archive import read_weights
