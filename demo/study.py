@@ -18,13 +18,15 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from placeholder.config import TrainConfig
+from placeholder.distributed import SINGLE_PROCESS
 from placeholder.lora.adapter import scale_lora, without_lora
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_text_encoder
 from placeholder.tokens.prompt_encoder import prompt_ids
+from placeholder.training.context import Context, Training, schedule
 from placeholder.training.diagnostics import diagnose
+from placeholder.training.loop import train_steps
 from placeholder.training.setup import prepare
-from placeholder.training.training import Training
 from standin.judge import background_of, kind_probabilities, subject_fidelity, to_pixels
 from standin.sampler import Sampler
 from standin.small_base import build_small_base
@@ -101,18 +103,18 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
     )
     with tempfile.TemporaryDirectory() as folder:
         dataset = write_dataset(Path(folder) / "data.zip", arm.name)
-        training = prepare(dataset, config, base, log=lambda line: None)
+        training = prepare(dataset, Context(config, base, log=lambda line: None))
     encoder = training.prompt_embeds.text_encoder or load_text_encoder(base)
     if arm.preserve_class:
         preserve_without_token(training, encoder)
-    sampler = Sampler(base, training.train_state.transformer, encoder, training.tokenizer, training.tokens)
+    sampler = Sampler(base, training.state.transformer, encoder, training.tokenizer, training.tokens)
     prompts = Prompts(arm)
-    with without_lora(training.train_state.transformer):
+    with without_lora(training.state.transformer):
         base_class, base_unrelated = sampler.draw_all(prompts.class_word, SAMPLES), sampler.draw_all(UNRELATED, SAMPLES)
 
     measures: dict = {"fidelity_by_step": {}}
     marks = {round(share * config.steps) for share in CHECKPOINTS}
-    steps = training.steps(config) if arm.trained else ()
+    steps = train_steps(training.state, schedule(config), SINGLE_PROCESS) if arm.trained else ()
     training_seconds, resumed = 0.0, time.monotonic()
     for step in steps:
         training_seconds += time.monotonic() - resumed
@@ -127,10 +129,7 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
     if not arm.trained:
         measures["prior_leakage_early"] = measures["prior_leakage"]
     if tokens_on and arm.trained:
-        vocabulary = encoder.embed_tokens.weight
-        measures |= diagnose(
-            training.train_state, training.tokens, training.initial_rows, training.examples, vocabulary, training.tokenizer
-        ).meta()
+        measures |= diagnose(training).meta()
         measures["row_rms"] = training.tokens.rows.detach().square().mean().sqrt().item()
     reached = [step for step, fidelity in measures["fidelity_by_step"].items() if fidelity >= FIDELITY_GOAL]
     measures["steps_to_goal"] = min(reached) if reached else None
@@ -181,9 +180,10 @@ def preserve_without_token(training: Training, encoder: nn.Module) -> None:
     ids = [prompt_ids(training.tokenizer, training.tokens, caption) for caption in captions]
     training.prompt_embeds.text_encoder = encoder
     training.prompt_embeds.cache(ids)
-    training.examples[:] = [
-        replace(example, preserved=(class_ids, training.empty_ids))
-        for example, class_ids in zip(training.examples, ids, strict=True)
+    batches = training.state.sampler
+    batches.examples = [
+        replace(example, preserved=(class_ids, batches.empty_ids))
+        for example, class_ids in zip(batches.examples, ids, strict=True)
     ]
 
 

@@ -1,19 +1,18 @@
 """Copies to the device, and that a step brings everything there: on a device without memory, which mixes with the CPU as little as a GPU does."""
 
-from collections import defaultdict
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
-from placeholder.config import TrainConfig
-from placeholder.devices import stack_on, to_device
-from placeholder.distributed import SINGLE_PROCESS
+from placeholder.devices import WORKSPACE, WORKSPACE_VARIABLE, deterministic, stack_on, to_device
 from placeholder.model.loading import load_text_encoder
-from placeholder.training.examples import Position, draw_batch
+from placeholder.training.flow import sigma_grid
 from placeholder.training.loop import TrainState, gradients
-from placeholder.training.optimizers import RowOptimizer
+from placeholder.training.losses import Denoiser
+from placeholder.training.optimizers import TokenOptimizer
 from placeholder.transformer.checkpointing import BlockCheckpointing
 from placeholder.transformer.modulations import tabulate
 from tests.training.test_loop import Parts
@@ -30,28 +29,18 @@ def test_tensors_are_stacked_where_they_are_to_be():
     assert to_device(ones, META).device == META
 
 
-class AnyLevel(defaultdict):
-    """Every noise level in the first row."""
-
-    def __contains__(self, _level: float) -> bool:
-        return True
-
-
 @pytest.mark.parametrize("tabled", [False, True])
 @pytest.mark.parametrize("latents", [CPU, META])
 def test_a_step_brings_everything_to_the_device(base, tokenizer, monkeypatch, tabled, latents):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for this device
     parts = Parts(base, tokenizer, load_text_encoder(base))
     if tabled:
-        tabulate(parts.transformer, torch.tensor([0.5]), CPU)
-        parts.transformer.time_text_embed.numbers = AnyLevel(int)
+        tabulate(parts.transformer, sigma_grid(), CPU)
     for module in (parts.transformer, parts.tokens, parts.prompt_embeds.text_encoder):
         module.to(META)
     parts.prompt_embeds.cache([parts.empty_ids])
     lora = [parameter for parameter in parts.transformer.parameters() if parameter.requires_grad]
-    row_optimizer = RowOptimizer(parts.tokens.rows, 1e-3, 1.0)
-    optimizer, checkpointing = torch.optim.SGD(lora, lr=0.0), BlockCheckpointing(parts.transformer, 1)
-    train_state = TrainState(parts.transformer, parts.prompt_embeds, lora, optimizer, checkpointing, row_optimizer)
+    tokens = TokenOptimizer(parts.tokens.rows, 1e-3, 1.0)
     examples = [
         replace(
             example,
@@ -61,9 +50,21 @@ def test_a_step_brings_everything_to_the_device(base, tokenizer, monkeypatch, ta
         )
         for example in parts.examples
     ]
-    position = Position(torch.Generator().manual_seed(0))
-    batch = draw_batch(examples, parts.empty_ids, TrainConfig(batch_size=3), position, SINGLE_PROCESS)
-    loss, preservation = gradients(train_state, batch, len(batch), 1.0)
-    row_optimizer.step()
+    sampler, checkpointing = parts.sampler(batch_size=3, examples=examples), BlockCheckpointing(parts.transformer, 1)
+    optimizer, denoiser = torch.optim.SGD(lora, lr=0.0), Denoiser(parts.transformer)
+    state = TrainState(denoiser, parts.prompt_embeds, lora, optimizer, sampler, checkpointing, tokens)
+    loss, preservation = gradients(state, sampler.next_batch(), 3, 1.0)
+    tokens.step()
     assert loss.device == preservation.device == META
     assert all(parameter.grad is None or parameter.grad.device == META for parameter in lora)
+
+
+def test_deterministic_algorithms_are_used_where_they_are_wanted_on_a_gpu(monkeypatch):
+    monkeypatch.delenv(WORKSPACE_VARIABLE, raising=False)
+    with deterministic(torch.device("cuda"), True):
+        assert torch.are_deterministic_algorithms_enabled() and os.environ[WORKSPACE_VARIABLE] == WORKSPACE
+        with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+    for device, wanted in ((CPU, True), (torch.device("cuda"), False)):
+        with deterministic(device, wanted):
+            assert not torch.are_deterministic_algorithms_enabled()

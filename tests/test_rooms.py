@@ -6,7 +6,8 @@ from demo.server import ROOT
 
 # From the top down. A room imports from those below it; the modules of one level do not import each other, a room's own may.
 LEVELS = (
-    ("service", "__main__"),
+    ("__main__",),
+    ("service",),
     ("finetune", "generate", "pipeline"),
     ("report",),
     ("training",),

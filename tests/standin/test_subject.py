@@ -11,11 +11,13 @@ import torch
 
 from demo.study import ARMS, TOKEN, UNRELATED, Prompts, difference, mean_fidelity, probability
 from placeholder.config import TrainConfig
+from placeholder.distributed import SINGLE_PROCESS
 from placeholder.lora.adapter import without_lora
 from placeholder.model.base import BaseModel
+from placeholder.training.context import Context, Training, schedule
 from placeholder.training.diagnostics import diagnose, rows_as
+from placeholder.training.loop import train_steps
 from placeholder.training.setup import prepare
-from placeholder.training.training import Training
 from standin.sampler import Sampler
 from standin.subject import UNSEEN_BACKGROUNDS, named, write_dataset
 from standin.world import SUBJECT
@@ -55,15 +57,15 @@ MIN_FIDELITY, MAX_CLASS_LEAK, MAX_DRIFT, MIN_ROW_SHARE = 0.45, 0.15, 0.1, 0.1
 
 
 def trained(config: TrainConfig, base: BaseModel, folder) -> Training:
-    training = prepare(write_dataset(folder / "data.zip", named(TOKEN)), config, base, log=lambda line: None)
-    for _ in training.steps(config):
+    training = prepare(write_dataset(folder / "data.zip", named(TOKEN)), Context(config, base, log=lambda line: None))
+    for _ in train_steps(training.state, schedule(config), SINGLE_PROCESS):
         pass
     return training
 
 
 def measured(training: Training, base: BaseModel, lora: bool = True, rows: torch.Tensor | None = None) -> Measures:
     """The measures, with the LoRA off or with other rows where asked."""
-    transformer, tokens = training.train_state.transformer, training.tokens
+    transformer, tokens = training.state.transformer, training.tokens
     sampler = Sampler(base, transformer, training.prompt_embeds.text_encoder, training.tokenizer, tokens)
     prompts = Prompts(ARMS["token, preservation"])
     with without_lora(transformer):
@@ -85,10 +87,7 @@ def measured(training: Training, base: BaseModel, lora: bool = True, rows: torch
 
 
 def row_share(training: Training) -> float:
-    vocabulary = training.prompt_embeds.text_encoder.embed_tokens.weight
-    return diagnose(
-        training.train_state, training.tokens, training.initial_rows, training.examples, vocabulary, training.tokenizer
-    ).row_share
+    return diagnose(training).row_share
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,6 @@ Then it trains again while the last process runs out of memory, once and for goo
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,10 +14,9 @@ from safetensors.torch import save_file
 from placeholder.config import TrainConfig
 from placeholder.distributed import Processes
 from placeholder.model.base import BaseModel
-from placeholder.training import exchange
-from placeholder.training import loop as trainer
-from placeholder.training import memory_plan as plan
-from placeholder.training import setup as prepare_module
+from placeholder.training.context import Context, schedule
+from placeholder.training.loop import train_steps
+from placeholder.training.losses import Denoiser
 from placeholder.training.setup import prepare
 
 CONFIG = TrainConfig(
@@ -37,34 +33,33 @@ CONFIG = TrainConfig(
 )
 
 
-def trained(dataset: Path, config: TrainConfig, base: BaseModel, processes: Processes) -> dict[str, torch.Tensor]:
-    """LoRA and rows after the steps, and of all steps the losses and the number of blocks checkpointed."""
-    training = prepare(dataset, config, base, log=lambda line: None)
-    losses, checkpointed = [], []
-    for step in training.steps(config, processes):
+class RunningOut(Denoiser):
+    """Runs out of GPU memory in the calls of these numbers."""
+
+    def __init__(self, transformer, calls):
+        super().__init__(transformer)
+        self.calls, self.count = calls, 0
+
+    def __call__(self, *args):
+        self.count += 1
+        if self.count in self.calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().__call__(*args)
+
+
+def trained(
+    dataset: Path, config: TrainConfig, base: BaseModel, processes: Processes, running_out=()
+) -> dict[str, torch.Tensor]:
+    """LoRA and token embeddings after the steps, and of all steps the losses and the number of checkpointed blocks."""
+    training = prepare(dataset, Context(config, base, lambda line: None, processes))
+    state, losses, checkpointed = training.state, [], []
+    state.denoiser = RunningOut(state.transformer, running_out)
+    for step in train_steps(state, schedule(config), processes):
         losses.append(torch.stack([step.loss, step.loss if step.preservation is None else step.preservation]))
         checkpointed.append(step.checkpointed)
-    state = {str(number): parameter.detach().clone() for number, parameter in enumerate(training.train_state.lora)}
-    state |= {"rows": training.tokens.rows.detach().clone(), "losses": torch.stack(losses)}
-    return state | {"checkpointed": torch.tensor(checkpointed)}
-
-
-@contextmanager
-def running_out(module, name: str, calls) -> Iterator[None]:
-    """Let a function run out of CUDA memory in the calls of these numbers."""
-    original, made = getattr(module, name), []
-
-    def called(*args, **options):
-        made.append(name)
-        if len(made) in calls:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(*args, **options)
-
-    setattr(module, name, called)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
+    found = {str(number): parameter.detach().clone() for number, parameter in enumerate(state.lora)}
+    found |= {"rows": training.tokens.rows.detach().clone(), "losses": torch.stack(losses)}
+    return found | {"checkpointed": torch.tensor(checkpointed)}
 
 
 def message(work) -> str:
@@ -79,20 +74,13 @@ def message(work) -> str:
 
 
 def main(dataset: Path, base: BaseModel, folder: Path) -> None:
-    prepare_module.load_tokenizer = cache(prepare_module.load_tokenizer)  # these two take longer than the steps
-    plan.training_needs = cache(plan.training_needs)
     processes = Processes.from_environment()
     last = processes.rank == processes.world_size - 1
     save_file(trained(dataset, CONFIG, base, processes), folder / f"{processes.rank}.safetensors")
-    # The second preservation pass of the fourth step: gradients of the first passes are there already.
-    with running_out(trainer, "preservation_losses", {4} if last else ()):
-        save_file(trained(dataset, CONFIG, base, processes), folder / f"again-{processes.rank}.safetensors")
-    told = {}
-    with running_out(trainer, "sample_losses", range(3, 1000) if last else ()):
-        told["every time"] = message(lambda: trained(dataset, CONFIG, base, processes))
-    lora = [torch.nn.Parameter(torch.zeros(2))]
-    with running_out(exchange.torch, "zeros", {1} if last else ()):
-        told["exchange"] = message(lambda: exchange.GradientExchange(processes, lora, None))
+    # In the fourth step, when gradients of its first passes are there already.
+    again = trained(dataset, CONFIG, base, processes, running_out={10} if last else ())
+    save_file(again, folder / f"again-{processes.rank}.safetensors")
+    told = {"every time": message(lambda: trained(dataset, CONFIG, base, processes, range(3, 1000) if last else ()))}
     told["same"] = message(lambda: processes.check_same("options", CONFIG))
     told["other"] = message(lambda: processes.check_same("a data set", "other" if last else "first"))
     told["numbers"] = [
