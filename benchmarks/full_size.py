@@ -56,7 +56,9 @@ class RandomBase(BaseModel):
     `sizes` holds the constructors' arguments by component; a component's weights are seeded by its name.
     """
 
-    sizes: dict[str, dict[str, Any]] = field(default_factory=lambda: {"text_encoder": {"text_config": FULL_TEXT_ENCODER}})
+    sizes: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: {"text_encoder": {"text_config": FULL_TEXT_ENCODER}}, hash=False
+    )
 
     def fetch(self, log: Callable[[str], None]) -> None:
         """Nothing is downloaded."""

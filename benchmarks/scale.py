@@ -45,7 +45,7 @@ def _flops(config: TrainConfig, side: int, text_tokens: int, backward: bool, blo
     base = replace(BASE, sizes=BASE.sizes | {"transformer": {"num_layers": blocks}})
     shells = transformer_shell(base), text_encoder_shell(base)
     with (
-        fake_step(*shells, config, grid(side), prompt(text_tokens)) as loss,
+        fake_step(*shells, config.rank, config.batch_size, config.tokens, grid(side), prompt(text_tokens)) as loss,
         flop_counter() as counted,
     ):
         found = loss()

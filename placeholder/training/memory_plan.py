@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -129,9 +130,7 @@ def memory_needs(base: BaseModel, config: TrainConfig, grid: tuple[int, int], id
     table_row = row_bytes(transformer)
     encoder_bytes = quantized_bytes(text_encoder, text_encoder.layers, "int8" if config.quantize_te else "none")
     encoding = quantized_bytes(text_encoder, text_encoder.layers, "none")
-    with fake_step(transformer, text_encoder, config, grid, ids) as loss:
-        footprint = measure(transformer, loss, text_encoder.parameters())
-    lora = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
+    footprint, lora = step_footprint(base, config.rank, config.batch_size, config.tokens, grid, ids)
     variants = [(kind, False) for kind in QUANTIZATIONS]
     if base.device.type != "cpu" and depend_on_timestep_alone(transformer):  # on a CPU a table would lie in the same memory
         variants = [("none", False), *((kind, True) for kind in QUANTIZATIONS)]
@@ -149,24 +148,42 @@ def memory_needs(base: BaseModel, config: TrainConfig, grid: tuple[int, int], id
     )
 
 
+@lru_cache(maxsize=16)
+def step_footprint(
+    base: BaseModel, rank: int, batch_size: int, tokens: tuple[str, ...], grid: tuple[int, int], ids: int
+) -> tuple[Footprint, int]:
+    """What autograd keeps of a step, and the number of the LoRA's parameters; counted once for trainings of the same shapes."""
+    transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
+    with fake_step(transformer, text_encoder, rank, batch_size, tokens, grid, ids) as loss:
+        footprint = measure(transformer, loss, text_encoder.parameters())
+    return footprint, sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
+
+
 @contextmanager
 def fake_step(
-    transformer: nn.Module, text_encoder: nn.Module, config: TrainConfig, grid: tuple[int, int], ids: int
+    transformer: nn.Module,
+    text_encoder: nn.Module,
+    rank: int,
+    batch_size: int,
+    names: tuple[str, ...],
+    grid: tuple[int, int],
+    ids: int,
 ) -> Iterator[Callable[[], Tensor]]:
-    """Add a LoRA to the shells and yield a function that computes a step's loss on FakeTensors, which have no contents."""
+    """Add a LoRA to the shells and yield a function that computes a step's loss on FakeTensors, which have no contents.
+
+    `names` are the placeholder tokens; for the others see `plan_memory`.
+    """
     with torch.device("meta"):
-        add_lora(transformer, config.rank, seed=0)
+        add_lora(transformer, rank, seed=0)
     width, channels = text_encoder.config.hidden_size, transformer.config.in_channels
-    tokens = PlaceholderTokens(0, {token: torch.zeros(1, width) for token in config.tokens}, width)
+    tokens = PlaceholderTokens(0, {token: torch.zeros(1, width) for token in names}, width)
     prompt = (0,) + (len(tokens.rows),) * (ids - 1)  # one placeholder, if there is any, and otherwise ids that none has
     example = Example(torch.zeros(grid[0] * grid[1], channels), grid, 0.0, prompt)
-    batch = [draw_sample(example, (), 0.0, torch.Generator().manual_seed(0))] * config.batch_size
+    batch = [draw_sample(example, (), 0.0, torch.Generator().manual_seed(0))] * batch_size
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _fill_with_fakes([transformer, text_encoder] if config.tokens else [transformer])
+        _fill_with_fakes([transformer, text_encoder] if names else [transformer])
         cached = torch.zeros(1, ids - prompt_template()[2], width)  # the embeddings of a prompt without a token, computed once
-        prompt_embeds = (
-            PromptEncoder(text_encoder, tokens) if config.tokens else lambda prompts: cached.expand(len(prompts), -1, -1)
-        )
+        prompt_embeds = PromptEncoder(text_encoder, tokens) if names else lambda prompts: cached.expand(len(prompts), -1, -1)
         yield lambda: sample_losses(Denoiser(transformer), prompt_embeds, batch).sum()
 
 

@@ -15,8 +15,8 @@ class WatchedBase(BaseModel):
     """
 
     change: Callable[[str, Any], None] = field(default=lambda name, component: None, kw_only=True)
-    frees: list[int] = field(default_factory=list, kw_only=True)
-    loaded: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    frees: list[int] = field(default_factory=list, kw_only=True, hash=False)
+    loaded: dict[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
 
     @classmethod
     def of(cls, base: BaseModel, **options: Any) -> "WatchedBase":

@@ -67,8 +67,7 @@ def test_what_a_step_keeps_is_predicted_without_any_weight(base, dataset, option
     assert need.lora == 4 * 4 * sum(parameter.numel() for parameter in state.lora)
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("kind", ["none", "int8", "nf4", "none+table", "int8+table"])
+@pytest.mark.parametrize(("kind", "checkpoint"), [("none", True), ("nf4", False), ("int8+table", False)])
 def test_the_expected_peak_is_that_of_a_real_step(dataset, small_base, kind, checkpoint):
     options = TOKEN | {"prior_preservation": 0.0, "caption_dropout": 0.0, "batch_size": 4, "rank": 8}
     training = prepared(dataset, small_base, kind, **options)
@@ -103,7 +102,7 @@ QUANTIZED = {"quantize": True}
         (WITHOUT, 80, ("none", 0)),
         (WITHOUT, 48, ("none+table", 21)),
         (replace(WITH, **QUANTIZED), 48, ("int8+table", 25)),
-        (replace(WITH, **QUANTIZED), 32, ("nf4+table", 49)),
+        (replace(WITH, **QUANTIZED), 32, ("nf4+table", 50)),
         (replace(WITHOUT, **QUANTIZED), 48, ("int8+table", 0)),
         (replace(WITHOUT, **QUANTIZED), 24, ("int8+table", 46)),
     ],
