@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.full_size import RandomBase
 from benchmarks.scale import step_flops
 from benchmarks.step import Inputs, Script
-from placeholder.config import TrainConfig
+from placeholder.config import MAX_STEPS, TrainConfig
 from placeholder.devices import free_memory, peak_bytes, reset_peak
 from placeholder.lora.adapter import add_lora
 from placeholder.model.base import BaseModel
@@ -71,7 +71,7 @@ def arms(model: QwenImageTransformer2DModel, lora: list[nn.Parameter], side: int
     example = Example(pack(inputs.latents)[0].cpu(), (side // 16, side // 16), 0.5, ())
     checkpointing = BlockCheckpointing(model, 0)
     train_state = TrainState(model, lambda prompts: inputs.embeds, lora, lora_optimizer("adamw", lora, RATE), checkpointing)
-    config = TrainConfig(steps=10**9, learning_rate=RATE, caption_dropout=0.0)
+    config = TrainConfig(steps=MAX_STEPS, learning_rate=RATE, caption_dropout=0.0)
     ours = training_steps(train_state, [example], (), config, Position(torch.Generator().manual_seed(0)))
 
     def enter_ours() -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.flops import flop_counter
-from placeholder.config import TrainConfig
+from placeholder.config import MAX_STEPS, TrainConfig
 from placeholder.lora.adapter import TARGET_MODULES, add_lora
 from placeholder.model.vae import pack
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
@@ -170,7 +170,7 @@ class Ours:
             self.prompt_embeds = PromptEmbeddings(self.encoder, tokens)
             words = torch.randint(0, WORDS, (prompt_template()[2] + TEXT_TOKENS - 1,)).tolist()
             ids = (*words, WORDS)
-        config = TrainConfig(steps=10**9, learning_rate=RATE, caption_dropout=0.0, placeholder_warmup_fraction=0.0)
+        config = TrainConfig(steps=MAX_STEPS, learning_rate=RATE, caption_dropout=0.0, placeholder_warmup_fraction=0.0)
         self.example = Example(pack(inputs.latents)[0], GRID, 0.5, ids)
         optimizer = lora_optimizer("adamw", self.lora, RATE)
         self.checkpointing = BlockCheckpointing(self.transformer, 0)

@@ -62,7 +62,7 @@ def test_a_step_brings_everything_to_the_device(base, tokenizer, monkeypatch, ta
         for example in parts.examples
     ]
     position = Position(torch.Generator().manual_seed(0))
-    batch = draw_batch(examples, parts.empty_ids, TrainConfig(batch_size=3), position, SINGLE_PROCESS)
+    batch = draw_batch(examples, parts.empty_ids, TrainConfig(batch_size=2), position, SINGLE_PROCESS)
     loss, preservation = gradients(train_state, batch, len(batch), 1.0)
     row_optimizer.step()
     assert loss.device == preservation.device == META

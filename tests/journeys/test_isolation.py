@@ -201,7 +201,7 @@ def test_running_out_of_memory_gets_its_sentence_and_leaves_no_trace(
 
         target = LoraLayer if name.startswith("_move") else type(target)
     monkeypatch.setattr(target, name, fail_at(number, error, getattr(target, name)))
-    with pytest.raises(RuntimeError, match="the memory does not suffice: give a smaller width and height"):
+    with pytest.raises(RuntimeError, match="out of memory: give a smaller width and height"):
         drawer(*cases[1])
     monkeypatch.undo()
     assert as_fresh()

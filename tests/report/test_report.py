@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from placeholder.config import TrainConfig, read_yaml, train_config
+from placeholder.config import TrainConfig, train_config
 from placeholder.finetune import Stop, StoppedError, finetune
 from placeholder.job import CheckpointFolder, Job
 from placeholder.report import samples as samples_module
 from placeholder.report.page import Contents, page
-from placeholder.report.report import config_yaml, curve_csv
+from placeholder.report.report import curve_csv
 from placeholder.training import setup as prepare_module
 from placeholder.training.progress import Point
 from placeholder.weights.archive import LORA_NAME, read_weights
@@ -165,26 +165,6 @@ def test_with_a_fixed_time_the_report_holds_nothing_that_was_measured(hostile, b
     assert "Memory" not in page_of(first).text
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        TrainConfig(seed=0),
-        replace(TOKEN, resolution=(512, 768), placeholder_token=("<a>", "<b>"), class_word="\x01 é: {x}", learning_rate=1e-5),
-        TrainConfig(seed=5, placeholder_token=("<zwx>",), quantize=True, quantize_te=True, report=False, optimizer="prodigy"),
-        TrainConfig(
-            seed=4294967295, sample_prompts="a\n\nb 猫 😀\n", sample_every=5, default_caption="yes", log_prompt_ids=True
-        ),
-    ],
-)
-def test_the_configuration_can_be_given_again(config, tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(config_yaml(config), encoding="utf-8")
-    assert train_config({}, path) == config
-    others = {"steps": 3, "lora_rank": 7, "train_placeholder_token": not config.train_placeholder_token, "seed": None}
-    assert train_config(others, path) == config
-    assert set(read_yaml(path)) == set(vars(config))
-
-
 def test_a_drawn_seed_stands_in_the_configuration(hostile, base, tmp_path):
     run = train(
         hostile, replace(TOKEN, seed=None, sample_every=0, steps=1, prior_preservation=0.0), tmp_path / "weights.zip", base
@@ -202,10 +182,10 @@ def test_pictures_for_which_the_memory_does_not_suffice_are_missing_and_the_trai
 
     monkeypatch.setattr(samples_module, "load_vae", full)
     run = train(hostile, replace(TOKEN, steps=2), tmp_path / "weights.zip", base)
-    said = "the pictures before and after (the memory does not suffice: draw them with predict, which can stream the models)"
+    said = "the pictures before and after (out of memory: draw them with predict, which can stream the models)"
     assert f"Warning: not drawn for the report: {said}" in run.log
     assert f"Not drawn: {said}" in page_of(run).text
-    assert "Not drawn: the samples of step 2 (the memory" in page_of(run).text
+    assert "Not drawn: the samples of step 2 (out of memory" in page_of(run).text
     names = read_zip(run.archive)
     assert not any("grid" in name or "samples" in name for name in names)
     assert "report/curve.png" in names

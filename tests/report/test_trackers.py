@@ -14,7 +14,6 @@ from typing import Any
 
 import psutil
 import pytest
-from placeholder.service.options import parser
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 import train as cog_train
@@ -28,6 +27,7 @@ from placeholder.report.wandb_run import WandbRun
 from placeholder.service import launch
 from placeholder.service.cli import inputs_of
 from placeholder.service.launch import finetune_on_all_gpus
+from placeholder.service.parser import INPUTS, parser
 from placeholder.training import setup as prepare_module
 from placeholder.weights.metadata import TIME_VARIABLE
 from tests.conftest import SHORT
@@ -313,16 +313,9 @@ def test_without_a_key_and_names_there_is_no_run_and_a_key_is_never_shown(offlin
 
 def test_the_names_without_a_key_are_refused_by_cogs_training_and_on_the_command_line(monkeypatch):
     with pytest.raises(ValueError, match="wandb_project needs a wandb_api_key"):
-        cog_train.train(**{name: found.default for name, found in launch_inputs().items()} | {"wandb_project": "p"})
+        cog_train.train(**{name: found.default for name, found in INPUTS["train"].items()} | {"wandb_project": "p"})
     monkeypatch.setenv(wandb_target.KEY_VARIABLE, KEY)
     assert inputs_of("train", {})["wandb_api_key"] == KEY
     with suppress(SystemExit):
         parser().parse_args(["train", "d.zip", "--wandb-api-key", KEY])
         pytest.fail("others on the machine would see the key")
-
-
-def launch_inputs() -> dict[str, Any]:
-    """The declared inputs of train.py."""
-    from placeholder.service.options import declared
-
-    return declared("train")

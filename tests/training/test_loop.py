@@ -302,7 +302,11 @@ def test_a_dropped_caption_trains_the_lora_and_leaves_the_row(parts):
     parts.prompt_embeds.cache([parts.empty_ids])
     list(
         parts.steps(
-            3, caption_dropout=1.0, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-3), row_optimizer=row_optimizer
+            3,
+            caption_dropout=0.9,
+            seed=1,
+            lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-3),
+            row_optimizer=row_optimizer,
         )
     )
     assert torch.equal(parts.tokens.rows.detach(), start)
