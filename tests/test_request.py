@@ -38,7 +38,7 @@ def test_aspect_ratio_and_image_size_give_the_hosted_models_sizes(image_size):
 
 
 @pytest.mark.parametrize(("given", "drawn"), [(64, 64), (79, 64), (80, 80), (1000, 992), (2048, 2048)])
-def test_width_and_height_overrule_the_aspect_ratio_and_are_rounded_down_to_sixteens(given, drawn):
+def test_width_and_height_override_the_aspect_ratio_and_are_rounded_to_sixteens(given, drawn):
     found = request(width=given, height=128)
     assert (found.width, found.height) == (drawn, 128)
 

@@ -1,4 +1,4 @@
-"""The inputs of train.py and predict.py, read as Cog's schema generator reads them: literals alone, and the declared options."""
+"""The inputs of train.py and predict.py: literals that Cog's schema generator can read, and the declared options."""
 
 import ast
 from typing import Any
