@@ -1,4 +1,4 @@
-"""Compares what was drawn with one archive in four ways: conditioning, LoRA, latents, pixels, and how much of the subject is there.
+"""Compares the images of one archive in four ways: conditioning, LoRA, latents, pixels, and how much of the subject is there.
 
     python -m checks.four_ways FOLDER
 
@@ -81,7 +81,7 @@ def pixel_differences(ours: list[Image.Image], theirs: list[Image.Image]) -> dic
 
 
 def judged(pictures: list[Image.Image]) -> dict[str, float]:
-    """What the pictures show, by the measures of docs/study.md, one picture a prompt."""
+    """What the images show, by the measures of docs/study.md, one image a prompt."""
     named, class_word = pictures[: len(BACKGROUNDS)], pictures[len(BACKGROUNDS)]
     fidelity = [subject_fidelity(image, background) for image, background in zip(named, BACKGROUNDS, strict=True)]
     return {

@@ -1,4 +1,4 @@
-"""Data sets of a few small pictures and captions, changed at random, also within the headers of the pictures."""
+"""Data sets of a few small images and captions, changed at random, also within the headers of the images."""
 
 import random
 import struct
@@ -36,7 +36,7 @@ def _pictures() -> dict[str, bytes]:
 
 
 def mutated_dataset(seed: int) -> bytes:
-    """A data set of a few small pictures and captions in which something is different."""
+    """A data set of a few small images and captions in which something is different."""
     rng = random.Random(f"dataset {seed}")
     entries: Entries = [("0.png", _pictures()["rgb.png"]), ("0.txt", "a photo of <zwx>, caf\u00e9".encode())]
     for number in range(1, rng.choice([2, 3, 4])):
@@ -63,7 +63,7 @@ def _changed_picture(content: bytes, rng: random.Random, times: int) -> bytes:
 
 
 def _changed_once(content: bytes, rng: random.Random) -> bytes:
-    """The picture with bytes changed, or with a field of its headers overwritten and the checksum put right."""
+    """The image with bytes changed, or with a field of its headers overwritten and the checksum put right."""
     if content.startswith(b"\x89PNG") and rng.random() < 0.7:
         chunks, place = [], 8
         while place + 12 <= len(content):

@@ -1,4 +1,4 @@
-"""Two new subjects in one data set: pictures of each alone and of both side by side, with captions that name what is there."""
+"""Two new subjects in one data set: images of each alone and of both side by side, with captions that name what is there."""
 
 import io
 import zipfile
@@ -11,12 +11,12 @@ from standin.world import SECOND_SUBJECT, SUBJECT, Scene, Thing, render
 KINDS = (SUBJECT, SECOND_SUBJECT)  # the world's names of the two drawings
 CLASS_WORDS = ("house", "face")  # of the first and of the second
 ORDERS = ((0, 1), (1, 0))  # which of the two stands on the left, which on the right
-TAUGHT_SEED = 1000  # of the first picture of the data set
+TAUGHT_SEED = 1000  # of the first image of the data set
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What a picture is to show: a caption, the world's kinds of things, one or left and right, and the background."""
+    """What an image is to show: a caption, the world's kinds of things, one or left and right, and the background."""
 
     caption: str
     kinds: tuple[str, ...]
@@ -31,7 +31,7 @@ class Picture:
 
 
 def nouns(words: tuple[str, str]) -> tuple[str, str]:
-    """How captions call the two subjects: their tokens or trigger words, each beside the class word."""
+    """How captions call the two subjects: their tokens or trigger words, each with the class word."""
     first, second = (f"{word} {noun}" for word, noun in zip(words, CLASS_WORDS, strict=True))
     return first, second
 
@@ -54,7 +54,7 @@ def both(named: tuple[str, str], order: tuple[int, int], background: str) -> Pic
 
 
 def taught(named: tuple[str, str], together: bool = True) -> list[Picture]:
-    """Twelve pictures of each subject on six backgrounds and, if `together`, twelve of both, six in either order."""
+    """Twelve images of each subject on six backgrounds and, if `together`, twelve of both, six in either order."""
     backgrounds = SEEN_BACKGROUNDS * PICTURES_EACH
     pictures = [alone(noun, kind, background) for noun, kind in zip(named, KINDS, strict=True) for background in backgrounds]
     if together:
@@ -63,7 +63,7 @@ def taught(named: tuple[str, str], together: bool = True) -> list[Picture]:
 
 
 def write_dataset(path: Path, pictures: list[Picture]) -> Path:
-    """The pictures with their captions, in an archive as a user would upload one."""
+    """The images with their captions, in an archive as a user would upload one."""
     with zipfile.ZipFile(path, "w") as archive:
         for number, picture in enumerate(pictures):
             content = io.BytesIO()

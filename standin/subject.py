@@ -18,7 +18,7 @@ def named(trigger: str) -> str:
 
 
 def write_dataset(path: Path, name: str) -> Path:
-    """Twelve pictures of the subject on six backgrounds, with captions that call it `name` and tell the background."""
+    """Twelve images of the subject on six backgrounds, with captions that call it `name` and tell the background."""
     with zipfile.ZipFile(path, "w") as archive:
         for number, background in enumerate(SEEN_BACKGROUNDS * PICTURES_EACH):
             content = io.BytesIO()

@@ -51,7 +51,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def comfyui(folders):
-    """The node's package, beside a stand-in for the only module of ComfyUI that it imports."""
+    """The node's package, with a stand-in for the only module of ComfyUI that it imports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "folder_paths", folders)
         import comfyui.node
@@ -86,7 +86,7 @@ def clip(tokenizer):
 
 
 def ids_of(tokens, first_id: int) -> list[int]:
-    """The token lists as ids, with those of training where our rows stand."""
+    """The token lists as ids, with those of training at our rows."""
     rows = torch.cat(list(ROWS.values()))
     [pairs] = tokens["qwen25_7b"]
     assert all(weight == 1.0 for _, weight in pairs)
