@@ -133,6 +133,8 @@ def test_embeddings_equal_those_of_a_token_that_is_really_registered(pipe, prist
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
             assert (mask is None) == (expected_mask is None)
             assert mask is None or torch.equal(mask, expected_mask)
+        for prompt in ("", "a cat", ["a cat", "two cats and a dog"]):  # encoded by the pipeline, bit for bit
+            assert torch.equal(pipe.encode_prompt(prompt)[0], pristine.encode_prompt(prompt)[0])
 
 
 def test_lists_of_prompts_and_several_images_a_prompt(pipe, zero_prior):
@@ -147,14 +149,6 @@ def test_lists_of_prompts_and_several_images_a_prompt(pipe, zero_prior):
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     twice = pipe(prompt=SEVERAL[0], num_images_per_prompt=2, generator=generators, **options).images
     assert np.abs(twice - alone[0]).max() < 2 / 255
-
-
-def test_a_prompt_without_a_token_is_encoded_by_the_pipeline_bit_for_bit(pipe, pristine, zero_prior):
-    placeholder.load(pipe, zero_prior.archive)
-    with torch.no_grad():
-        for prompt in ("", "a cat", ["a cat", "two cats and a dog"]):
-            found, expected = pipe.encode_prompt(prompt), pristine.encode_prompt(prompt)
-            assert torch.equal(found[0], expected[0])
 
 
 @pytest.mark.parametrize("run", ["zero_prior", "baseline"])
@@ -248,15 +242,12 @@ def test_an_offloaded_pipeline_generates_the_same_and_comes_back(kind, first, pi
     assert same_weights(pipe, pristine)
 
 
-def test_weights_that_are_offloaded_one_by_one_are_refused(pipe, zero_prior):
+def test_pipelines_that_cannot_be_used_get_their_sentence(pipe, zero_prior):
+    with pytest.raises(ValueError, match="the pipeline is a QwenImageImg2ImgPipeline: give a QwenImagePipeline"):
+        placeholder.load(QwenImageImg2ImgPipeline(**pipe.components), zero_prior.archive)
     pipe.enable_sequential_cpu_offload(device="cpu")
     with pytest.raises(ValueError, match=r"instead of enable_sequential_cpu_offload\(\)"):
         placeholder.load(pipe, zero_prior.archive)
-
-
-def test_other_pipelines_and_incomplete_ones_get_their_sentence(pipe, zero_prior):
-    with pytest.raises(ValueError, match="the pipeline is a QwenImageImg2ImgPipeline: give a QwenImagePipeline"):
-        placeholder.load(QwenImageImg2ImgPipeline(**pipe.components), zero_prior.archive)
     pipe.text_encoder = None
     with pytest.raises(ValueError, match="the pipeline has no text_encoder"):
         placeholder.load(pipe, zero_prior.archive)
