@@ -1,10 +1,10 @@
 """Images from the demo's archive by ComfyUI's own code, from the files that checks/four_ways_ours.py wrote.
 
-    python tests/four_ways_comfyui.py COMFYUI FOLDER
+    python checks/four_ways_comfyui.py COMFYUI FOLDER
 
-Runs in ComfyUI's environment, where this package is not installed. Text encoder, node, LoRA loader, transformer, sampler, VAE and
-SaveImage are ComfyUI's; the sizes of the small base model are given to them, and what its classes have as constants is replaced:
-the width of the text encoder's heads, the VAE's residual blocks a level, and the mean and deviation of the latents.
+Runs in ComfyUI's environment, where this package is not installed. Text encoder, node, LoRA loader, transformer, sampler,
+VAE and SaveImage are ComfyUI's, with the sizes of the small base model; constants of its classes are replaced: the width of
+the text encoder's heads, the VAE's residual blocks a level, and the mean and deviation of the latents.
 """
 
 import json
@@ -59,7 +59,7 @@ def deltas(patcher) -> dict[str, Tensor]:
 
 
 def with_diffusers_guidance(patcher):
-    """The model with the guided prediction scaled back to the norm of the unguided one, over patches of 2x2, as diffusers does it."""
+    """The model with diffusers' guidance: the guided prediction scaled to the norm of the unguided one, over patches of 2x2."""
 
     def norm(prediction: Tensor) -> Tensor:
         """(1, 16, 1, H, W) => (1, 1, 1, H, W)."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from checks.comfyui_reference import sizes, write_models
 from checks.comfyui_vae import vae_name
-from demo.run import PICTURE, TOKEN
+from demo.run import IMAGE, TOKEN
 from demo.server import ROOT
 from placeholder.model.base import MODEL_VARIABLE, BaseModel
 from placeholder.model.loading import load_scheduler, load_text_encoder, load_transformer, load_vae
@@ -108,7 +108,7 @@ def predictor(archive: Path | None) -> Generate:
         cog.setup()
 
     def generate(prompt: str, path: Path) -> None:
-        inputs = command_line.inputs_of("predict", PICTURE | {"prompt": prompt, "replicate_weights": str(archive or "")})
+        inputs = command_line.inputs_of("predict", IMAGE | {"prompt": prompt, "replicate_weights": str(archive or "")})
         path.write_bytes(Path(cog.predict(**inputs)).read_bytes())
 
     return generate
@@ -133,22 +133,22 @@ def readme_example(archive: Path, model: Path, unpacked: Path) -> Generate:
     names["pipe"].set_progress_bar_config(disable=True)
     settings = {
         "negative_prompt": " ",
-        "true_cfg_scale": PICTURE["guidance"],
-        "num_inference_steps": PICTURE["steps"],
-        **{name: PICTURE[name] for name in ("width", "height")},
+        "true_cfg_scale": IMAGE["guidance"],
+        "num_inference_steps": IMAGE["steps"],
+        **{name: IMAGE[name] for name in ("width", "height")},
     }
 
     def generate(prompt: str, path: Path) -> None:
-        names["pipe"](prompt, generator=torch.Generator().manual_seed(PICTURE["seed"]), **settings).images[0].save(path)
+        names["pipe"](prompt, generator=torch.Generator().manual_seed(IMAGE["seed"]), **settings).images[0].save(path)
 
     return generate
 
 
 def command(archive: Path) -> Generate:
-    """`python -m placeholder predict` as a process of its own, and in this one, where it can be recorded: both write the same file."""
+    """`python -m placeholder predict` in its own process, and in this one, where it is recorded: both write the same file."""
 
     def generate(prompt: str, path: Path) -> None:
-        given = {name: value for name, value in PICTURE.items() if name != "output_format"} | {"replicate_weights": archive}
+        given = {name: value for name, value in IMAGE.items() if name != "output_format"} | {"replicate_weights": archive}
         options = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
         arguments = ["predict", prompt, *options, "-o"]
         subprocess.run([sys.executable, "-m", "placeholder", *arguments, path], cwd=ROOT, check=True, capture_output=True)
@@ -172,13 +172,13 @@ def write_reference(archive: Path, model: Path, folder: Path) -> None:
     shutil.copy(archive, folder / "weights.zip")
     (folder / "lora_weights.safetensors").write_bytes(read_zip(archive)["lora/lora_weights.safetensors"])
     schedule = load_scheduler(base).config
-    tokens = PICTURE["width"] * PICTURE["height"] // 16**2
+    tokens = IMAGE["width"] * IMAGE["height"] // 16**2
     facts = {
         **sizes(text_encoder, transformer),
         "vae": {name: vae.config[name] for name in ("num_res_blocks", "latents_mean", "latents_std")},
         "shift": math.exp(shift_mu(tokens, *(schedule[name] for name in SHIFT_CONSTANTS))),
         "prompts": PROMPTS,
-        "picture": PICTURE,
+        "picture": IMAGE,
     }
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 

@@ -186,7 +186,8 @@ def run(target: Target, kind: str, seeds: range, log: Callable[[str], None] = pr
     failed = [seed for seed, outcome in outcomes.items() if outcome.failure]
     for seed in failed:
         log(
-            f"{kind} {seed} failed: {outcomes[seed].failure}\n  repeat it with: python -m checks.fuzz --kind {kind} --first {seed} --count 1"
+            f"{kind} {seed} failed: {outcomes[seed].failure}\n"
+            f"  repeat it with: python -m checks.fuzz --kind {kind} --first {seed} --count 1"
         )
     sentences = Counter(_kind_of(outcome.sentence) for outcome in outcomes.values())
     slowest = max(seeds, key=lambda seed: outcomes[seed].seconds)

@@ -15,7 +15,7 @@ BAD_CAPTIONS = [b"\xff", b"a\0b", b"x" * 70_000]
 
 
 @cache
-def _pictures() -> dict[str, bytes]:
+def _images() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[274], exif[270] = 6, "a description"
     plain = picture(72, 64)
@@ -38,11 +38,11 @@ def _pictures() -> dict[str, bytes]:
 def mutated_dataset(seed: int) -> bytes:
     """A data set of a few small images and captions in which something is different."""
     rng = random.Random(f"dataset {seed}")
-    entries: Entries = [("0.png", _pictures()["rgb.png"]), ("0.txt", "a photo of <zwx>, caf\u00e9".encode())]
+    entries: Entries = [("0.png", _images()["rgb.png"]), ("0.txt", "a photo of <zwx>, caf\u00e9".encode())]
     for number in range(1, rng.choice([2, 3, 4])):
-        kind = rng.choice(sorted(_pictures()))
-        content = _pictures()[kind]
-        entries.append((f"{number}.{kind.split('.')[1]}", _changed_picture(content, rng, rng.choice([0, 0, 1, 1, 2, 3]))))
+        kind = rng.choice(sorted(_images()))
+        content = _images()[kind]
+        entries.append((f"{number}.{kind.split('.')[1]}", _changed_image(content, rng, rng.choice([0, 0, 1, 1, 2, 3]))))
         entries.append(
             (
                 f"{number}.txt",
@@ -56,7 +56,7 @@ def mutated_dataset(seed: int) -> bytes:
     return changed_bytes(content, rng) if rng.random() < 0.2 else content
 
 
-def _changed_picture(content: bytes, rng: random.Random, times: int) -> bytes:
+def _changed_image(content: bytes, rng: random.Random, times: int) -> bytes:
     for _ in range(times):
         content = _changed_once(content, rng)
     return content

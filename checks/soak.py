@@ -164,7 +164,8 @@ def main() -> None:
         found = soak(BaseModel.from_environment(), Path(folder))
     tempfile.tempdir = None
     record = {
-        "machine": f"one thread of {platform.processor() or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
+        "machine": f"one thread of {platform.processor() or platform.machine()}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}",
         "date": datetime.now(UTC).date().isoformat(),
         "grown": verdict(found["samples"]),
         **found,

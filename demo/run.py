@@ -20,7 +20,7 @@ from standin.world import TRIGGER, render, subject_scene
 OUTPUT = ROOT / "demo-output"
 TOKEN = "<zwx>"
 BUDGET = {"steps": 400, "rank": 8, "resolution": "64", "learning_rate": 1e-3, "batch_size": 4, "seed": 1}
-PICTURE = {"steps": 20, "guidance": 4, "width": 64, "height": 64, "seed": 7, "output_format": "png"}
+IMAGE = {"steps": 20, "guidance": 4, "width": 64, "height": 64, "seed": 7, "output_format": "png"}
 CELL, TITLE_WIDTH = 112, 190
 TITLE = "Drawn by a small stand-in base model (64 pixels, trained on synthetic shapes), not by Qwen-Image."
 
@@ -92,7 +92,7 @@ def picture_rows(server: CogServer, archives: dict[str, Path]) -> list[tuple[str
 def picture(server: CogServer, prompt: str, archive: Path | None, go_fast: bool) -> Image.Image:
     """One image from the server, with the archive or without; kept as a file too."""
     weights = {"replicate_weights": data_url(archive)} if archive else {}
-    content = from_data_url(succeeded(server.ask({"prompt": prompt, "go_fast": go_fast, **PICTURE, **weights}))["output"])
+    content = from_data_url(succeeded(server.ask({"prompt": prompt, "go_fast": go_fast, **IMAGE, **weights}))["output"])
     name = re.sub(r"[^a-zA-Z]+", "-", f"{archive.stem if archive else 'base'} {prompt}{' go fast' if go_fast else ''}").strip(
         "-"
     )

@@ -28,7 +28,7 @@ from placeholder.training.training import Training
 from standin.judge import background_of, kind_probabilities, subject_fidelity, to_pixels
 from standin.sampler import Sampler
 from standin.small_base import build_small_base
-from standin.subject import CLASS_WORD, PICTURES_EACH, SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS, named, write_dataset
+from standin.subject import CLASS_WORD, IMAGES_EACH, SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS, named, write_dataset
 from standin.world import RARE_WORD, SUBJECT, TRIGGER
 
 TOKEN = "<zwx>"
@@ -177,7 +177,7 @@ def final_measures(sampler: Sampler, prompts: Prompts, base_class: list, base_un
 
 def preserve_without_token(training: Training, encoder: nn.Module) -> None:
     """Preservation for a trigger word: the same prompts as for the token are kept."""
-    captions = [f"a photo of a {CLASS_WORD} on a {background} background" for background in SEEN_BACKGROUNDS * PICTURES_EACH]
+    captions = [f"a photo of a {CLASS_WORD} on a {background} background" for background in SEEN_BACKGROUNDS * IMAGES_EACH]
     ids = [prompt_ids(training.tokenizer, training.tokens, caption) for caption in captions]
     training.prompt_embeds.text_encoder = encoder
     training.prompt_embeds.cache(ids)

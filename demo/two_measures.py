@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from demo.two_subjects import CLASS_WORDS, KINDS, ORDERS, Picture, alone, both, side_by_side
+from demo.two_subjects import CLASS_WORDS, KINDS, ORDERS, ImageSpec, alone, both, side_by_side
 from standin.judge import background_of, half_fidelity, kind_probabilities, subject_fidelity
 from standin.subject import SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS
 from standin.world import RARE_WORD, TRIGGER, render
 
-Generate = Callable[[Picture], list[Image.Image]]
+Generate = Callable[[ImageSpec], list[Image.Image]]
 NAMES = ("first", "second")
 CONTEXTS = {"seen": SEEN_BACKGROUNDS, "unseen": UNSEEN_BACKGROUNDS}
 CLASS_BACKGROUNDS = ("blue", "green", "yellow", "white")
@@ -19,9 +19,9 @@ DRAWN = 0.4  # the fidelity from which a small subject counts as there
 RENDERED_SEED = 5000  # far from the data set's and the judge's
 
 
-def rendered(picture: Picture, count: int) -> list[Image.Image]:
+def rendered(spec: ImageSpec, count: int) -> list[Image.Image]:
     """The image as the world renders it: the best that any model could do."""
-    return [render(picture.scene(RENDERED_SEED + number)) for number in range(count)]
+    return [render(spec.scene(RENDERED_SEED + number)) for number in range(count)]
 
 
 def measures(generate: Generate, named: tuple[str, str]) -> dict:
@@ -77,7 +77,7 @@ def halves(image: Image.Image, background: str, order: Sequence[int]) -> tuple[l
 
 
 def one_named_measures(generate: Generate, named: tuple[str, str], index: int) -> dict[str, float]:
-    """One subject next to the plain class word of the other: its fidelity on its half, the other subject's on the other half."""
+    """One subject next to the other's plain class word: its fidelity on its half, the other subject's on the other half."""
     own, leak = [], []
     for background in FEW_BACKGROUNDS:
         kinds = (KINDS[index], CLASS_WORDS[1 - index])
@@ -101,10 +101,10 @@ def old_meaning(generate: Generate, words: tuple[str, str]) -> dict[str, float]:
     """For each word without a class word, the mean probability of a waffle or an arrow: what trigger words meant before."""
     found = {}
     for name, kind, word in zip(NAMES, KINDS, words, strict=True):
-        pictures = [
-            Picture(f"a photo of {word} on a {background} background", (kind,), background) for background in FEW_BACKGROUNDS
+        specs = [
+            ImageSpec(f"a photo of {word} on a {background} background", (kind,), background) for background in FEW_BACKGROUNDS
         ]
-        images = [image for picture in pictures for image in generate(picture)]
+        images = [image for spec in specs for image in generate(spec)]
         probabilities = kind_probabilities(images)
         found[name] = mean(probabilities[TRIGGER]) + mean(probabilities[RARE_WORD])
     return found

@@ -101,8 +101,8 @@ def run_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Imag
     weights, record = train_arm(arm, seed, base)
     sampler = sampler_of(weights, seed, base)
 
-    def generate(picture) -> list[Image.Image]:
-        return sampler.sample(picture.caption, SAMPLES)
+    def generate(spec) -> list[Image.Image]:
+        return sampler.sample(spec.caption, SAMPLES)
 
     found = measures(generate, arm.named) | {"old_meaning": old_meaning(generate, arm.words), "drift": 0.0} | record
     if weights is not None:
@@ -122,7 +122,7 @@ def ceilings(base: BaseModel) -> tuple[dict[str, dict], dict[str, list[Image.Ima
     vae = load_vae(base, torch.float32)
     models: dict[str, Generate] = {
         RENDERED: partial(rendered, count=SAMPLES),
-        THROUGH_VAE: lambda picture: [through_vae(vae, image) for image in rendered(picture, SAMPLES)],
+        THROUGH_VAE: lambda spec: [through_vae(vae, image) for image in rendered(spec, SAMPLES)],
     }
     named = nouns(TOKENS)
     found = {

@@ -3,7 +3,8 @@
 The teacher is the base model with guidance along its sampling ODE in many steps; the student, base and LoRA without guidance,
 learns to go in one step where the teacher goes in several: the target of progressive distillation (Salimans and Ho 2022,
 arXiv:2202.00512), in one round, of a teacher with guidance (Meng et al. 2023, arXiv:2210.03142).
-`python -m standin.distil` writes demo/small_base_8steps.safetensors, with the keys of the published file; standin/distil_check.py judges it.
+`python -m standin.distil` writes standin/small_base_8steps.safetensors, with the keys of the published file;
+standin/distil_check.py judges it.
 """
 
 import argparse

@@ -60,9 +60,9 @@ class Timed:
 
     def sample(self, prompts: list[str], count: int) -> list[list[Image.Image]]:
         """`count` images of each prompt, the same noise for every prompt."""
-        return [[self._picture(prompt, seed) for seed in range(count)] for prompt in prompts]
+        return [[self._image(prompt, seed) for seed in range(count)] for prompt in prompts]
 
-    def _picture(self, prompt: str, seed: int) -> Image.Image:
+    def _image(self, prompt: str, seed: int) -> Image.Image:
         start = time.process_time()
         image = self.generator.generate(replace(self.way, prompt=prompt, seed=seed), self.archive)
         self.seconds.append(time.process_time() - start)

@@ -1,8 +1,8 @@
 """Train the small base model on the synthetic world: the VAE, then text encoder and transformer together.
 
-`python -m standin.pretrain vae`, which keeps its result under .cache/pretrain, then `python -m standin.pretrain denoiser`, which
-writes standin/small_base.safetensors, and goes on from it with `--go-on 1` and `--go-on 2`. docs/study.md says how the weights
-that ship were made, on which machine and in what time.
+`python -m standin.pretrain vae` keeps its result under .cache/pretrain. `python -m standin.pretrain denoiser` writes
+standin/small_base.safetensors; `--go-on 1` and then `--go-on 2` continue from it. docs/study.md says how the weights that
+ship were made, on which machine and in what time.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Copies to the device, and that a step brings everything there: on a device without memory, which mixes with the CPU as little as a GPU does."""
+"""Copies to the device: a training step on the meta device, whose tensors cannot be mixed with the CPU's, as on a GPU."""
 
 from collections import defaultdict
 from contextlib import nullcontext
@@ -30,10 +30,10 @@ def test_tensors_are_stacked_where_they_are_to_be():
     assert to_device(ones, META).device == META
 
 
-class AnyLevel(defaultdict):
-    """Every noise level in the first row."""
+class AnySigma(defaultdict):
+    """Every sigma in the first row."""
 
-    def __contains__(self, _level: float) -> bool:
+    def __contains__(self, _sigma: float) -> bool:
         return True
 
 
@@ -44,7 +44,7 @@ def test_a_step_brings_everything_to_the_device(base, tokenizer, monkeypatch, ta
     parts = Parts(base, tokenizer, load_text_encoder(base))
     if tabled:
         tabulate(parts.transformer, torch.tensor([0.5]), CPU)
-        parts.transformer.time_text_embed.numbers = AnyLevel(int)
+        parts.transformer.time_text_embed.numbers = AnySigma(int)
     for module in (parts.transformer, parts.tokens, parts.prompt_embeds.text_encoder):
         module.to(META)
     parts.prompt_embeds.cache([parts.empty_ids])

@@ -62,7 +62,7 @@ def comfyui(folders):
 
 
 class Clip:
-    """ComfyUI's CLIP as far as the node knows it: lists of (id, weight), padding for an empty text, a template around the rest."""
+    """ComfyUI's CLIP as far as the node knows it: lists of (id, weight), padding for an empty text, a template."""
 
     def __init__(self, tokenizer):
         prefix, suffix, _ = prompt_template()
@@ -270,10 +270,8 @@ def test_the_readme_states_what_the_check_has_found():
     assert f"for {len(prompts)} prompts" in readme
     assert f"by at most {max(prompts.values()):.1e}".replace("e-0", "e-") in readme
     assert f"it differs by {check['smallest_with_the_row_turned_around']:.1f} or more" in readme
-    assert (
-        f"each of {check['lora']['layers']} layers by B A (largest difference {check['lora']['largest_difference_of_a_weight']})"
-        in readme
-    )
+    lora = check["lora"]
+    assert f"each of {lora['layers']} layers by B A (largest difference {lora['largest_difference_of_a_weight']})" in readme
     assert f"{check['lora_of_full_size']['loaded']} keys, into {check['lora_of_full_size']['layers']} layers" in readme
     assert f"differs by {predictions['lora']:.1e} from".replace("e-0", "e-") in readme
     assert f"changes it by {predictions['lora from base']:.3f}" in readme

@@ -11,7 +11,7 @@ from PIL import Image
 from checks.comfyui_vae import vae_name
 from checks.four_ways import FOUR, OURS, TOLERANCE, differences, from_file, table
 from checks.four_ways_ours import deltas, predictor, readme_example, recording
-from demo.run import PICTURE
+from demo.run import IMAGE
 from demo.server import ROOT
 from placeholder.model.base import MODEL_VARIABLE
 from placeholder.model.loading import load_vae
@@ -35,7 +35,7 @@ def test_the_readmes_example_for_diffusers_makes_the_image_of_predict(base, zero
     found = differences(*records, std=torch.ones(16))
     assert max(found["conditioning"], found["lora"]) <= TOLERANCE
     assert found["latents"] <= 1e-4
-    assert pictures[0].shape == (PICTURE["height"], PICTURE["width"], 3)
+    assert pictures[0].shape == (IMAGE["height"], IMAGE["width"], 3)
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
     (tmp_path / "lora_weights.safetensors").write_bytes(read_zip(zero_prior.archive)["lora/lora_weights.safetensors"])

@@ -30,7 +30,7 @@ CONFIG = TrainConfig(
     placeholder_token=(TOKEN,),
     seed=0,
 )
-PICTURES = 3
+IMAGES = 3
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ def measured(training: Training, base: BaseModel, lora: bool = True, rows: torch
     sampler = Sampler(base, transformer, training.prompt_embeds.text_encoder, training.tokenizer, tokens)
     prompts = Prompts(ARMS["token, preservation"])
     with without_lora(transformer):
-        base_class, base_unrelated = sampler.sample_all(prompts.class_word, PICTURES), sampler.sample_all(UNRELATED, PICTURES)
+        base_class, base_unrelated = sampler.sample_all(prompts.class_word, IMAGES), sampler.sample_all(UNRELATED, IMAGES)
     with contextlib.ExitStack() as stack:
         if rows is not None:
             stack.enter_context(rows_as(tokens, rows))
         share = row_share(training)
         if not lora:
             stack.enter_context(without_lora(transformer))
-        subject = sampler.sample_all(prompts.unseen, PICTURES)
-        class_word, unrelated = sampler.sample_all(prompts.class_word, PICTURES), sampler.sample_all(UNRELATED, PICTURES)
+        subject = sampler.sample_all(prompts.unseen, IMAGES)
+        class_word, unrelated = sampler.sample_all(prompts.class_word, IMAGES), sampler.sample_all(UNRELATED, IMAGES)
     return Measures(
         mean_fidelity(subject, UNSEEN_BACKGROUNDS),
         probability(SUBJECT, class_word) - probability(SUBJECT, base_class),
