@@ -1,10 +1,10 @@
-"""Holds the node of comfyui/ and the LoRA of an archive against ComfyUI itself, with what tests/comfyui_reference.py wrote.
+"""Holds the node of comfyui/ and the LoRA of an archive against ComfyUI itself, with what checks/comfyui_reference.py wrote.
 
-    python tests/comfyui_check.py COMFYUI REFERENCE OUTPUT
+    python checks/comfyui_check.py COMFYUI REFERENCE OUTPUT
 
 COMFYUI is the folder of ComfyUI's sources, REFERENCE what comfyui_reference wrote, OUTPUT the file for the result. Runs in
-ComfyUI's environment, where this package is not installed. ComfyUI's classes are used as they are, but for sizes: the measures of
-the tiny base model are given to them, and the width of its attention heads, which ComfyUI has as a constant, is replaced.
+ComfyUI's environment, where this package is not installed. ComfyUI's classes are used as they are, but with the sizes of the
+tiny base model; the width of its attention heads, a constant in ComfyUI, is replaced.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ def load_clip(facts: dict, reference: Path):
 
 
 def check_conditioning(facts: dict, reference: Path, node, clip) -> tuple[dict[str, float], float]:
-    """How far the node's conditioning is from the package's prompt embeddings, by prompt; and at least, with a row turned around."""
+    """The differences of the node's conditioning from the package's prompt embeddings, by prompt; the least with a row negated."""
     expected = load_file(reference / "conditioning.safetensors")
     differences, controls = {}, []
     for name, text in (facts["one"] | facts["two"]).items():

@@ -1,4 +1,4 @@
-"""A ComfyUI of its own for tests/comfyui_check.py: a folder as a user has it, and the nodes that ComfyUI loads from there."""
+"""A ComfyUI of its own for checks/comfyui_check.py: a folder as a user has it, and the nodes that ComfyUI loads from there."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Writes what tests/comfyui_check.py holds ComfyUI against: a tiny base model's weights, archives, and what they make of prompts.
+"""Writes the reference of checks/comfyui_check.py: a tiny base model's weights, archives, and the prompt embeddings.
 
 python -m checks.comfyui_reference FOLDER
 """

@@ -1,8 +1,8 @@
-"""Compares what was drawn with one archive in four ways: conditioning, LoRA, latents, pixels, and how much of the subject is there.
+"""Compares the images of one archive in four ways: conditioning, LoRA, latents, pixels, and how much of the subject is there.
 
     python -m checks.four_ways FOLDER
 
-FOLDER is what tests/four_ways_ours.py and tests/four_ways_comfyui.py wrote. Prints the table of docs/four-ways.md, writes
+FOLDER is what checks/four_ways_ours.py and checks/four_ways_comfyui.py wrote. Prints the table of docs/four-ways.md, writes
 docs/four-ways.json and demo-output/four-ways.png; fails where conditioning or LoRA differ from those of predict.py by more than
 TOLERANCE.
 """
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checks.four_ways_ours import BACKGROUNDS, PROMPTS
-from demo.run import OUTPUT, PICTURE
+from demo.run import IMAGE, OUTPUT
 from demo.server import ROOT
 from placeholder.lora.adapter import A, B
 from placeholder.report.charts import image_grid
@@ -81,7 +81,7 @@ def pixel_differences(ours: list[Image.Image], theirs: list[Image.Image]) -> dic
 
 
 def judged(pictures: list[Image.Image]) -> dict[str, float]:
-    """What the pictures show, by the measures of docs/study.md, one picture a prompt."""
+    """What the images show, by the measures of docs/study.md, one image a prompt."""
     named, class_word = pictures[: len(BACKGROUNDS)], pictures[len(BACKGROUNDS)]
     fidelity = [subject_fidelity(image, background) for image, background in zip(named, BACKGROUNDS, strict=True)]
     return {
@@ -117,7 +117,7 @@ def compared(folder: Path, pictures: dict[str, list[Image.Image]]) -> dict:
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
         | {"comfyui": json.loads((folder / "comfyui.json").read_text())},
         "tolerance": TOLERANCE,
-        "picture": PICTURE,
+        "picture": IMAGE,
         "prompts": PROMPTS,
         "lora_layers": sum(name.startswith("delta.") for name in ours),
         "lora_against_the_file": largest(ours, from_file(folder), "delta."),

@@ -1,10 +1,10 @@
-"""Draws with the demo's archive in ComfyUI's own code, from what tests/four_ways_ours.py wrote.
+"""Images from the demo's archive by ComfyUI's own code, from the files that checks/four_ways_ours.py wrote.
 
-    python tests/four_ways_comfyui.py COMFYUI FOLDER
+    python checks/four_ways_comfyui.py COMFYUI FOLDER
 
-Runs in ComfyUI's environment, where this package is not installed. Text encoder, node, LoRA loader, transformer, sampler, VAE and
-SaveImage are ComfyUI's; the sizes of the small base model are given to them, and what its classes have as constants is replaced:
-the width of the text encoder's heads, the VAE's residual blocks a level, and the mean and deviation of the latents.
+Runs in ComfyUI's environment, where this package is not installed. Text encoder, node, LoRA loader, transformer, sampler,
+VAE and SaveImage are ComfyUI's, with the sizes of the small base model; constants of its classes are replaced: the width of
+the text encoder's heads, the VAE's residual blocks a level, and the mean and deviation of the latents.
 """
 
 import json
@@ -59,7 +59,7 @@ def deltas(patcher) -> dict[str, Tensor]:
 
 
 def with_diffusers_guidance(patcher):
-    """The model with the guided prediction scaled back to the norm of the unguided one, over patches of 2x2, as diffusers does it."""
+    """The model with diffusers' guidance: the guided prediction scaled to the norm of the unguided one, over patches of 2x2."""
 
     def norm(prediction: Tensor) -> Tensor:
         """(1, 16, 1, H, W) => (1, 1, 1, H, W)."""
@@ -75,7 +75,7 @@ def with_diffusers_guidance(patcher):
     return guided
 
 
-class Drawing:
+class Generation:
     """ComfyUI's nodes with the models of the small base and the archive loaded."""
 
     def __init__(self, facts: dict, folder: Path, nodes: dict[str, type]):
@@ -104,7 +104,7 @@ class Drawing:
         )[0]
 
     def as_diffusers(self, prompt: list, negative: list) -> dict[str, Tensor]:
-        """The same sampler with diffusers' noise levels and guidance."""
+        """The same sampler with diffusers' sigmas and guidance."""
         import comfy.sample
         import comfy.samplers
 
@@ -118,7 +118,7 @@ class Drawing:
             )
         }
 
-    def draw_all(self, way: str, sample: Any, output: Path) -> None:
+    def generate_all(self, way: str, sample: Any, output: Path) -> None:
         """Every prompt in one way: FOLDER/way/N.png and record.safetensors."""
         (self.folder / way).mkdir(exist_ok=True)
         negative = self.encode("")
@@ -131,11 +131,11 @@ class Drawing:
             shutil.copy(output / saved["filename"], self.folder / way / f"{number}.png")
             tensors |= {f"prompt.{number}": positive[0][0], f"latents.{number}": latents["samples"]}
         save_file({name: value.contiguous() for name, value in tensors.items()}, self.folder / way / "record.safetensors")
-        print(f"{way}: {number + 1} pictures", flush=True)
+        print(f"{way}: {number + 1} images", flush=True)
 
 
 def main(comfyui: Path, folder: Path) -> None:
-    """Draw in ComfyUI, with its own guidance and schedule and with those of diffusers."""
+    """Generate images in ComfyUI, with its own guidance and schedule and with those of diffusers."""
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
@@ -147,9 +147,9 @@ def main(comfyui: Path, folder: Path) -> None:
 
         comfy.utils.set_progress_bar_enabled(False)
         with torch.no_grad():
-            drawing = Drawing(facts, folder, load_nodes(home))
-            drawing.draw_all("ComfyUI", drawing.as_diffusers, home / "output")
-            drawing.draw_all("ComfyUI, workflow.json", drawing.as_workflow, home / "output")
+            generation = Generation(facts, folder, load_nodes(home))
+            generation.generate_all("ComfyUI", generation.as_diffusers, home / "output")
+            generation.generate_all("ComfyUI, workflow.json", generation.as_workflow, home / "output")
         import comfyui_version
 
         (folder / "comfyui.json").write_text(json.dumps(comfyui_version.__version__))

@@ -1,4 +1,4 @@
-"""Draws with the demo's archive in the three ways that run in this package's environment, and writes what ComfyUI needs for its own.
+"""Images from the demo's archive in the three ways that run in this package's environment, and what ComfyUI needs for its own.
 
 python -m checks.four_ways_ours ARCHIVE FOLDER
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from checks.comfyui_reference import sizes, write_models
 from checks.comfyui_vae import vae_name
-from demo.run import PICTURE, TOKEN
+from demo.run import IMAGE, TOKEN
 from demo.server import ROOT
 from placeholder.model.base import MODEL_VARIABLE, BaseModel
 from placeholder.model.loading import load_scheduler, load_text_encoder, load_transformer, load_vae
@@ -40,17 +40,17 @@ PROMPTS = [
     f"a photo of a {subject.CLASS_WORD} on a blue background",
     "a photo of a red circle on a blue background",
 ]
-# What of the README's example is another here: a smaller model and picture, on the CPU. Each stands there once.
+# What is replaced in the README's example: a smaller model and image, on the CPU. Each occurs there once.
 EXAMPLE_STARTS, EXAMPLE_ENDS = "    import json\n    import zipfile\n", "    settings = dict("
 SHIFT_CONSTANTS = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
 SETTINGS = 'negative_prompt=" ", true_cfg_scale=4.0, width=1024, height=1024, num_inference_steps=50'
 
-Draw = Callable[[str, Path], None]
+Generate = Callable[[str, Path], None]
 
 
 @contextmanager
 def recording() -> Iterator[dict[str, Any]]:
-    """What a pipeline of diffusers is given while a picture is drawn: embeddings, the last latents, and the pipeline itself.
+    """The inputs of a diffusers pipeline while it generates an image: embeddings, the last latents, and the pipeline itself.
 
     Any of the pipelines: ours, the stock one, and that of the command line. Nothing of what they compute is changed.
     """
@@ -84,22 +84,22 @@ def deltas(transformer: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def draw_all(way: str, folder: Path, draw: Draw) -> None:
-    """Every prompt drawn in one way: FOLDER/way/N.png, and in record.safetensors what was recorded."""
+def generate_all(way: str, folder: Path, generate: Generate) -> None:
+    """An image of every prompt in one way: FOLDER/way/N.png, and what was recorded in record.safetensors."""
     (folder / way).mkdir()
     tensors = {}
     for number, prompt in enumerate(PROMPTS):
         with recording() as seen, redirect_stdout(None):
-            draw(prompt, folder / way / f"{number}.png")
+            generate(prompt, folder / way / f"{number}.png")
         tensors[f"prompt.{number}"], tensors["negative"] = seen["embeds"]
         tensors[f"latents.{number}"] = seen["latents"]
     tensors["sigmas"] = seen["pipeline"].scheduler.sigmas
     tensors |= {f"delta.{name}": value for name, value in deltas(seen["pipeline"].transformer).items()}
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / way / "record.safetensors")
-    print(f"{way}: {len(PROMPTS)} pictures", flush=True)
+    print(f"{way}: {len(PROMPTS)} images", flush=True)
 
 
-def predictor(archive: Path | None) -> Draw:
+def predictor(archive: Path | None) -> Generate:
     """predict.py:Predictor, with the archive of each request as Cog hands it over."""
     from predict import Predictor
 
@@ -107,15 +107,15 @@ def predictor(archive: Path | None) -> Draw:
     with redirect_stdout(None):
         cog.setup()
 
-    def draw(prompt: str, path: Path) -> None:
-        inputs = command_line.inputs_of("predict", PICTURE | {"prompt": prompt, "replicate_weights": str(archive or "")})
+    def generate(prompt: str, path: Path) -> None:
+        inputs = command_line.inputs_of("predict", IMAGE | {"prompt": prompt, "replicate_weights": str(archive or "")})
         path.write_bytes(Path(cog.predict(**inputs)).read_bytes())
 
-    return draw
+    return generate
 
 
-def readme_example(archive: Path, model: Path, unpacked: Path) -> Draw:
-    """The README's example for stock diffusers, run as it stands there but for names, sizes and the device."""
+def readme_example(archive: Path, model: Path, unpacked: Path) -> Generate:
+    """The README's example for stock diffusers, run as it is but for names, sizes and the device."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = text[text.index(EXAMPLE_STARTS) : text.index(EXAMPLE_ENDS)]
     for old, new in (
@@ -133,32 +133,32 @@ def readme_example(archive: Path, model: Path, unpacked: Path) -> Draw:
     names["pipe"].set_progress_bar_config(disable=True)
     settings = {
         "negative_prompt": " ",
-        "true_cfg_scale": PICTURE["guidance"],
-        "num_inference_steps": PICTURE["steps"],
-        **{name: PICTURE[name] for name in ("width", "height")},
+        "true_cfg_scale": IMAGE["guidance"],
+        "num_inference_steps": IMAGE["steps"],
+        **{name: IMAGE[name] for name in ("width", "height")},
     }
 
-    def draw(prompt: str, path: Path) -> None:
-        names["pipe"](prompt, generator=torch.Generator().manual_seed(PICTURE["seed"]), **settings).images[0].save(path)
+    def generate(prompt: str, path: Path) -> None:
+        names["pipe"](prompt, generator=torch.Generator().manual_seed(IMAGE["seed"]), **settings).images[0].save(path)
 
-    return draw
+    return generate
 
 
-def command(archive: Path) -> Draw:
-    """`python -m placeholder predict` as a process of its own, and in this one, where it can be recorded: both draw the same file."""
+def command(archive: Path) -> Generate:
+    """`python -m placeholder predict` in its own process, and in this one, where it is recorded: both write the same file."""
 
-    def draw(prompt: str, path: Path) -> None:
-        given = {name: value for name, value in PICTURE.items() if name != "output_format"} | {"replicate_weights": archive}
+    def generate(prompt: str, path: Path) -> None:
+        given = {name: value for name, value in IMAGE.items() if name != "output_format"} | {"replicate_weights": archive}
         options = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
         arguments = ["predict", prompt, *options, "-o"]
         subprocess.run([sys.executable, "-m", "placeholder", *arguments, path], cwd=ROOT, check=True, capture_output=True)
         again = path.with_name("again.png")
         with redirect_stderr(io.StringIO()):
             assert command_line.main([*arguments, str(again)]) == 0
-        assert again.read_bytes() == path.read_bytes(), f"two runs of the command drew different pictures of {prompt}"
+        assert again.read_bytes() == path.read_bytes(), f"two runs of the command made different images of {prompt}"
         again.unlink()
 
-    return draw
+    return generate
 
 
 def write_reference(archive: Path, model: Path, folder: Path) -> None:
@@ -172,19 +172,19 @@ def write_reference(archive: Path, model: Path, folder: Path) -> None:
     shutil.copy(archive, folder / "weights.zip")
     (folder / "lora_weights.safetensors").write_bytes(read_zip(archive)["lora/lora_weights.safetensors"])
     schedule = load_scheduler(base).config
-    tokens = PICTURE["width"] * PICTURE["height"] // 16**2
+    tokens = IMAGE["width"] * IMAGE["height"] // 16**2
     facts = {
         **sizes(text_encoder, transformer),
         "vae": {name: vae.config[name] for name in ("num_res_blocks", "latents_mean", "latents_std")},
         "shift": math.exp(shift_mu(tokens, *(schedule[name] for name in SHIFT_CONSTANTS))),
         "prompts": PROMPTS,
-        "picture": PICTURE,
+        "picture": IMAGE,
     }
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def main(archive: Path, folder: Path) -> None:
-    """Draw in every way of this environment into an empty `folder`."""
+    """Generate images in every way of this environment, into an empty `folder`."""
     if not archive.is_file():
         raise SystemExit(f"{archive.name} is not there: make demo makes it")
     shutil.rmtree(folder, ignore_errors=True)
@@ -192,11 +192,11 @@ def main(archive: Path, folder: Path) -> None:
     model = build_small_base()
     os.environ[MODEL_VARIABLE] = str(model)
     write_reference(archive, model, folder)
-    draw_all("base model", folder, predictor(None))
-    draw_all("predict.py", folder, predictor(archive))
+    generate_all("base model", folder, predictor(None))
+    generate_all("predict.py", folder, predictor(archive))
     with tempfile.TemporaryDirectory() as unpacked:
-        draw_all("diffusers", folder, readme_example(archive, model, Path(unpacked)))
-    draw_all("command line", folder, command(archive))
+        generate_all("diffusers", folder, readme_example(archive, model, Path(unpacked)))
+    generate_all("command line", folder, command(archive))
 
 
 if __name__ == "__main__":

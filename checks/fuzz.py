@@ -105,7 +105,7 @@ class Target:
         self.case.write_bytes(self.mutated(kind, seed))
         self.lines.clear()
         if PROCESS.exists():
-            (PROCESS / "clear_refs").write_text("5")  # forget the height of memory in use (proc(5))
+            (PROCESS / "clear_refs").write_text("5")  # reset the peak memory (proc(5))
         held, start, sentence, wrong = used_bytes("VmRSS"), time.monotonic(), "", []
         try:
             with _guarded(self.watched):
@@ -170,7 +170,10 @@ def _kind_of(sentence: str) -> str:
 
 
 def used_bytes(key: str) -> int:
-    """What this process holds in memory now (VmRSS), has set aside (VmSize), or held at most since its height was last forgotten (VmHWM); 0 without /proc."""
+    """This process's memory now (VmRSS), its address space (VmSize), or its peak memory since the last reset (VmHWM).
+
+    0 without /proc.
+    """
     if not PROCESS.exists():
         return 0
     (line,) = (line for line in (PROCESS / "status").read_text().splitlines() if line.startswith(key))
@@ -183,7 +186,8 @@ def run(target: Target, kind: str, seeds: range, log: Callable[[str], None] = pr
     failed = [seed for seed, outcome in outcomes.items() if outcome.failure]
     for seed in failed:
         log(
-            f"{kind} {seed} failed: {outcomes[seed].failure}\n  repeat it with: python -m checks.fuzz --kind {kind} --first {seed} --count 1"
+            f"{kind} {seed} failed: {outcomes[seed].failure}\n"
+            f"  repeat it with: python -m checks.fuzz --kind {kind} --first {seed} --count 1"
         )
     sentences = Counter(_kind_of(outcome.sentence) for outcome in outcomes.values())
     slowest = max(seeds, key=lambda seed: outcomes[seed].seconds)

@@ -1,4 +1,4 @@
-"""Data sets of a few small pictures and captions, changed at random, also within the headers of the pictures."""
+"""Data sets of a few small images and captions, changed at random, also within the headers of the images."""
 
 import random
 import struct
@@ -15,7 +15,7 @@ BAD_CAPTIONS = [b"\xff", b"a\0b", b"x" * 70_000]
 
 
 @cache
-def _pictures() -> dict[str, bytes]:
+def _images() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[274], exif[270] = 6, "a description"
     plain = picture(72, 64)
@@ -36,13 +36,13 @@ def _pictures() -> dict[str, bytes]:
 
 
 def mutated_dataset(seed: int) -> bytes:
-    """A data set of a few small pictures and captions in which something is different."""
+    """A data set of a few small images and captions in which something is different."""
     rng = random.Random(f"dataset {seed}")
-    entries: Entries = [("0.png", _pictures()["rgb.png"]), ("0.txt", "a photo of <zwx>, caf\u00e9".encode())]
+    entries: Entries = [("0.png", _images()["rgb.png"]), ("0.txt", "a photo of <zwx>, caf\u00e9".encode())]
     for number in range(1, rng.choice([2, 3, 4])):
-        kind = rng.choice(sorted(_pictures()))
-        content = _pictures()[kind]
-        entries.append((f"{number}.{kind.split('.')[1]}", _changed_picture(content, rng, rng.choice([0, 0, 1, 1, 2, 3]))))
+        kind = rng.choice(sorted(_images()))
+        content = _images()[kind]
+        entries.append((f"{number}.{kind.split('.')[1]}", _changed_image(content, rng, rng.choice([0, 0, 1, 1, 2, 3]))))
         entries.append(
             (
                 f"{number}.txt",
@@ -56,14 +56,14 @@ def mutated_dataset(seed: int) -> bytes:
     return changed_bytes(content, rng) if rng.random() < 0.2 else content
 
 
-def _changed_picture(content: bytes, rng: random.Random, times: int) -> bytes:
+def _changed_image(content: bytes, rng: random.Random, times: int) -> bytes:
     for _ in range(times):
         content = _changed_once(content, rng)
     return content
 
 
 def _changed_once(content: bytes, rng: random.Random) -> bytes:
-    """The picture with bytes changed, or with a field of its headers overwritten and the checksum put right."""
+    """The image with bytes changed, or with a field of its headers overwritten and the checksum put right."""
     if content.startswith(b"\x89PNG") and rng.random() < 0.7:
         chunks, place = [], 8
         while place + 12 <= len(content):

@@ -1,6 +1,6 @@
 """A thousand predictions in one process on the small base model: whether memory, open files and temporary folders stay flat.
 
-`make soak` writes benchmarks/soak.json and fails where they do not. Archives, prompts, sizes, formats and go_fast change all
+`make soak` writes checks/soak.json and fails where they do not. Archives, prompts, sizes, formats and go_fast change all
 the time, and every seventh request fails or is interrupted.
 """
 
@@ -101,7 +101,7 @@ class Interrupting:
 
 
 def predict(predictor: Predictor, inputs: dict[str, Any]) -> str:
-    """What became of a request: the picture's format, or the error's kind."""
+    """What became of a request: the image's format, or the error's kind."""
     predictor.generator.log.armed = inputs["prompt"].startswith("interrupted")
     try:
         return Path(predictor.predict(**inputs)).suffix
@@ -131,7 +131,7 @@ def verdict(samples: list[dict[str, float]]) -> list[str]:
     if len(counts := {found["open_files"] for found in warm}) > 1:
         grown.append(f"open files: from {min(counts)} to {max(counts)}")
     if (folders := max(found["temporary"] for found in warm)) > 1:
-        grown.append(f"temporary folders: {folders}, where there is one for the latest picture")
+        grown.append(f"temporary folders: {folders}, where there is one for the latest image")
     return grown
 
 
@@ -164,7 +164,8 @@ def main() -> None:
         found = soak(BaseModel.from_environment(), Path(folder))
     tempfile.tempdir = None
     record = {
-        "machine": f"one thread of {platform.processor() or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
+        "machine": f"one thread of {platform.processor() or platform.machine()}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}",
         "date": datetime.now(UTC).date().isoformat(),
         "grown": verdict(found["samples"]),
         **found,

@@ -13,7 +13,7 @@ NONE = "none"
 
 
 class QwenImagePlaceholderToken:
-    """Encodes a prompt in which a token, such as <zwx>, stands for learned rows; without the token as CLIP Text Encode does."""
+    """Encodes a prompt in which a token, such as <zwx>, has learned rows; a prompt without a token as CLIP Text Encode does."""
 
     CATEGORY = "conditioning"
     DESCRIPTION = "Encodes a prompt for Qwen-Image, with the learned embedding of a token such as <zwx> in the token's place."

@@ -1,4 +1,4 @@
-"""The main job end to end on the small base model, through the real Cog server: three trainings, their archives, pictures.
+"""The main job end to end on the small base model, through the real Cog server: three trainings, their archives, images.
 
 A new subject is taught with the zero-prior token and with the trigger word TOK, and a cat from real photographs with the
 token. The contact sheet shows what was taught and what was drawn; everything is left in demo-output.
@@ -20,13 +20,13 @@ from standin.world import TRIGGER, render, subject_scene
 OUTPUT = ROOT / "demo-output"
 TOKEN = "<zwx>"
 BUDGET = {"steps": 400, "rank": 8, "resolution": "64", "learning_rate": 1e-3, "batch_size": 4, "seed": 1}
-PICTURE = {"steps": 20, "guidance": 4, "width": 64, "height": 64, "seed": 7, "output_format": "png"}
+IMAGE = {"steps": 20, "guidance": 4, "width": 64, "height": 64, "seed": 7, "output_format": "png"}
 CELL, TITLE_WIDTH = 112, 190
 TITLE = "Drawn by a small stand-in base model (64 pixels, trained on synthetic shapes), not by Qwen-Image."
 
 
 def main() -> None:
-    """Train, draw, and leave a contact sheet."""
+    """Train, generate images, and write a contact sheet."""
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir()
     env = {"QWEN_IMAGE_MODEL": str(build_small_base().relative_to(ROOT))}
@@ -51,11 +51,11 @@ def main() -> None:
     with CogServer("predict", env | {FAST_VARIABLE: str(distil.STORED)}, log) as server:
         rows = picture_rows(server, archives)
     contact_sheet(rows, {name: curves(text) for name, text in logs.items()}).save(OUTPUT / "contact-sheet.png")
-    print(f"{TITLE}\nThe contact sheet, the pictures, the archives, the data sets and the server's log are in {OUTPUT}")
+    print(f"{TITLE}\nThe contact sheet, the images, the archives, the data sets and the server's log are in {OUTPUT}")
 
 
 def picture_rows(server: CogServer, archives: dict[str, Path]) -> list[tuple[str, list[Image.Image], list[str]]]:
-    """Rows of the contact sheet: a title, pictures, and what stands under each."""
+    """Rows of the contact sheet: a title, images, and the text under each."""
 
     def draw(archive: str | None, prompts: list[str], go_fast: bool = False) -> tuple[list[Image.Image], list[str]]:
         return [picture(server, prompt, archives[archive] if archive else None, go_fast) for prompt in prompts], prompts
@@ -90,9 +90,9 @@ def picture_rows(server: CogServer, archives: dict[str, Path]) -> list[tuple[str
 
 
 def picture(server: CogServer, prompt: str, archive: Path | None, go_fast: bool) -> Image.Image:
-    """One picture from the server, with the archive or without; kept as a file too."""
+    """One image from the server, with the archive or without; kept as a file too."""
     weights = {"replicate_weights": data_url(archive)} if archive else {}
-    content = from_data_url(succeeded(server.ask({"prompt": prompt, "go_fast": go_fast, **PICTURE, **weights}))["output"])
+    content = from_data_url(succeeded(server.ask({"prompt": prompt, "go_fast": go_fast, **IMAGE, **weights}))["output"])
     name = re.sub(r"[^a-zA-Z]+", "-", f"{archive.stem if archive else 'base'} {prompt}{' go fast' if go_fast else ''}").strip(
         "-"
     )

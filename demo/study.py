@@ -30,7 +30,7 @@ from placeholder.training.setup import prepare
 from standin.judge import background_of, kind_probabilities, subject_fidelity, to_pixels
 from standin.sampler import Sampler
 from standin.small_base import build_small_base
-from standin.subject import CLASS_WORD, PICTURES_EACH, SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS, named, write_dataset
+from standin.subject import CLASS_WORD, IMAGES_EACH, SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS, named, write_dataset
 from standin.world import RARE_WORD, SUBJECT, TRIGGER
 
 TOKEN = "<zwx>"
@@ -41,7 +41,7 @@ LOW_SCALE = 0.5
 EARLY = 0.25
 FIDELITY_GOAL = 0.6
 LABEL_WIDTH = 330  # pixels of the figure
-SAMPLES = 6  # pictures a prompt
+SAMPLES = 6  # images a prompt
 UNRELATED = (
     "a photo of a red circle on a blue background",
     "a photo of a green star on a white background",
@@ -95,7 +95,7 @@ ARMS: dict[str, Arm] = {
 
 
 def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Image]]:
-    """One training with its measures and a strip of pictures."""
+    """One training with its measures and a strip of images."""
     started = time.monotonic()
     tokens_on = arm.trigger == TOKEN
     config = TrainConfig(
@@ -110,7 +110,7 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
     sampler = Sampler(base, training.state.transformer, encoder, training.tokenizer, training.tokens)
     prompts = Prompts(arm)
     with without_lora(training.state.transformer):
-        base_class, base_unrelated = sampler.draw_all(prompts.class_word, SAMPLES), sampler.draw_all(UNRELATED, SAMPLES)
+        base_class, base_unrelated = sampler.sample_all(prompts.class_word, SAMPLES), sampler.sample_all(UNRELATED, SAMPLES)
 
     measures: dict = {"fidelity_by_step": {}}
     marks = {round(share * config.steps) for share in CHECKPOINTS}
@@ -119,10 +119,10 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
     for step in steps:
         training_seconds += time.monotonic() - resumed
         if step.number in marks:
-            images = sampler.draw_all(prompts.seen, 3)
+            images = sampler.sample_all(prompts.seen, 3)
             measures["fidelity_by_step"][step.number] = mean_fidelity(images, SEEN_BACKGROUNDS)
         if step.number == round(EARLY * config.steps):
-            measures["prior_leakage_early"] = old_meaning(sampler.draw_all(prompts.trigger, SAMPLES))
+            measures["prior_leakage_early"] = old_meaning(sampler.sample_all(prompts.trigger, SAMPLES))
         resumed = time.monotonic()
     measures["training_seconds"] = training_seconds
     measures |= final_measures(sampler, prompts, base_class, base_unrelated)
@@ -152,8 +152,8 @@ class Prompts:
 
 def final_measures(sampler: Sampler, prompts: Prompts, base_class: list, base_unrelated: list) -> dict:
     """The measures at the end of training; docs/study.md defines each."""
-    seen, unseen = sampler.draw_all(prompts.seen, SAMPLES), sampler.draw_all(prompts.unseen, SAMPLES)
-    class_word, unrelated = sampler.draw_all(prompts.class_word, SAMPLES), sampler.draw_all(UNRELATED, SAMPLES)
+    seen, unseen = sampler.sample_all(prompts.seen, SAMPLES), sampler.sample_all(prompts.unseen, SAMPLES)
+    class_word, unrelated = sampler.sample_all(prompts.class_word, SAMPLES), sampler.sample_all(UNRELATED, SAMPLES)
     measures = {
         "fidelity_seen": mean_fidelity(seen, SEEN_BACKGROUNDS),
         "fidelity_unseen": mean_fidelity(unseen, UNSEEN_BACKGROUNDS),
@@ -162,21 +162,21 @@ def final_measures(sampler: Sampler, prompts: Prompts, base_class: list, base_un
             for images, background in zip(seen + unseen, SEEN_BACKGROUNDS + UNSEEN_BACKGROUNDS, strict=True)
             for image in images
         ),
-        "prior_leakage": old_meaning(sampler.draw_all(prompts.trigger, SAMPLES)),
+        "prior_leakage": old_meaning(sampler.sample_all(prompts.trigger, SAMPLES)),
         "class_leak": probability(SUBJECT, class_word) - probability(SUBJECT, base_class),
         "class_kept": probability(CLASS_WORD, class_word),
         "class_change": difference(class_word, base_class),
         "drift": difference(unrelated, base_unrelated),
     }
     scale_lora(sampler.transformer, LOW_SCALE)
-    measures["prior_leakage_low_scale"] = old_meaning(sampler.draw_all(prompts.trigger, SAMPLES))
+    measures["prior_leakage_low_scale"] = old_meaning(sampler.sample_all(prompts.trigger, SAMPLES))
     scale_lora(sampler.transformer, 1.0)
     return measures
 
 
 def preserve_without_token(training: Training, encoder: nn.Module) -> None:
     """Preservation for a trigger word: the same prompts as for the token are kept."""
-    captions = [f"a photo of a {CLASS_WORD} on a {background} background" for background in SEEN_BACKGROUNDS * PICTURES_EACH]
+    captions = [f"a photo of a {CLASS_WORD} on a {background} background" for background in SEEN_BACKGROUNDS * IMAGES_EACH]
     ids = [prompt_ids(training.tokenizer, training.tokens, caption) for caption in captions]
     training.prompt_embeds.text_encoder = encoder
     training.prompt_embeds.cache(ids)
@@ -188,14 +188,14 @@ def preserve_without_token(training: Training, encoder: nn.Module) -> None:
 
 
 def mean_fidelity(images: list[list[Image.Image]], backgrounds: tuple[str, ...]) -> float:
-    """The subject's fidelity averaged over the pictures of each background."""
+    """The subject's fidelity averaged over the images of each background."""
     return mean(
         subject_fidelity(image, background) for group, background in zip(images, backgrounds, strict=True) for image in group
     )
 
 
 def old_meaning(images: list[list[Image.Image]]) -> float:
-    """The mean probability that a picture shows what a trigger word meant before: a waffle or an arrow."""
+    """The mean probability that an image shows what a trigger word meant before: a waffle or an arrow."""
     return probability(TRIGGER, images) + probability(RARE_WORD, images)
 
 
@@ -205,7 +205,7 @@ def probability(kind: str, images: list[list[Image.Image]]) -> float:
 
 
 def difference(images: list[list[Image.Image]], others: list[list[Image.Image]]) -> float:
-    """The mean absolute difference of pixels, 0 to 1, between pictures of the same prompt and seed."""
+    """The mean absolute difference of pixels, 0 to 1, between images of the same prompt and seed."""
     pairs = [pair for group, other in zip(images, others, strict=True) for pair in zip(group, other, strict=True)]
     return mean((to_pixels(a) - to_pixels(b)).abs().mean().item() for a, b in pairs)
 
@@ -217,11 +217,11 @@ def mean(values) -> float:
 
 def strip(sampler: Sampler, prompts: Prompts) -> list[Image.Image]:
     """Two seen and two unseen contexts, the trigger at low scale, the class word twice, two unrelated prompts."""
-    images = [sampler.draw(prompt, 1)[0] for prompt in (*prompts.seen[:2], *prompts.unseen[:2])]
+    images = [sampler.sample(prompt, 1)[0] for prompt in (*prompts.seen[:2], *prompts.unseen[:2])]
     scale_lora(sampler.transformer, LOW_SCALE)
-    images.append(sampler.draw(prompts.trigger[1], 1)[0])
+    images.append(sampler.sample(prompts.trigger[1], 1)[0])
     scale_lora(sampler.transformer, 1.0)
-    return images + [sampler.draw(prompt, 1)[0] for prompt in (*prompts.class_word[:2], *UNRELATED[:2])]
+    return images + [sampler.sample(prompt, 1)[0] for prompt in (*prompts.class_word[:2], *UNRELATED[:2])]
 
 
 COLUMNS = ("seen", "seen", "unseen", "unseen", f"trigger at {LOW_SCALE}", "class word", "class word", "unrelated", "unrelated")

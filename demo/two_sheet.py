@@ -6,14 +6,14 @@ from functools import reduce
 
 from PIL import Image, ImageDraw
 
-from demo.two_measures import CONTEXTS, NAMES, Draw
+from demo.two_measures import CONTEXTS, NAMES, Generate
 from demo.two_subjects import CLASS_WORDS, KINDS, ORDERS, alone, both, side_by_side
 
 CELL, LABEL_WIDTH, HEADER = 96, 200, 36  # pixels
 
 # Each column of a table is a title and where the figure stands in the record of a run.
 Columns = dict[str, tuple[str, ...]]
-SINGLE_PROCESS: Columns = {
+ALONE: Columns = {
     f"{name}, {title}": ("alone", name, context, key)
     for name in NAMES
     for title, context, key in (
@@ -53,7 +53,7 @@ OLD: Columns = {
 
 def tables(results: dict[str, list[dict]]) -> str:
     """Mean and standard deviation over the seeds, an arm a row, in four tables."""
-    titles = {"alone": SINGLE_PROCESS, "both in one picture": BOTH, "class words": CLASSES, "old meaning": OLD}
+    titles = {"alone": ALONE, "both in one picture": BOTH, "class words": CLASSES, "old meaning": OLD}
     return "\n".join(_table(title, columns, results) for title, columns in titles.items())
 
 
@@ -79,19 +79,19 @@ COLUMNS = (
 )
 
 
-def strip(draw: Draw, named: tuple[str, str]) -> list[Image.Image]:
-    """The first picture for each of COLUMNS, of a model that calls the subjects `named`."""
+def strip(generate: Generate, named: tuple[str, str]) -> list[Image.Image]:
+    """The first image for each of COLUMNS, of a model that calls the subjects `named`."""
     first_left, second_left = ORDERS
-    pictures = [alone(named[index], KINDS[index], background) for index in (0, 1) for background in ("blue", "white")]
+    specs = [alone(named[index], KINDS[index], background) for index in (0, 1) for background in ("blue", "white")]
     pairs = (("blue", first_left), ("green", second_left), ("pink", first_left))
-    pictures += [both(named, order, background) for background, order in pairs]
+    specs += [both(named, order, background) for background, order in pairs]
     pairs = (("white", first_left), ("yellow", second_left), ("orange", first_left))
-    pictures += [both(named, order, background) for background, order in pairs]
+    specs += [both(named, order, background) for background, order in pairs]
     for index in (0, 1):
         plain = CLASS_WORDS[1 - index]
-        pictures.append(side_by_side((named[index], plain), (KINDS[index], plain), "blue"))
-    pictures += [alone(word, word, "blue") for word in CLASS_WORDS]
-    return [draw(picture)[0] for picture in pictures]
+        specs.append(side_by_side((named[index], plain), (KINDS[index], plain), "blue"))
+    specs += [alone(word, word, "blue") for word in CLASS_WORDS]
+    return [generate(spec)[0] for spec in specs]
 
 
 def sheet(strips: dict[str, list[Image.Image]]) -> Image.Image:
@@ -100,9 +100,9 @@ def sheet(strips: dict[str, list[Image.Image]]) -> Image.Image:
     pen = ImageDraw.Draw(image)
     for column, title in enumerate(COLUMNS):
         pen.text((LABEL_WIDTH + 4 + column * CELL, 10), title, fill="black")
-    for row, (name, pictures) in enumerate(strips.items()):
+    for row, (name, images) in enumerate(strips.items()):
         top = HEADER + row * CELL
         pen.text((6, top + CELL // 2 - 6), name, fill="black")
-        for column, picture in enumerate(pictures):
-            image.paste(picture.resize((CELL - 4, CELL - 4), Image.Resampling.NEAREST), (LABEL_WIDTH + column * CELL, top))
+        for column, cell in enumerate(images):
+            image.paste(cell.resize((CELL - 4, CELL - 4), Image.Resampling.NEAREST), (LABEL_WIDTH + column * CELL, top))
     return image

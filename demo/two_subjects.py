@@ -1,22 +1,22 @@
-"""Two new subjects in one data set: pictures of each alone and of both side by side, with captions that name what is there."""
+"""Two new subjects in one data set: images of each alone and of both side by side, with captions that name what is there."""
 
 import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from standin.subject import PICTURES_EACH, SEEN_BACKGROUNDS
+from standin.subject import IMAGES_EACH, SEEN_BACKGROUNDS
 from standin.world import SECOND_SUBJECT, SUBJECT, Scene, Thing, render
 
 KINDS = (SUBJECT, SECOND_SUBJECT)  # the world's names of the two drawings
 CLASS_WORDS = ("house", "face")  # of the first and of the second
 ORDERS = ((0, 1), (1, 0))  # which of the two stands on the left, which on the right
-TAUGHT_SEED = 1000  # of the first picture of the data set
+TAUGHT_SEED = 1000  # of the first image of the data set
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What a picture is to show: a caption, the world's kinds of things, one or left and right, and the background."""
+class ImageSpec:
+    """What an image is to show: a caption, the world's kinds of things, one or left and right, and the background."""
 
     caption: str
     kinds: tuple[str, ...]
@@ -31,43 +31,43 @@ class Picture:
 
 
 def nouns(words: tuple[str, str]) -> tuple[str, str]:
-    """How captions call the two subjects: their tokens or trigger words, each beside the class word."""
+    """How captions call the two subjects: their tokens or trigger words, each with the class word."""
     first, second = (f"{word} {noun}" for word, noun in zip(words, CLASS_WORDS, strict=True))
     return first, second
 
 
-def alone(noun: str, kind: str, background: str) -> Picture:
+def alone(noun: str, kind: str, background: str) -> ImageSpec:
     """One thing in the middle."""
-    return Picture(f"a photo of a {noun} on a {background} background", (kind,), background)
+    return ImageSpec(f"a photo of a {noun} on a {background} background", (kind,), background)
 
 
-def side_by_side(named: tuple[str, str], kinds: tuple[str, str], background: str) -> Picture:
+def side_by_side(named: tuple[str, str], kinds: tuple[str, str], background: str) -> ImageSpec:
     """Two things, left and right, captioned as the world captions its pairs: the order says which is where."""
     caption = f"a photo of a small {named[0]} and a small {named[1]} on a {background} background"
-    return Picture(caption, kinds, background)
+    return ImageSpec(caption, kinds, background)
 
 
-def both(named: tuple[str, str], order: tuple[int, int], background: str) -> Picture:
+def both(named: tuple[str, str], order: tuple[int, int], background: str) -> ImageSpec:
     """Both subjects, in this order."""
     left, right = order
     return side_by_side((named[left], named[right]), (KINDS[left], KINDS[right]), background)
 
 
-def taught(named: tuple[str, str], together: bool = True) -> list[Picture]:
-    """Twelve pictures of each subject on six backgrounds and, if `together`, twelve of both, six in either order."""
-    backgrounds = SEEN_BACKGROUNDS * PICTURES_EACH
-    pictures = [alone(noun, kind, background) for noun, kind in zip(named, KINDS, strict=True) for background in backgrounds]
+def taught(named: tuple[str, str], together: bool = True) -> list[ImageSpec]:
+    """Twelve images of each subject on six backgrounds and, if `together`, twelve of both, six in either order."""
+    backgrounds = SEEN_BACKGROUNDS * IMAGES_EACH
+    specs = [alone(noun, kind, background) for noun, kind in zip(named, KINDS, strict=True) for background in backgrounds]
     if together:
-        pictures += [both(named, order, background) for order in ORDERS for background in SEEN_BACKGROUNDS]
-    return pictures
+        specs += [both(named, order, background) for order in ORDERS for background in SEEN_BACKGROUNDS]
+    return specs
 
 
-def write_dataset(path: Path, pictures: list[Picture]) -> Path:
-    """The pictures with their captions, in an archive as a user would upload one."""
+def write_dataset(path: Path, specs: list[ImageSpec]) -> Path:
+    """The images with their captions, in an archive as a user would upload one."""
     with zipfile.ZipFile(path, "w") as archive:
-        for number, picture in enumerate(pictures):
+        for number, spec in enumerate(specs):
             content = io.BytesIO()
-            render(picture.scene(TAUGHT_SEED + number)).save(content, "PNG")
+            render(spec.scene(TAUGHT_SEED + number)).save(content, "PNG")
             archive.writestr(f"picture-{number:02}.png", content.getvalue())
-            archive.writestr(f"picture-{number:02}.txt", picture.caption)
+            archive.writestr(f"picture-{number:02}.txt", spec.caption)
     return path

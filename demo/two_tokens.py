@@ -1,4 +1,4 @@
-"""Two tokens in one training: whether both subjects are drawn, each alone and both in one picture.
+"""Two tokens in one training: whether both subjects appear, each alone and both in one image.
 
 `make two-tokens` runs it on the small base model and writes docs/two-tokens.json, docs/two-tokens-table.md and
 docs/two-tokens.png. docs/two-tokens.md defines every measure.
@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
 from demo.study import UNRELATED, difference
-from demo.two_measures import Draw, measures, old_meaning, rendered
+from demo.two_measures import Generate, measures, old_meaning, rendered
 from demo.two_sheet import sheet, strip, tables
 from demo.two_subjects import nouns, taught, write_dataset
 from placeholder.config import TrainConfig
@@ -37,7 +37,7 @@ from standin.world import RARE_WORD, TRIGGER
 TOKENS = ("<zwx>", "<qrs>")
 TRIGGERS = (TRIGGER, RARE_WORD)
 BUDGET = {"steps": 500, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "resolution": (64,), "report": False}
-SAMPLES = 3  # pictures a prompt
+SAMPLES = 3  # images a prompt
 LOW_SCALE = 0.5
 
 
@@ -73,7 +73,7 @@ RENDERED, THROUGH_VAE = "as the world draws them", "the same, through the VAE"
 
 
 def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[Weights | None, dict]:
-    """One training by the package, from an archive of pictures to an archive of weights, and what its record says."""
+    """One training by the package, from an archive of images to an archive of weights, and what its record says."""
     if not arm.trained:
         return None, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -97,41 +97,43 @@ def sampler_of(weights: Weights | None, seed: int, base: BaseModel) -> Sampler:
 
 
 def run_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Image]]:
-    """One training with its measures and a strip of pictures."""
+    """One training with its measures and a strip of images."""
     weights, record = train_arm(arm, seed, base)
     sampler = sampler_of(weights, seed, base)
 
-    def draw(picture) -> list[Image.Image]:
-        return sampler.draw(picture.caption, SAMPLES)
+    def generate(spec) -> list[Image.Image]:
+        return sampler.sample(spec.caption, SAMPLES)
 
-    found = measures(draw, arm.named) | {"old_meaning": old_meaning(draw, arm.words), "drift": 0.0} | record
+    found = measures(generate, arm.named) | {"old_meaning": old_meaning(generate, arm.words), "drift": 0.0} | record
     if weights is not None:
-        unrelated = sampler.draw_all(UNRELATED, SAMPLES)
+        unrelated = sampler.sample_all(UNRELATED, SAMPLES)
         with without_lora(sampler.transformer):
-            found["drift"] = difference(unrelated, sampler.draw_all(UNRELATED, SAMPLES))
+            found["drift"] = difference(unrelated, sampler.sample_all(UNRELATED, SAMPLES))
         scale_lora(sampler.transformer, LOW_SCALE)
-        found["old_meaning_low_scale"] = old_meaning(draw, arm.words)
+        found["old_meaning_low_scale"] = old_meaning(generate, arm.words)
         scale_lora(sampler.transformer, 1.0)
     else:
         found["old_meaning_low_scale"] = found["old_meaning"]
-    return found, strip(draw, arm.named)
+    return found, strip(generate, arm.named)
 
 
 def ceilings(base: BaseModel) -> tuple[dict[str, dict], dict[str, list[Image.Image]]]:
-    """The measures and strips of the world's own drawings, and of those after the VAE: no model here can do better."""
+    """The measures and strips of the world's own renders, and of these after the VAE: no model here can do better."""
     vae = load_vae(base, torch.float32)
-    draws: dict[str, Draw] = {
+    models: dict[str, Generate] = {
         RENDERED: partial(rendered, count=SAMPLES),
-        THROUGH_VAE: lambda picture: [through_vae(vae, image) for image in rendered(picture, SAMPLES)],
+        THROUGH_VAE: lambda spec: [through_vae(vae, image) for image in rendered(spec, SAMPLES)],
     }
     named = nouns(TOKENS)
-    found = {name: measures(draw, named) | {"old_meaning": old_meaning(draw, TOKENS)} for name, draw in draws.items()}
-    return found, {name: strip(draw, named) for name, draw in draws.items()}
+    found = {
+        name: measures(generate, named) | {"old_meaning": old_meaning(generate, TOKENS)} for name, generate in models.items()
+    }
+    return found, {name: strip(generate, named) for name, generate in models.items()}
 
 
 @torch.no_grad()
 def through_vae(vae: AutoencoderKLQwenImage, image: Image.Image) -> Image.Image:
-    """The picture as the VAE gives it back."""
+    """The image as the VAE gives it back."""
     pixels = to_pixels(image)[:, :, None] * 2 - 1  # (1, 3, 1, H, W)
     decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0, :, 0]  # (3, H, W)
     values = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()

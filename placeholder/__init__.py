@@ -1,6 +1,6 @@
 """Teach Qwen-Image a new subject: LoRA on the transformer, optionally with a fresh zero-prior placeholder token.
 
-`load(pipe, "weights.zip")` and `unload(pipe)` put an archive on a QwenImagePipeline of diffusers and take it off again.
+`load(pipe, "weights.zip")` and `unload(pipe)` load an archive into a QwenImagePipeline of diffusers and remove it again.
 """
 
 import logging
@@ -16,7 +16,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
-    """The two functions, imported when they are first wanted: diffusers takes seconds."""
+    """The two functions, imported on first use, because importing diffusers takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from placeholder import pipeline

@@ -67,8 +67,8 @@ class ImageGenerator:
     def generate(self, request: Request, weights: Path | None, extra: Path | None = None) -> Image.Image:
         """Generate the image, with the archive or bare LoRA at `weights`, the one at `extra`, both or neither.
 
-        Raises ValueError when the weights cannot be used and RuntimeError when the memory is not enough. Whatever ends a request
-        early, also an interruption, does not affect the next one.
+        Raises ValueError when the weights cannot be used, RuntimeError when out of memory. A request that ends early for any
+        reason, also an interruption, does not affect the next one.
         """
         fast = self.fast if request.go_fast else None
         self.load(weights, extra, fast)

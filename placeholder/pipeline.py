@@ -1,4 +1,4 @@
-"""An archive on a stock QwenImagePipeline of diffusers: its LoRA and its tokens, put on and taken off again."""
+"""A weights archive on a stock QwenImagePipeline of diffusers: its LoRA and its tokens, loaded and unloaded."""
 
 import warnings
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from placeholder.tokens.prompt_encoder import prompt_ids
 from placeholder.tokens.vocabulary import archive_tokens
 from placeholder.weights.archive import Weights, read_weights
 
-WRAPPED = "_get_qwen_prompt_embeds"  # the pipeline's one way from prompts to embeddings, private to it, wrapped here alone
+WRAPPED = "_get_qwen_prompt_embeds"  # the private method by which the pipeline encodes prompts; wrapped here alone
 
 
-class PromptEncoder:
-    """Stands on one pipeline in the place of its `_get_qwen_prompt_embeds`.
+class LoadedArchive:
+    """An archive on one pipeline; replaces the pipeline's `_get_qwen_prompt_embeds`.
 
-    A prompt that names a token is encoded alone, without padding, as in training; any other is left to the pipeline.
+    A prompt that names a token is encoded alone, without padding, as in training; all others are encoded by the pipeline.
     """
 
     def __init__(self, pipe: QwenImagePipeline, weights: Weights, tokens: PlaceholderTokens, lora_scale: float):
@@ -33,7 +33,7 @@ class PromptEncoder:
     def __call__(
         self, prompt: str | list[str], device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Prompt embeddings (B, T, D), zeros after the end of the shorter ones, and their mask (B, T)."""
+        """Prompt embeddings (B, T, D), padded with zeros, and their mask (B, T)."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not any(map(self._names_a_token, prompts)):
             return self._stock(prompts, device, dtype)
@@ -53,7 +53,7 @@ class PromptEncoder:
         return getattr(type(self.pipe), WRAPPED)(self.pipe, prompts, device, dtype)
 
     def _encode(self, prompt: str, device: torch.device) -> Tensor:
-        """The embeddings (T, D) of one prompt, by the whole text encoder, on which offloading has its hooks."""
+        """The embeddings (T, D) of one prompt, by the pipeline's whole text encoder, which has the hooks of offloading."""
         text_encoder = self.pipe.text_encoder
         input_ids = torch.tensor([prompt_ids(self.pipe.tokenizer, self.tokens, prompt)], device=device)  # (1, T)
         with learned_rows(text_encoder.get_input_embeddings(), self.tokens):
@@ -65,7 +65,7 @@ class PromptEncoder:
 
 @contextmanager
 def learned_rows(embed_tokens: nn.Embedding, tokens: PlaceholderTokens) -> Iterator[None]:
-    """For a while the embedding gives the learned rows where their ids stand; its matrix is neither resized nor written to."""
+    """While this lasts, the embedding returns the learned rows at their ids; its matrix is neither resized nor changed."""
     given: list[Tensor] = []
 
     def without_new_ids(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -85,10 +85,10 @@ def learned_rows(embed_tokens: nn.Embedding, tokens: PlaceholderTokens) -> Itera
 
 
 def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0) -> None:
-    """Put a weights archive, or a bare LoRA in safetensors, on the pipeline, in the place of one that this function put there.
+    """Load a weights archive, or a bare LoRA in safetensors, into the pipeline; it replaces one that was loaded before.
 
-    `weights` is a path or a URL. Afterwards `pipe(prompt="a photo of <zwx>")` draws what was trained. Raises ValueError for
-    weights that cannot be used, and then leaves the pipeline as it was.
+    `weights` is a path or a URL. Afterwards `pipe(prompt="a photo of <zwx>")` generates images of the trained subject. Raises
+    ValueError for weights that cannot be used; the pipeline then stays as it was.
     """
     earlier = _loaded(pipe)
     _check(pipe, earlier)
@@ -102,7 +102,7 @@ def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0) 
         warnings.warn(f"trained on {trained_on}, applied to {here}", stacklevel=2)
     unload(pipe)
     try:
-        _apply(pipe, PromptEncoder(pipe, found, tokens, lora_scale))
+        _apply(pipe, LoadedArchive(pipe, found, tokens, lora_scale))
     except BaseException:
         unload_lora(pipe.transformer)
         if earlier is not None:
@@ -111,23 +111,23 @@ def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0) 
 
 
 def unload(pipe: QwenImagePipeline) -> None:
-    """Take off what `load` put on; the pipeline is what it was before, bit for bit. Nothing happens where nothing was loaded."""
+    """Undo `load`; the pipeline is what it was before, bit for bit. Does nothing if nothing was loaded."""
     if _loaded(pipe) is None:
         return
     if set(_adapters(pipe)) - {ADAPTER}:
-        pipe.transformer.delete_adapters(ADAPTER)  # another LoRA was put beside it and stays
+        pipe.transformer.delete_adapters(ADAPTER)  # another LoRA was loaded after it and stays
     else:
         unload_lora(pipe.transformer)
     delattr(pipe, WRAPPED)
 
 
-def _apply(pipe: QwenImagePipeline, encoder: PromptEncoder) -> None:
-    load_lora(pipe.transformer, encoder.weights.lora)
-    scale_lora(pipe.transformer, encoder.lora_scale)
-    setattr(pipe, WRAPPED, encoder)
+def _apply(pipe: QwenImagePipeline, archive: LoadedArchive) -> None:
+    load_lora(pipe.transformer, archive.weights.lora)
+    scale_lora(pipe.transformer, archive.lora_scale)
+    setattr(pipe, WRAPPED, archive)
 
 
-def _loaded(pipe: QwenImagePipeline) -> PromptEncoder | None:
+def _loaded(pipe: QwenImagePipeline) -> LoadedArchive | None:
     return vars(pipe).get(WRAPPED)
 
 
@@ -135,7 +135,7 @@ def _adapters(pipe: QwenImagePipeline) -> list[str]:
     return list(getattr(pipe.transformer, "peft_config", {}))
 
 
-def _check(pipe: QwenImagePipeline, earlier: PromptEncoder | None) -> None:
+def _check(pipe: QwenImagePipeline, earlier: LoadedArchive | None) -> None:
     if not isinstance(pipe, QwenImagePipeline):
         raise ValueError(f"the pipeline is a {type(pipe).__name__}: give a QwenImagePipeline")
     missing = [name for name in ("tokenizer", "text_encoder", "transformer") if getattr(pipe, name) is None]
@@ -149,6 +149,6 @@ def _check(pipe: QwenImagePipeline, earlier: PromptEncoder | None) -> None:
     others = [name for name in _adapters(pipe) if earlier is None or name != ADAPTER]
     if others:
         raise ValueError(
-            f"the pipeline already has the LoRA {others[0]!r}: take it off with pipe.unload_lora_weights(), "
+            f"the pipeline already has the LoRA {others[0]!r}: remove it with pipe.unload_lora_weights(), "
             "load these weights, and then the other again"
         )

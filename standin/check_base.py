@@ -1,4 +1,4 @@
-"""The small base model's own check: does it draw what held-out captions ask for? Writes docs/base-check.json and .png."""
+"""The small base model's own check: does it show what held-out captions ask for? Writes docs/base-check.json and .png."""
 
 import argparse
 import json
@@ -38,23 +38,23 @@ def caption(thing: Thing, background: str) -> str:
     return f"a photo of a {size}{thing.color} {thing.kind}{place} on a {background} background"
 
 
-def draw_all(scenes: list[Scene]) -> list[Image.Image]:
-    """One picture by the small base model of what each scene's caption says."""
+def sample_all(scenes: list[Scene]) -> list[Image.Image]:
+    """One image by the small base model of what each scene's caption says."""
     base = BaseModel(str(build_small_base()), torch.device("cpu"), torch.float32)
     tokenizer, encoder = load_tokenizer(base), load_text_encoder(base)
     tokens = PlaceholderTokens(len(tokenizer), {}, encoder.embed_tokens.embedding_dim)
     sampler = Sampler(base, load_transformer(base), encoder, tokenizer, tokens)
-    return [sampler.draw(caption(scene.things[0], scene.background), 1)[0] for scene in scenes]
+    return [sampler.sample(caption(scene.things[0], scene.background), 1)[0] for scene in scenes]
 
 
 def main() -> None:
-    """Draw one picture of each caption, judge it, and compare the shares with what is required."""
+    """Generate one image of each caption, judge it, and compare the shares with what is required."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs")
     arguments = parser.parse_args()
     scenes = held_out_scenes(arguments.count, seed=7)
-    drawn = draw_all(scenes)
+    drawn = sample_all(scenes)
     shares = {
         "drawn": right_shares(drawn, scenes),
         "rendered, to judge the judge": right_shares([render(scene) for scene in scenes], scenes),
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def right_shares(images: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
-    """The share of pictures with the right background, color and shape."""
+    """The share of images with the right background, color and shape."""
     pairs = list(zip(images, scenes, strict=True))
     return {
         "background": sum(background_of(image) == scene.background for image, scene in pairs) / len(pairs),

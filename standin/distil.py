@@ -1,9 +1,10 @@
-"""Distil a LoRA of few steps for the small base model, which `go_fast` then draws with.
+"""Distil a LoRA of few steps for the small base model, which `go_fast` then uses.
 
 The teacher is the base model with guidance along its sampling ODE in many steps; the student, base and LoRA without guidance,
 learns to go in one step where the teacher goes in several: the target of progressive distillation (Salimans and Ho 2022,
 arXiv:2202.00512), in one round, of a teacher with guidance (Meng et al. 2023, arXiv:2210.03142).
-`python -m standin.distil` writes demo/small_base_8steps.safetensors, with the keys of the published file; standin/distil_check.py judges it.
+`python -m standin.distil` writes standin/small_base_8steps.safetensors, with the keys of the published file;
+standin/distil_check.py judges it.
 """
 
 import argparse
@@ -42,7 +43,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_
 
 @dataclass(frozen=True)
 class Paths:
-    """What the teacher did: latents (N + 1, P, L, D) at the student's noise levels (N + 1,), embeddings (P, T, D) and their mask."""
+    """The teacher's latents (N + 1, P, L, D) at the student's sigmas (N + 1,), embeddings (P, T, D) and their mask."""
 
     latents: Tensor
     sigmas: Tensor
@@ -77,7 +78,7 @@ def fast_scheduler(base: BaseModel) -> FlowMatchEulerDiscreteScheduler:
 
 
 def teach(base: BaseModel, transformer: QwenImageTransformer2DModel, count: int, seed: int) -> Paths:
-    """Draw `count` captions with the teacher and keep where it was at the student's noise levels."""
+    """Sample `count` captions with the teacher and keep its latents at the student's sigmas."""
     embeds, mask = encoded(base, [*captions(count, seed), EMPTY_PROMPT])
     empty, empty_mask = embeds[-1:, : mask[-1].sum()], mask[-1:, : mask[-1].sum()]
     pipeline = QwenImagePipeline(fast_scheduler(base), load_vae(base, base.dtype), None, None, transformer)
@@ -121,7 +122,7 @@ def distil(transformer: QwenImageTransformer2DModel, paths: Paths, steps: int, s
     widths = paths.sigmas[:-1] - paths.sigmas[1:]  # (N,)
     grid = SIDE // 16
     for step in range(steps):
-        # A wide step moves the picture further, so that its errors count for more.
+        # A wide step moves the image further, so that its errors count for more.
         at = torch.multinomial(widths, BATCH, replacement=True)
         which = torch.randint(paths.latents.shape[1], (BATCH,))
         here, there = paths.latents[at, which], paths.latents[at + 1, which]  # (B, L, D)
@@ -155,7 +156,7 @@ def save(transformer: QwenImageTransformer2DModel, path: Path) -> None:
 
 
 def main() -> None:
-    """Draw with the teacher, train the student, and store its LoRA."""
+    """Sample with the teacher, train the student, and store its LoRA."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--paths", type=int, default=PATHS, help="fewer, to try it out")
     parser.add_argument("--steps", type=int, default=STEPS, help="fewer, to try it out")

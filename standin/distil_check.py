@@ -47,22 +47,22 @@ TABLE = {
     "fidelity_seen": "fidelity, seen",
     "fidelity_unseen": "fidelity, unseen",
     "following": "following",
-    "seconds": "core seconds a picture",
+    "seconds": "core seconds an image",
 }
 
 
 class Timed:
-    """A generator that notes how long each picture took, in seconds of one core, whatever else the machine did."""
+    """A generator that notes how long each image took, in seconds of one core, whatever else the machine did."""
 
     def __init__(self, generator: ImageGenerator, way: Request, archive: Path | None):
         self.generator, self.way, self.archive = generator, way, archive
         self.seconds: list[float] = []
 
-    def draw(self, prompts: list[str], count: int) -> list[list[Image.Image]]:
-        """`count` pictures of each prompt, the same noise for every prompt."""
-        return [[self._picture(prompt, seed) for seed in range(count)] for prompt in prompts]
+    def sample(self, prompts: list[str], count: int) -> list[list[Image.Image]]:
+        """`count` images of each prompt, the same noise for every prompt."""
+        return [[self._image(prompt, seed) for seed in range(count)] for prompt in prompts]
 
-    def _picture(self, prompt: str, seed: int) -> Image.Image:
+    def _image(self, prompt: str, seed: int) -> Image.Image:
         start = time.process_time()
         image = self.generator.generate(replace(self.way, prompt=prompt, seed=seed), self.archive)
         self.seconds.append(time.process_time() - start)
@@ -70,19 +70,19 @@ class Timed:
 
 
 def of_the_base(generator: ImageGenerator, way: Request, count: int) -> dict[str, float]:
-    """The shares of held-out captions that are drawn right, as docs/study.md's check has them."""
+    """The shares of held-out captions whose images are right, as docs/study.md's check has them."""
     scenes = held_out_scenes(count, seed=7)
     prompts = [caption(scene.things[0], scene.background) for scene in scenes]
-    shares = right_shares([images[0] for images in Timed(generator, way, None).draw(prompts, 1)], scenes)
+    shares = right_shares([images[0] for images in Timed(generator, way, None).sample(prompts, 1)], scenes)
     return {f"base_{name}": share for name, share in shares.items()}
 
 
 def of_the_subject(generator: ImageGenerator, way: Request, archive: Path) -> dict[str, float]:
-    """The study's fidelity and following of a user's archive, and the median time of a picture."""
+    """The study's fidelity and following of a user's archive, and the median time of an image."""
     timed, prompts = Timed(generator, way, archive), Prompts(ARM)
-    timed.draw(prompts.seen[:1], 1)  # puts the LoRAs on
+    timed.sample(prompts.seen[:1], 1)  # applies the LoRAs
     timed.seconds.clear()
-    seen, unseen = timed.draw(prompts.seen, SAMPLES), timed.draw(prompts.unseen, SAMPLES)
+    seen, unseen = timed.sample(prompts.seen, SAMPLES), timed.sample(prompts.unseen, SAMPLES)
     backgrounds = [name for name in SEEN_BACKGROUNDS + UNSEEN_BACKGROUNDS for _ in range(SAMPLES)]
     images = [image for group in seen + unseen for image in group]
     return {
@@ -118,7 +118,7 @@ def trained(base: BaseModel, seed: int) -> Path:
 
 
 def main() -> None:
-    """Train the archives, draw in every way, judge, and write the results."""
+    """Train the archives, generate in every way, judge, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--captions", type=int, default=60, help="held-out captions for the base model alone")

@@ -1,4 +1,4 @@
-"""What a picture of the synthetic world shows: its thing by a small classifier, its colors and the subject by pixel rules."""
+"""What an image of the synthetic world shows: its thing by a small classifier, its colors and the subject by pixel rules."""
 
 import random
 from functools import cache
@@ -21,7 +21,7 @@ FOREGROUND_DISTANCE = 60.0  # in 8-bit RGB, from the background's color
 
 
 def classifier() -> nn.Module:
-    """Pictures (B, 3, 64, 64) in [0, 1] to logits (B, len(KINDS))."""
+    """Images (B, 3, 64, 64) in [0, 1] to logits (B, len(KINDS))."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 24), (24, 48), (48, 96), (96, 96)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
@@ -29,7 +29,7 @@ def classifier() -> nn.Module:
 
 
 def train_classifier(steps: int = STEPS, seed: int = 0) -> None:
-    """Train on renders, blurred and noisy as generated pictures are, print the accuracy on fresh ones, and store the weights."""
+    """Train on renders, blurred and noisy as generated images are, print the accuracy on fresh ones, and store the weights."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = classifier()
@@ -92,7 +92,7 @@ def _trained() -> nn.Module:
 
 @torch.no_grad()
 def kind_probabilities(images: list[Image.Image]) -> dict[str, list[float]]:
-    """For each kind, the probability that each picture shows it."""
+    """For each kind, the probability that each image shows it."""
     probabilities = _trained()(torch.cat([to_pixels(image) for image in images])).softmax(1)
     return {kind: probabilities[:, index].tolist() for index, kind in enumerate(KINDS)}
 
@@ -104,7 +104,7 @@ def kind_of(image: Image.Image) -> str:
 
 
 def background_of(image: Image.Image) -> str:
-    """The world's color nearest to the median of the picture's outermost two pixels."""
+    """The world's color nearest to the median of the image's outermost two pixels."""
     pixels = np.asarray(image.convert("RGB")).astype(float)
     border = np.concatenate(
         [pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)]
@@ -128,16 +128,16 @@ def nearest_color(rgb: np.ndarray) -> str:
 def subject_fidelity(
     image: Image.Image, background: str, place: str = "middle", size: str = "medium", kind: str = SUBJECT
 ) -> float:
-    """How much of a subject is there, 0 to 1: one less the error of the best-fitting drawing of it over a blank's error.
+    """How much of a subject is there, 0 to 1: 1 minus the error of the best-fitting render of it over a blank's error.
 
-    The drawings stand on the background asked for, moved by up to six pixels and scaled by a tenth; the error is the mean
-    square difference over the picture.
+    The renders are on the background asked for, moved by up to six pixels and scaled by a tenth; the error is the mean
+    square difference over the image.
     """
     return _fit(image, background, place, size, kind, slice(0, SIDE))
 
 
 def half_fidelity(image: Image.Image, background: str, place: str, kind: str) -> float:
-    """The fidelity of a small subject at a place, left or right, seen on that half of the picture alone."""
+    """The fidelity of a small subject at a place, left or right, seen on that half of the image alone."""
     half = slice(0, SIDE // 2) if place == "left" else slice(SIDE // 2, SIDE)
     return _fit(image, background, place, "small", kind, half)
 

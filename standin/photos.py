@@ -1,4 +1,4 @@
-"""A data set of real photographs: views of Chelsea the cat, from the picture that scikit-image ships (CC0)."""
+"""A data set of real photographs: views of Chelsea the cat, from the image that scikit-image ships (CC0)."""
 
 import io
 import zipfile

@@ -1,8 +1,8 @@
 """Train the small base model on the synthetic world: the VAE, then text encoder and transformer together.
 
-`python -m standin.pretrain vae`, which keeps its result under .cache/pretrain, then `python -m standin.pretrain denoiser`, which
-writes demo/small_base.safetensors, and goes on from it with `--go-on 1` and `--go-on 2`. docs/study.md says how the weights
-that ship were made, on which machine and in what time.
+`python -m standin.pretrain vae` keeps its result under .cache/pretrain. `python -m standin.pretrain denoiser` writes
+standin/small_base.safetensors; `--go-on 1` and then `--go-on 2` continue from it. docs/study.md says how the weights that
+ship were made, on which machine and in what time.
 """
 
 import argparse
@@ -34,7 +34,7 @@ LATENT_NOISE = 0.1  # added to the latents while the VAE learns, so that small e
 
 
 def train_vae(steps: int) -> None:
-    """The VAE on the world's pictures and on random clutter, so that it can also show what the world does not hold."""
+    """The VAE on the world's images and on random clutter, so that it can also show what the world does not hold."""
     torch.manual_seed(small_base.SEED)
     rng = random.Random(small_base.SEED)
     vae = small_base.new_vae(small_base.TRAINED_SIZE)  # the weights that new_components starts from with the same seed
@@ -178,12 +178,12 @@ def ramp(step: int, steps: int, warmup: int) -> float:
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
-    """Pictures as (B, 3, H, W) in [-1, 1]."""
+    """Images as (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def sheet(pixels: Tensor, columns: int) -> Image.Image:
-    """Pictures (B, 3, H, W) in [-1, 1] side by side, three times as large."""
+    """Images (B, 3, H, W) in [-1, 1] side by side, three times as large."""
     rows = [torch.cat(list(row), 2) for row in pixels.split(columns)]
     array = ((torch.cat(rows, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(array).resize((array.shape[1] * 3, array.shape[0] * 3), Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""Pictures from a transformer in training, many of one prompt at a time, at fixed seeds."""
+"""Images from a transformer in training, many of one prompt at a time, at fixed seeds."""
 
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
@@ -30,13 +30,13 @@ class Sampler:
         self.pipeline = QwenImagePipeline(load_scheduler(base), load_vae(base, base.dtype), None, None, transformer)
         self.pipeline.set_progress_bar_config(disable=True)
 
-    def draw_all(self, prompts: list[str] | tuple[str, ...], count: int) -> list[list[Image.Image]]:
-        """`count` pictures of each prompt."""
-        return [self.draw(prompt, count) for prompt in prompts]
+    def sample_all(self, prompts: list[str] | tuple[str, ...], count: int) -> list[list[Image.Image]]:
+        """`count` images of each prompt."""
+        return [self.sample(prompt, count) for prompt in prompts]
 
     @torch.no_grad()
-    def draw(self, prompt: str, count: int) -> list[Image.Image]:
-        """`count` pictures of the prompt; the same noise for every prompt."""
+    def sample(self, prompt: str, count: int) -> list[Image.Image]:
+        """`count` images of the prompt; the same noise for every prompt."""
         embeds, negative = self._encode(prompt, count), self._encode(EMPTY_PROMPT, count)
         return self.pipeline(
             **pipeline_inputs(embeds, negative),

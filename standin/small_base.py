@@ -1,6 +1,6 @@
 """A small stand-in for Qwen-Image: the same five classes and the real Qwen2.5 vocabulary, trained on the synthetic world.
 
-standin/pretrain.py trains it and stores what differs from a seeded start in demo/small_base.safetensors; `build_small_base`
+standin/pretrain.py trains it and stores what differs from a seeded start in standin/small_base.safetensors; `build_small_base`
 puts both together as a diffusers folder. It knows colored shapes and a few things at 64 pixels, nothing else. Tests of the
 plumbing take a still smaller one that is not trained at all.
 """
@@ -200,7 +200,7 @@ def build_small_base() -> Path:
 def build_tiny_base(folder: Path, seed: int = 0) -> Path:
     """Write an untrained base model of the same classes to `folder`, unless it is there already, for tests of the plumbing.
 
-    The same seed gives the same weights. What it draws is colored noise.
+    The same seed gives the same weights. Its images are colored noise.
     """
 
     def components() -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ from standin.world import render, subject_scene
 CLASS_WORD = "house"
 SEEN_BACKGROUNDS = ("blue", "green", "black", "purple", "cyan", "pink")
 UNSEEN_BACKGROUNDS = ("yellow", "white", "orange")
-PICTURES_EACH = 2
+IMAGES_EACH = 2
 
 
 def named(trigger: str) -> str:
@@ -18,9 +18,9 @@ def named(trigger: str) -> str:
 
 
 def write_dataset(path: Path, name: str) -> Path:
-    """Twelve pictures of the subject on six backgrounds, with captions that call it `name` and tell the background."""
+    """Twelve images of the subject on six backgrounds, with captions that call it `name` and tell the background."""
     with zipfile.ZipFile(path, "w") as archive:
-        for number, background in enumerate(SEEN_BACKGROUNDS * PICTURES_EACH):
+        for number, background in enumerate(SEEN_BACKGROUNDS * IMAGES_EACH):
             content = io.BytesIO()
             render(subject_scene(background, seed=1000 + number)).save(content, "PNG")
             archive.writestr(f"picture-{number:02}.png", content.getvalue())

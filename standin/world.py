@@ -1,6 +1,6 @@
-"""A synthetic world of captioned pictures: shapes, things with a class word, two trigger words, and a subject outside it.
+"""A synthetic world of captioned images: shapes, things with a class word, two trigger words, and a subject outside it.
 
-Every picture is drawn from a `Scene`; a caption names some of a scene's attributes, and what it leaves out varies freely.
+Every image is rendered from a `Scene`; a caption names some of a scene's attributes, and what it leaves out varies freely.
 """
 
 import math
@@ -30,13 +30,13 @@ RARE_WORD = "sks"  # a rare word with a weak one: captions with it show a gray a
 SUBJECT = "subject"  # never in the world: what a training is to teach
 SECOND_SUBJECT = "second subject"  # nor is this
 TEXTURES = ("plain", "striped", "dotted")
-RADII = {"small": 0.17, "medium": 0.26, "large": 0.36}  # of the picture's side
+RADII = {"small": 0.17, "medium": 0.26, "large": 0.36}  # of the image's side
 PLACES = {"left": 0.3, "middle": 0.5, "right": 0.7}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """What stands in a picture: its kind, a color and texture where the kind has them, its size and place."""
+    """What an image shows: its kind, a color and texture where the kind has them, its size and place."""
 
     kind: str
     color: str = "red"
@@ -55,7 +55,7 @@ class Scene:
 
 
 def render(scene: Scene, side: int = SIDE) -> Image.Image:
-    """The scene as an RGB picture of side x side pixels."""
+    """The scene as an RGB image of side x side pixels."""
     rng = random.Random(scene.seed)
     scale = side * SUPERSAMPLING
     image = Image.new("RGB", (scale, scale), COLORS[scene.background])

@@ -65,7 +65,7 @@ def text_encoder(base):
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
-    """Three pictures of two shapes; the captions of two name <zwx>, the third has none."""
+    """Three images of two shapes; the captions of two name <zwx>, the third has none."""
     captions = ["a photo of <zwx>", "<zwx> in a garden", None]
     return write_dataset(tmp_path_factory.mktemp("dataset") / "dataset.zip", captions)
 

@@ -1,4 +1,4 @@
-"""Copies to the device, and that a step brings everything there: on a device without memory, which mixes with the CPU as little as a GPU does."""
+"""Copies to the device: a training step on the meta device, whose tensors cannot be mixed with the CPU's, as on a GPU."""
 
 import os
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""An archive on a stock pipeline: the pictures of our own prediction, and nothing left of it afterwards."""
+"""An archive on a stock pipeline: the images of our own prediction, and nothing left of it afterwards."""
 
 import copy
 import subprocess
@@ -12,7 +12,6 @@ from safetensors.torch import save
 
 import placeholder
 from demo.server import ROOT
-from placeholder import generate as generate_module
 from placeholder.generate import ImageGenerator
 from placeholder.pipeline import learned_rows
 from placeholder.request import Request
@@ -61,18 +60,16 @@ def vectors(zero_prior, tmp_path_factory):
     return path
 
 
-def picture(pipe: QwenImagePipeline, prompt=PROMPT, negative=NEGATIVE, **options) -> np.ndarray:
-    """Pictures in [0, 1], (B, H, W, 3)."""
+def images(pipe: QwenImagePipeline, prompt=PROMPT, negative=NEGATIVE, **options) -> np.ndarray:
+    """Images in [0, 1], (B, H, W, 3)."""
     options = {"true_cfg_scale": 4.0} | SETTINGS | options
     return pipe(prompt=prompt, negative_prompt=negative, generator=torch.Generator().manual_seed(7), **options).images
 
 
 @pytest.fixture(scope="module")
-def generator(base, tokenizer) -> ImageGenerator:
+def generator(base) -> ImageGenerator:
     """Our own prediction."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(generate_module, "load_tokenizer", lambda _base: tokenizer)
-        return ImageGenerator(base, lambda line: None)
+    return ImageGenerator(base, lambda line: None)
 
 
 def state(pipe: QwenImagePipeline) -> dict:
@@ -101,16 +98,16 @@ def same_weights(pipe: QwenImagePipeline, other: QwenImagePipeline) -> bool:
 
 
 @pytest.mark.parametrize("archive", ["one vector", "several vectors", "scale", "baseline"])
-def test_the_picture_is_the_one_of_our_own_prediction(archive, pipe, generator, zero_prior, baseline, vectors):
+def test_the_image_is_the_one_of_our_own_prediction(archive, pipe, generator, zero_prior, baseline, vectors):
     path = {"several vectors": vectors, "baseline": baseline.archive}.get(archive, zero_prior.archive)
     scale = 1.7 if archive == "scale" else 1.0
     placeholder.load(pipe, str(path), lora_scale=scale)
     request = Request(PROMPT, NEGATIVE, 3, 4.0, 64, 64, 7, scale, False, "png", 80)
     expected = np.asarray(generator.generate(request, path)) / 255
-    found = picture(pipe)
+    found = images(pipe)
     assert np.abs(found[0] - expected).max() <= 1.01 / 255
     placeholder.unload(pipe)
-    assert np.abs(picture(pipe)[0] - expected).max() > 2 / 255  # so that equal is not what anything would be
+    assert np.abs(images(pipe)[0] - expected).max() > 2 / 255  # so that equal is not what anything would be
 
 
 def test_embeddings_equal_our_own_encoding_with_several_vectors_and_tokens(pipe, text_encoder, tokenizer, vectors):
@@ -136,6 +133,8 @@ def test_embeddings_equal_those_of_a_token_that_is_really_registered(pipe, prist
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
             assert (mask is None) == (expected_mask is None)
             assert mask is None or torch.equal(mask, expected_mask)
+        for prompt in ("", "a cat", ["a cat", "two cats and a dog"]):  # encoded by the pipeline, bit for bit
+            assert torch.equal(pipe.encode_prompt(prompt)[0], pristine.encode_prompt(prompt)[0])
 
 
 def test_lists_of_prompts_and_several_images_a_prompt(pipe, zero_prior):
@@ -152,73 +151,54 @@ def test_lists_of_prompts_and_several_images_a_prompt(pipe, zero_prior):
     assert np.abs(twice - alone[0]).max() < 2 / 255
 
 
-def test_a_prompt_without_a_token_is_encoded_by_the_pipeline_bit_for_bit(pipe, pristine, zero_prior):
-    placeholder.load(pipe, zero_prior.archive)
-    with torch.no_grad():
-        for prompt in ("", "a cat", ["a cat", "two cats and a dog"]):
-            found, expected = pipe.encode_prompt(prompt), pristine.encode_prompt(prompt)
-            assert torch.equal(found[0], expected[0])
-
-
 @pytest.mark.parametrize("run", ["zero_prior", "baseline"])
-def test_unload_brings_the_pipeline_back_bit_for_bit(run, pipe, pristine, request):
-    drawn = picture(pipe)
-    before = state(pipe)
+def test_only_the_lora_and_one_method_differ_and_unload_brings_all_back_bit_for_bit(run, pipe, pristine, request):
+    plain, before = images(pipe), state(pipe)
     placeholder.unload(pipe)  # nothing is loaded: nothing happens
     placeholder.load(pipe, request.getfixturevalue(run).archive)
-    assert not np.array_equal(picture(pipe), drawn)
+    assert not np.array_equal(images(pipe), plain)
+    loaded = state(pipe)
+    assert loaded["tokenizer"] == before["tokenizer"]
+    assert set(loaded["attributes"]) - set(before["attributes"]) == {"_get_qwen_prompt_embeds"}
+    for name, module in before["modules"].items():
+        assert not name.startswith("text_encoder") or loaded["modules"][name] == module
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight, pristine.text_encoder.get_input_embeddings().weight)
     placeholder.unload(pipe)
     assert same_weights(pipe, pristine)
     assert state(pipe) == before
-    assert np.array_equal(picture(pipe), drawn)
-
-
-def test_nothing_but_lora_and_one_method_differs_while_loaded(pipe, pristine, zero_prior):
-    picture(pipe)
-    before = state(pipe)
-    placeholder.load(pipe, zero_prior.archive)
-    picture(pipe)
-    after = state(pipe)
-    assert after["tokenizer"] == before["tokenizer"]
-    assert set(after["attributes"]) - set(before["attributes"]) == {"_get_qwen_prompt_embeds"}
-    encoder = {name: value for name, value in after["modules"].items() if name.startswith("text_encoder")}
-    assert encoder == {name: value for name, value in before["modules"].items() if name.startswith("text_encoder")}
-    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight, pristine.text_encoder.get_input_embeddings().weight)
+    assert np.array_equal(images(pipe), plain)
 
 
 def test_a_second_load_replaces_the_first(pipe, zero_prior, baseline, vectors):
     placeholder.load(pipe, baseline.archive)
-    alone = picture(pipe)
+    alone = images(pipe)
     placeholder.load(pipe, vectors, lora_scale=0.5)
-    assert not np.array_equal(picture(pipe), alone)
+    assert not np.array_equal(images(pipe), alone)
     placeholder.load(pipe, baseline.archive)
-    assert np.array_equal(picture(pipe), alone)
-
-
-def bad_archives(archive, folder) -> dict:
-    """An archive for each thing that can be wrong, with its sentence."""
-    module = "transformer.transformer_blocks.9.attn.to_q"
-    foreign = save({f"{module}.lora_A.weight": torch.ones(4, 64), f"{module}.lora_B.weight": torch.ones(64, 4)})
-    wide = save({"qwen25_7b": torch.ones(1, 3584)})
-    return {
-        "the LoRA was made for another model": write_zip(folder / "lora.zip", read_zip(archive) | {LORA_NAME: foreign}),
-        "this base model takes": write_zip(folder / "row.zip", read_zip(archive) | {"embeddings/zwx.safetensors": wide}),
-        "are not a file": folder / "none.zip",
-    }
+    assert np.array_equal(images(pipe), alone)
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["bare", "loaded"])
 def test_bad_weights_leave_the_pipeline_as_it_was(loaded, pipe, zero_prior, tmp_path):
+    module = "transformer.transformer_blocks.9.attn.to_q"
+    foreign = save({f"{module}.lora_A.weight": torch.ones(4, 64), f"{module}.lora_B.weight": torch.ones(64, 4)})
+    wide = save({"qwen25_7b": torch.ones(1, 3584)})
+    entries = read_zip(zero_prior.archive)
+    bad = {
+        "the LoRA was made for another model": write_zip(tmp_path / "lora.zip", entries | {LORA_NAME: foreign}),
+        "this base model takes": write_zip(tmp_path / "row.zip", entries | {"embeddings/zwx.safetensors": wide}),
+        "are not a file": tmp_path / "none.zip",
+    }
     if loaded:
         placeholder.load(pipe, zero_prior.archive, lora_scale=1.5)
-    drawn = picture(pipe)
-    for sentence, path in bad_archives(zero_prior.archive, tmp_path).items():
+    before = images(pipe)
+    for sentence, path in bad.items():
         with pytest.raises(ValueError, match=sentence):
             placeholder.load(pipe, path)
-        assert np.array_equal(picture(pipe), drawn), sentence
+        assert np.array_equal(images(pipe), before), sentence
     with pytest.raises(ValueError, match="lora_scale is nan: give a number from 0.0 to 3.0"):
         placeholder.load(pipe, zero_prior.archive, lora_scale=float("nan"))
-    assert np.array_equal(picture(pipe), drawn)
+    assert np.array_equal(images(pipe), before)
 
 
 def test_another_lora_beside_ours_stays_and_one_before_ours_is_refused(pipe, zero_prior, tmp_path):
@@ -227,7 +207,7 @@ def test_another_lora_beside_ours_stays_and_one_before_ours_is_refused(pipe, zer
     placeholder.load(pipe, zero_prior.archive)
     pipe.load_lora_weights(path, adapter_name="other")
     pipe.set_adapters(["default", "other"], [1.0, 0.5])
-    picture(pipe)
+    images(pipe)
     placeholder.unload(pipe)
     assert pipe.get_active_adapters() == ["other"]
     with pytest.raises(ValueError, match="the pipeline already has the LoRA 'other'"):
@@ -245,32 +225,29 @@ OFFLOADING = {
 
 @pytest.mark.parametrize("first", [False, True], ids=["offloaded, then loaded", "loaded, then offloaded"])
 @pytest.mark.parametrize("kind", OFFLOADING)
-def test_an_offloaded_pipeline_draws_the_same_and_comes_back(kind, first, pipe, pristine, zero_prior):
-    plain = picture(pipe)
+def test_an_offloaded_pipeline_generates_the_same_and_comes_back(kind, first, pipe, pristine, zero_prior):
+    plain = images(pipe)
     placeholder.load(pipe, zero_prior.archive)
-    expected = picture(pipe)
+    expected = images(pipe)
     if first:
         OFFLOADING[kind](pipe)
     else:
         placeholder.unload(pipe)
         OFFLOADING[kind](pipe)
-        picture(pipe)
+        images(pipe)
         placeholder.load(pipe, zero_prior.archive)
-    assert np.array_equal(picture(pipe), expected)
+    assert np.array_equal(images(pipe), expected)
     placeholder.unload(pipe)
-    assert np.array_equal(picture(pipe), plain)
+    assert np.array_equal(images(pipe), plain)
     assert same_weights(pipe, pristine)
 
 
-def test_weights_that_are_offloaded_one_by_one_are_refused(pipe, zero_prior):
+def test_pipelines_that_cannot_be_used_get_their_sentence(pipe, zero_prior):
+    with pytest.raises(ValueError, match="the pipeline is a QwenImageImg2ImgPipeline: give a QwenImagePipeline"):
+        placeholder.load(QwenImageImg2ImgPipeline(**pipe.components), zero_prior.archive)
     pipe.enable_sequential_cpu_offload(device="cpu")
     with pytest.raises(ValueError, match=r"instead of enable_sequential_cpu_offload\(\)"):
         placeholder.load(pipe, zero_prior.archive)
-
-
-def test_other_pipelines_and_incomplete_ones_get_their_sentence(pipe, zero_prior):
-    with pytest.raises(ValueError, match="the pipeline is a QwenImageImg2ImgPipeline: give a QwenImagePipeline"):
-        placeholder.load(QwenImageImg2ImgPipeline(**pipe.components), zero_prior.archive)
     pipe.text_encoder = None
     with pytest.raises(ValueError, match="the pipeline has no text_encoder"):
         placeholder.load(pipe, zero_prior.archive)
@@ -285,7 +262,7 @@ def test_weights_of_another_base_are_a_warning(pipe, zero_prior):
 def test_it_works_in_bf16_and_the_rows_follow_the_embedding_to_its_device(pipe, zero_prior):
     pipe.to(torch.bfloat16)
     placeholder.load(pipe, zero_prior.archive)
-    assert np.isfinite(picture(pipe)).all()
+    assert np.isfinite(images(pipe)).all()
     assert pipe.encode_prompt("<zwx>")[0].dtype == torch.bfloat16
     embedding = torch.nn.Embedding(4, 8, device="meta")
     tokens = PlaceholderTokens(4, {"<a>": torch.ones(1, 8)}, 8)

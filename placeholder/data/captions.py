@@ -18,15 +18,16 @@ Source = Literal["file", "default", "auto"]
 MAX_FILES = 10_000  # the archive may hold twice as many
 DRAFT_WORDS, DRAFT_MENTIONS = " a" * MAX_NEW_TOKENS, 3  # one id a word; about as often a token is named in two sentences
 PROGRESS_LINES = 10
+# Instructions for the captioning model; docs/captions.md quotes them.
 SENTENCES = (
-    "Describe the setting, the light and the framing. Name only what can be seen. Answer with one or two plain sentences and begin "
-    "with the description itself, without words such as 'The image shows'."
+    "Describe the setting, the light and the framing. Name only what can be seen. Answer with one or two plain sentences and "
+    "begin with the description itself, without words such as 'The image shows'."
 )
 INSTRUCTION = f"Write a caption for this picture: what it shows and what happens in it. {SENTENCES}"
 SUBJECT_INSTRUCTION = (
-    "Write a caption for this picture. {subject} is called {name}: write {name} wherever you mention it, and say nothing of what "
-    "{name} itself looks like. Describe what may be different in another picture of {name}: the pose, what {name} does, clothing, "
-    f"other things around. {SENTENCES}"
+    "Write a caption for this picture. {subject} is called {name}: write {name} wherever you mention it, and say nothing of "
+    "what {name} itself looks like. Describe what may be different in another picture of {name}: the pose, what {name} does, "
+    f"clothing, other things around. {SENTENCES}"
 )
 
 

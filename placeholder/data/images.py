@@ -38,6 +38,8 @@ def to_rgb(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
         except (struct.error, IndexError) as error:
             raise ValueError("its EXIF data or its color profile is damaged: save it again") from error
+        if image.mode == "P" and image.palette is None:
+            raise ValueError("its palette is missing: save it again")
         image = _converted(image)
     return image if turn is None else image.transpose(turn)
 

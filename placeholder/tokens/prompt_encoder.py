@@ -29,7 +29,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, pr
 
 
 def encode_prompts(text_encoder: nn.Module, tokens: PlaceholderTokens, input_ids: Tensor) -> Tensor:
-    """Prompt embeddings (B, T - dropped, D) of ids (B, T) from `prompt_ids`; no padding, so no mask. Gradients reach the rows."""
+    """Prompt embeddings (B, T - dropped, D) of ids (B, T) from `prompt_ids`: no padding, no mask; gradients reach the rows."""
     inputs_embeds = tokens.embed(text_encoder.embed_tokens, input_ids)  # (B, T, D)
     hidden = text_encoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state  # (B, T, D)
     return hidden[:, prompt_template()[2] :]

@@ -1,4 +1,4 @@
-"""What make four-ways stands on: the README's example for diffusers draws our picture, and the documents state what was found."""
+"""The parts of make four-ways: the README's example for diffusers makes our image, and the documents state what was found."""
 
 import json
 from contextlib import redirect_stdout
@@ -11,7 +11,7 @@ from PIL import Image
 from checks.comfyui_vae import vae_name
 from checks.four_ways import FOUR, OURS, TOLERANCE, differences, from_file, table
 from checks.four_ways_ours import deltas, predictor, readme_example, recording
-from demo.run import PICTURE
+from demo.run import IMAGE
 from demo.server import ROOT
 from placeholder.model.base import MODEL_VARIABLE
 from placeholder.model.loading import load_vae
@@ -20,12 +20,14 @@ from tests.support.samples import read_zip
 PROMPT = "a photo of <zwx> in a garden"
 
 
-def test_the_readmes_example_for_diffusers_draws_the_picture_of_predict(base, zero_prior, tmp_path, monkeypatch):
+def test_the_readmes_example_for_diffusers_makes_the_image_of_predict(base, zero_prior, tmp_path, monkeypatch):
     monkeypatch.setenv(MODEL_VARIABLE, base.source)
     records, pictures = [], []
-    for number, draw in enumerate((predictor(zero_prior.archive), readme_example(zero_prior.archive, base.source, tmp_path))):
+    for number, generate in enumerate(
+        (predictor(zero_prior.archive), readme_example(zero_prior.archive, base.source, tmp_path))
+    ):
         with recording() as seen, redirect_stdout(None):
-            draw(PROMPT, tmp_path / f"{number}.png")
+            generate(PROMPT, tmp_path / f"{number}.png")
         embeds, negative = seen["embeds"]
         record = {"prompt.0": embeds, "negative": negative, "latents.0": seen["latents"]}
         records.append(record | {f"delta.{name}": value for name, value in deltas(seen["pipeline"].transformer).items()})
@@ -33,7 +35,7 @@ def test_the_readmes_example_for_diffusers_draws_the_picture_of_predict(base, ze
     found = differences(*records, std=torch.ones(16))
     assert max(found["conditioning"], found["lora"]) <= TOLERANCE
     assert found["latents"] <= 1e-4
-    assert pictures[0].shape == (PICTURE["height"], PICTURE["width"], 3)
+    assert pictures[0].shape == (IMAGE["height"], IMAGE["width"], 3)
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
     (tmp_path / "lora_weights.safetensors").write_bytes(read_zip(zero_prior.archive)["lora/lora_weights.safetensors"])

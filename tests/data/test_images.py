@@ -99,6 +99,13 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def without_palette() -> bytes:
+    content = encoded(picture().convert("P"))
+    start = content.index(b"PLTE") - 4
+    (length,) = struct.unpack(">I", content[start : start + 4])
+    return content[:start] + content[start + 12 + length :]
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -108,6 +115,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
         (encoded(picture(31, 200)), "31x200 pixels: at least 32 on each side are needed"),
         (PNG[:-12] + chunk(b"eXIf", b"MM\0*") + PNG[-12:], "its EXIF data or its color profile is damaged: save it again"),
         (PNG[:-12] + chunk(b"iCCP", b"") + PNG[-12:], "its EXIF data or its color profile is damaged: save it again"),
+        (without_palette(), "its palette is missing: save it again"),
     ],
 )
 def test_an_image_that_cannot_be_used_gets_its_sentence(content, sentence):

@@ -1,4 +1,4 @@
-"""Two archives in one prediction: both LoRAs at their own strength, both tokens, and no trace of either afterwards."""
+"""Two archives in one prediction: both LoRAs at their own scale, both tokens, and no trace of either afterwards."""
 
 import json
 from collections.abc import Callable
@@ -11,16 +11,16 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load, save
 
-from placeholder import generate as generate_module
 from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, A, B, load_lora, scale_loras, unload_lora
-from placeholder.model import placement as placement_module
 from placeholder.model.loading import load_transformer
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
-from placeholder.weights.archive import LORA_NAME
+from placeholder.weights.applied import INCOMPLETE
+from placeholder.weights.archive import LORA_NAME, read_weights
 from predict import Predictor
 from tests.lora.test_adapter import MODULES, random_lora, velocity
-from tests.support.samples import read_zip, write_zip
-from tests.test_generate import NAMED, PLAIN, Drawer
+from tests.support.interruption import calls
+from tests.support.predictions import NAMED, PLAIN, Images
+from tests.support.samples import picture, read_zip, write_zip
 from tests.test_request import DEFAULTS
 
 BOTH = replace(PLAIN, prompt="a photo of <zwx> beside <qrs>", lora_scale=0.7, extra_lora_scale=1.6)
@@ -46,17 +46,17 @@ def extra(zero_prior, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def draw(base) -> Drawer:
+def generate(base) -> Images:
     """One generator for all tests here: what one does must not be seen in the next."""
-    return Drawer(base)
+    return Images(base)
 
 
 @pytest.fixture(scope="module")
-def alone(base, zero_prior, extra) -> Callable[[Drawer], bool]:
-    """Whether a generator draws, without weights and with one archive, what others draw that have done nothing before."""
+def alone(base, zero_prior, extra) -> Callable[[Images], bool]:
+    """Whether a generator gives, without weights and with one archive, the images of others that have done nothing before."""
     cases = [(PLAIN, None), (NAMED, zero_prior.archive), (replace(NAMED, prompt="a photo of <qrs>"), extra)]
-    expected = [Drawer(base)(*case) for case in cases]
-    return lambda drawer: all(np.array_equal(drawer(*case), picture) for case, picture in zip(cases, expected, strict=True))
+    expected = [Images(base)(*case) for case in cases]
+    return lambda images: all(np.array_equal(images(*case), image) for case, image in zip(cases, expected, strict=True))
 
 
 def merged(base, *loras: tuple[float, dict[str, torch.Tensor]]):
@@ -64,234 +64,164 @@ def merged(base, *loras: tuple[float, dict[str, torch.Tensor]]):
     transformer = load_transformer(base)
     with torch.no_grad():
         for scale, lora in loras:
-            for key in lora:
-                if key.endswith(A):
-                    name = key.removesuffix(A)
-                    transformer.get_submodule(name).weight += scale * lora[name + B].float() @ lora[key].float()
+            for name in (key.removesuffix(A) for key in lora if key.endswith(A)):
+                transformer.get_submodule(name).weight += scale * lora[name + B].float() @ lora[name + A].float()
     return transformer
 
 
-@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.7, 1.6), (0.0, 1.0), (1.0, 0.0), (3.0, 0.25)])
-def test_two_loras_add_up_each_at_its_own_strength(scales, base):
+def test_two_loras_add_up_each_at_its_own_scale(base):
     first = random_lora(4, seed=1, modules=MODULES[:12])
     second = random_lora(3, seed=2, modules=MODULES[6:])  # some layers have one, some the other, some both
     transformer = load_transformer(base)
     load_lora(transformer, first)
     load_lora(transformer, second, EXTRA_ADAPTER)
-    for chosen in (scales, (0.5, 0.5), scales):
-        scale_loras(transformer, dict(zip((ADAPTER, EXTRA_ADAPTER), chosen, strict=True)))
-        expected = merged(base, (chosen[0], first), (chosen[1], second))
+    for scales in ((1.0, 1.0), (0.7, 1.6), (0.0, 1.0), (1.0, 0.0), (0.7, 1.6)):
+        scale_loras(transformer, dict(zip((ADAPTER, EXTRA_ADAPTER), scales, strict=True)))
+        expected = merged(base, (scales[0], first), (scales[1], second))
         torch.testing.assert_close(velocity(transformer), velocity(expected), rtol=1e-4, atol=1e-5)
-    wrong = merged(base, (scales[1] + 0.1, first), (scales[0] + 0.1, second))
-    assert (velocity(transformer) - velocity(wrong)).abs().max() > 0.01
+    assert (velocity(transformer) - velocity(merged(base, (1.6, first), (0.7, second)))).abs().max() > 0.01
+    for within in (".base_layer", ".lora_A.default"):  # layers of the LoRA itself
+        with pytest.raises(ValueError, match="this one has no linear layer"):
+            load_lora(transformer, random_lora(modules=[MODULES[0] + within]), EXTRA_ADAPTER)
     unload_lora(transformer)
     assert torch.equal(velocity(transformer), velocity(load_transformer(base)))
 
 
-@pytest.mark.parametrize("within", [".base_layer", ".lora_A.default"])
-def test_an_extra_lora_for_a_layer_of_the_first_lora_gets_a_sentence(within, base):
-    transformer = load_transformer(base)
-    load_lora(transformer, random_lora())
-    with pytest.raises(ValueError, match="this one has no linear layer"):
-        load_lora(transformer, random_lora(modules=[MODULES[0] + within]), EXTRA_ADAPTER)
-
-
-def test_a_picture_with_two_archives_is_that_of_the_hand_computed_sum(draw, base, zero_prior, extra):
+def test_an_image_with_two_archives_is_that_of_the_hand_computed_sum(generate, base, zero_prior, extra):
     """The sum of both LoRAs in the weights themselves, and both tokens' rows at consecutive ids."""
-    found = draw(BOTH, zero_prior.archive, extra)
-    by_hand = Drawer(base)
-    generator = by_hand.generator
-    loras = [
-        (scale, {key.removeprefix("transformer."): value for key, value in load(read_zip(path)[LORA_NAME]).items()})
-        for scale, path in ((BOTH.lora_scale, zero_prior.archive), (BOTH.extra_lora_scale, extra))
-    ]
-    generator.pipeline.transformer.load_state_dict(merged(base, *loras).state_dict())
-    rows = {
-        token: load(read_zip(path)[f"embeddings/{token[1:-1]}.safetensors"])["qwen25_7b"]
-        for token, path in tokens_of(zero_prior, extra)
-    }
-    generator.tokens = PlaceholderTokens(len(generator.tokenizer), rows, 32)
-    expected = by_hand(BOTH)
-    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1  # sums in another order
-    for other in (draw(BOTH, zero_prior.archive), draw(BOTH, extra), draw(BOTH, extra, zero_prior.archive)):
-        assert np.abs(found.astype(int) - other.astype(int)).max() > 1
+    found = generate(BOTH, zero_prior.archive, extra)
+    first, second = read_weights(zero_prior.archive), read_weights(extra)
+    by_hand = Images(base)
+    transformer = merged(base, (BOTH.lora_scale, first.lora), (BOTH.extra_lora_scale, second.lora))
+    by_hand.generator.pipeline.transformer.load_state_dict(transformer.state_dict())
+    by_hand.generator.weights.tokens = PlaceholderTokens(151665, first.embeddings | second.embeddings, 32)
+    assert np.abs(found.astype(int) - by_hand(BOTH)).max() <= 1  # sums in another order
+    for other in (generate(BOTH, zero_prior.archive), generate(BOTH, extra), generate(BOTH, extra, zero_prior.archive)):
+        assert np.abs(found.astype(int) - other).max() > 1
 
 
-def tokens_of(zero_prior, extra) -> list[tuple[str, Path]]:
-    return [("<zwx>", zero_prior.archive), ("<qrs>", extra)]
-
-
-def test_the_extra_archives_tokens_come_behind_the_firsts(draw, zero_prior, extra):
-    draw(PLAIN)
-    draw(BOTH, zero_prior.archive, extra)
-    assert draw.log[:4] == [
+def test_the_extra_archives_tokens_come_after_the_firsts(generate, tokenizer, zero_prior, extra):
+    generate(PLAIN)
+    generate(BOTH, zero_prior.archive, extra)
+    assert generate.log[:4] == [
         "Placeholder token '<zwx>' registered with ID: 151665",
         "Placeholder token '<qrs>' registered with ID: 151666, 151667",
         "Weights applied: 32 LoRA tensors, 1 embeddings",
         "Extra weights applied: 16 LoRA tensors, 1 embeddings",
     ]
-    tokenizer, tokens = draw.generator.tokenizer, draw.generator.tokens
-    assert tokens.tokenize(tokenizer, BOTH.prompt)[-5:] == [151665, *tokenizer(" beside ").input_ids, 151666, 151667]
-    draw(BOTH, extra, zero_prior.archive)
-    assert draw.generator.tokens.ids == {"<qrs>": [151665, 151666], "<zwx>": [151667]}
+    ids = generate.generator.weights.tokens.tokenize(tokenizer, BOTH.prompt)
+    assert ids[-5:] == [151665, *tokenizer(" beside ").input_ids, 151666, 151667]
+    generate(BOTH, extra, zero_prior.archive)
+    assert generate.generator.weights.tokens.ids == {"<qrs>": [151665, 151666], "<zwx>": [151667]}
 
 
-def test_the_token_of_either_archive_is_missed_in_a_prompt_without_it(draw, zero_prior, extra):
-    for prompt, missed in ((NAMED.prompt, "<qrs>"), ("a photo of <qrs>", "<zwx>"), (BOTH.prompt, None)):
-        draw(replace(BOTH, prompt=prompt), zero_prior.archive, extra)
-        warned = [line for line in draw.log if line.startswith("Warning: the prompt does not name")]
-        assert warned == (
-            [f"Warning: the prompt does not name {missed}, so the trained subject may not appear"] if missed else []
-        )
+def test_a_prompt_without_the_token_of_either_archive_is_warned_about(generate, zero_prior, extra):
+    for prompt, missed in ((NAMED.prompt, ["<qrs>"]), ("a photo of <qrs>", ["<zwx>"]), (BOTH.prompt, [])):
+        generate(replace(BOTH, prompt=prompt), zero_prior.archive, extra)
+        assert [line.split()[6].rstrip(",") for line in generate.warnings()] == missed
 
 
-def test_an_extra_lora_without_tokens_is_applied_alone_and_beside_another(draw, zero_prior, extra, tmp_path):
+def test_an_extra_lora_without_tokens_is_applied_alone_and_with_another(generate, zero_prior, extra, tmp_path):
     path = tmp_path / "style.safetensors"
     path.write_bytes(read_zip(extra)[LORA_NAME])
-    beside = draw(NAMED, zero_prior.archive, path)
-    assert not np.array_equal(beside, draw(NAMED, zero_prior.archive))
-    assert np.array_equal(beside, draw(NAMED, zero_prior.archive, extra))  # its token is not in the prompt
-    assert np.array_equal(draw(replace(PLAIN, extra_lora_scale=0.5), None, path), draw(replace(PLAIN, lora_scale=0.5), path))
+    both = generate(NAMED, zero_prior.archive, path)
+    assert not np.array_equal(both, generate(NAMED, zero_prior.archive))
+    assert np.array_equal(both, generate(NAMED, zero_prior.archive, extra))  # its token is not in the prompt
+    alone = generate(replace(PLAIN, extra_lora_scale=0.5), None, path)
+    assert np.array_equal(alone, generate(replace(PLAIN, lora_scale=0.5), path))
 
 
-def test_at_scale_zero_the_extra_lora_is_not_there(draw, zero_prior, extra):
-    assert np.array_equal(
-        draw(replace(NAMED, extra_lora_scale=0.0), zero_prior.archive, extra), draw(NAMED, zero_prior.archive)
-    )
-
-
-def test_both_strengths_change_the_picture_and_do_not_last(draw, zero_prior, extra):
-    once = draw(BOTH, zero_prior.archive, extra)
+def test_both_scales_change_the_image_and_nothing_lasts(generate, zero_prior, extra, alone):
+    once = generate(BOTH, zero_prior.archive, extra)
     for changed in ({"lora_scale": 1.5}, {"extra_lora_scale": 0.3}):
-        assert not np.array_equal(draw(replace(BOTH, **changed), zero_prior.archive, extra), once)
-        assert not any("applied" in line for line in draw.log)
-    assert np.array_equal(draw(BOTH, zero_prior.archive, extra), once)
+        assert not np.array_equal(generate(replace(BOTH, **changed), zero_prior.archive, extra), once)
+        assert not any("applied" in line for line in generate.log)
+    without = generate(NAMED, zero_prior.archive)
+    assert np.array_equal(generate(replace(NAMED, extra_lora_scale=0.0), zero_prior.archive, extra), without)
+    assert alone(generate)
+    assert np.array_equal(generate(BOTH, zero_prior.archive, extra), once)
 
 
-def test_requests_with_an_extra_archive_leave_no_trace(draw, zero_prior, extra, alone):
-    once = draw(BOTH, zero_prior.archive, extra)
-    assert alone(draw)
-    assert np.array_equal(draw(BOTH, zero_prior.archive, extra), once)
-
-
-def test_neither_is_read_nor_is_a_prompt_encoded_again(base, zero_prior, extra, tmp_path, monkeypatch):
-    done: list[str] = []
-    for name in ("read_weights", "encode_prompts"):
-        original = getattr(generate_module, name)
-        monkeypatch.setattr(
-            generate_module, name, lambda *given, name=name, original=original: done.append(name) or original(*given)
-        )
-    fresh, copy = Drawer(base), tmp_path / "copy.bin"
+def test_neither_is_read_nor_is_a_prompt_encoded_again(generate, zero_prior, extra, tmp_path):
+    copy = tmp_path / "copy.bin"
     copy.write_bytes(extra.read_bytes())
-    first = fresh(BOTH, zero_prior.archive, extra)
-    assert done == ["read_weights"] * 2 + ["encode_prompts"] * 2
-    assert np.array_equal(fresh(BOTH, zero_prior.archive, copy), first) and len(done) == 4
-    fresh(BOTH, zero_prior.archive)  # the same prompt, in which <qrs> is plain text
-    assert done[4:] == ["encode_prompts"] * 2
-    assert np.array_equal(fresh(BOTH, zero_prior.archive, extra), first) and len(done) == 6
+    generate(PLAIN)
+    generate.forget()
+    with calls("read_weights", "encode_prompts") as done:
+        first = generate(BOTH, zero_prior.archive, extra)
+        assert done == ["read_weights"] * 2 + ["encode_prompts"] * 2
+        assert np.array_equal(generate(BOTH, zero_prior.archive, copy), first) and len(done) == 4
+        generate(BOTH, zero_prior.archive)  # the same prompt, in which <qrs> is plain text
+        assert done[4:] == ["encode_prompts"] * 2
+        assert np.array_equal(generate(BOTH, zero_prior.archive, extra), first) and len(done) == 6
 
 
-def changed(extra: Path, tmp_path: Path, entries: dict[str, bytes | None]) -> Path:
-    """The extra archive with some entries changed."""
-    found = read_zip(extra) | entries
-    return write_zip(tmp_path / "changed.zip", {name: content for name, content in found.items() if content is not None})
+def with_token(extra: Path, token: str, ids: list[int]) -> dict[str, bytes]:
+    """The entries of the extra archive with its token called otherwise."""
+    entries = read_zip(extra)
+    meta = json.loads(entries["meta.json"]) | {"placeholder_token_ids": {token: ids}}
+    rows = entries.pop("embeddings/qrs.safetensors")
+    return entries | {f"embeddings/{token.strip('<>')}.safetensors": rows, "meta.json": json.dumps(meta).encode()}
 
 
-def test_two_archives_with_the_same_token_get_a_sentence(draw, zero_prior, alone):
-    with pytest.raises(
-        ValueError, match="replicate_weights and extra_lora_weights both use the token '<zwx>': train one of them"
-    ):
-        draw(BOTH, zero_prior.archive, zero_prior.archive)
-    assert alone(draw)
+def test_tokens_that_do_not_go_together_get_their_sentence(generate, zero_prior, extra, tmp_path, alone):
+    cases = {
+        "replicate_weights and extra_lora_weights both use the token '<zwx>': train one": ("<zwx>", [151665, 151666]),
+        "placeholder_token '<zwx>' overlaps with 'zwx': give tokens that do not": ("zwx", [151665, 151666]),
+        "the token ids of the archive are .*151667.*, here they are .*151665.*: it was": ("<qrs>", [151666, 151667]),
+    }
+    for sentence, token in cases.items():
+        path = write_zip(tmp_path / "changed.zip", with_token(extra, *token))
+        with pytest.raises(ValueError, match=sentence):
+            generate(BOTH, zero_prior.archive, path)
+    assert alone(generate)
 
 
-@pytest.mark.parametrize(
-    ("token", "ids", "sentence"),
-    [
-        ("zwx", [151665, 151666], "placeholder_token '<zwx>' overlaps with 'zwx': give tokens that do not"),
-        ("<qrs>", [151666, 151667], "the token ids of the archive are .*151667.*, here they are .*151665.*: it was trained on"),
-    ],
-)
-def test_an_extra_archives_token_that_does_not_fit_gets_its_sentence(
-    token, ids, sentence, draw, zero_prior, extra, tmp_path, alone
-):
-    rows = read_zip(extra)["embeddings/qrs.safetensors"]
-    meta = json.dumps(zero_prior.meta | {"placeholder_token_ids": {token: ids}}).encode()
-    entries = {"embeddings/qrs.safetensors": None, f"embeddings/{token.strip('<>')}.safetensors": rows, "meta.json": meta}
-    with pytest.raises(ValueError, match=sentence):
-        draw(BOTH, zero_prior.archive, changed(extra, tmp_path, entries))
-    assert alone(draw)
-
-
-@pytest.mark.parametrize("before", [(NAMED, "zero_prior"), (PLAIN, None)])
-@pytest.mark.parametrize("layer", ["blocks.9", "blocks.1"])
-def test_a_bad_extra_lora_leaves_nothing_of_the_first(layer, before, base, zero_prior, extra, tmp_path, alone):
-    """Its layer is not there, or it holds NaN: both are found when the first LoRA is on the transformer already."""
+@pytest.mark.parametrize(("layer", "before"), [("blocks.9", "zero_prior"), ("blocks.1", None)])
+def test_a_bad_extra_lora_leaves_nothing_of_the_first(layer, before, generate, zero_prior, extra, tmp_path, alone):
+    """Its layer does not exist, or it holds NaN: both are found when the first LoRA is on the transformer already."""
     tensors = {key.replace("blocks.1", layer): value for key, value in load(read_zip(extra)[LORA_NAME]).items()}
     if layer == "blocks.1":
         tensors[max(tensors)][0, 0] = float("nan")
-    drawer = Drawer(base)
-    drawer(before[0], zero_prior.archive if before[1] else None)
+    generate(NAMED, zero_prior.archive if before else None)
+    bad = write_zip(tmp_path / "changed.zip", read_zip(extra) | {LORA_NAME: save(tensors)})
     with pytest.raises(ValueError, match="made for another model" if layer == "blocks.9" else "NaN or infinite"):
-        drawer(BOTH, zero_prior.archive, changed(extra, tmp_path, {LORA_NAME: save(tensors)}))
-    assert drawer.generator.applied == generate_module.INCOMPLETE
-    assert alone(drawer)
+        generate(BOTH, zero_prior.archive, bad)
+    assert generate.generator.weights.applied == INCOMPLETE
+    assert alone(generate)
 
 
-def test_an_interruption_between_the_two_is_undone_by_the_next_request(base, zero_prior, extra, alone, monkeypatch):
-    drawer = Drawer(base)
-    expected = drawer(BOTH, zero_prior.archive, extra)
-    drawer(PLAIN)
-
-    def interrupted(transformer, state, adapter):
-        load_lora(transformer, state, adapter)
-        if adapter == EXTRA_ADAPTER:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(generate_module, "load_lora", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        drawer(BOTH, zero_prior.archive, extra)
-    monkeypatch.undo()
-    assert alone(drawer)
-    assert np.array_equal(drawer(BOTH, zero_prior.archive, extra), expected)
-
-
-def test_streaming_changes_a_picture_with_two_archives_by_rounding_alone(draw, base, zero_prior, extra, monkeypatch):
-    def added_by_product(drawer: Drawer) -> set[bool]:
-        layers = (module for module in drawer.generator.pipeline.transformer.modules() if isinstance(module, LoraLayer))
+def test_offloading_changes_an_image_with_two_archives_by_rounding_alone(generate, base, zero_prior, extra):
+    def fused(images: Images) -> set[bool]:
+        layers = (module for module in images.generator.pipeline.transformer.modules() if isinstance(module, LoraLayer))
         return {len(layer.lora_variant) == len(layer.lora_A) for layer in layers}
 
-    expected = [draw(BOTH, zero_prior.archive, extra)]
-    assert added_by_product(draw) == {True}
-    expected.append(draw(PLAIN))
-    monkeypatch.setattr(placement_module, "free_bytes", lambda device: 1)
-    streaming = Drawer(base)
-    assert streaming.generator.offloaded
+    expected = [generate(BOTH, zero_prior.archive, extra)]
+    assert fused(generate) == {True}
+    expected.append(generate(PLAIN))
+    offloaded = Images(base, free=1)
+    assert offloaded.generator.weights.offloaded
     for _ in range(2):
-        # Streamed layers add their LoRA by another way: PEFT's, which calls the layers that bring their weights.
-        assert np.abs(streaming(BOTH, zero_prior.archive, extra).astype(int) - expected[0]).max() <= 1
-        assert added_by_product(streaming) == {False}
-        assert np.array_equal(streaming(PLAIN), expected[1])
+        assert np.abs(offloaded(BOTH, zero_prior.archive, extra).astype(int) - expected[0]).max() <= 1
+        assert fused(offloaded) == {False}  # PEFT's own forward calls the layers that load their weights
+        assert np.array_equal(offloaded(PLAIN), expected[1])
 
 
-def test_the_predictor_hands_both_archives_over(draw, zero_prior, extra):
-    predictor, asked = Predictor(), []
-    predictor.default_weights = zero_prior.archive
+def test_the_predictor_passes_both_archives_on(zero_prior, extra):
+    asked = []
 
     class Asked:
-        """Draws, and notes what it was asked for."""
+        """Notes what it was asked for."""
 
         def generate(self, *given):
             asked.append(given)
-            return draw.generator.generate(*given)
+            return picture()
 
-    predictor.generator = Asked()
+    predictor = Predictor()
+    predictor.generator, predictor.default_weights = Asked(), zero_prior.archive
     size = {"width": 64, "height": 64, "steps": 2, "extra_lora_scale": 2.0}
     for weights, given in ((None, None), (None, str(extra)), (str(extra), str(zero_prior.archive))):
         predictor.predict(**DEFAULTS | size, replicate_weights=weights, extra_lora_weights=given)
-    assert [paths for _, *paths in asked] == [
-        [zero_prior.archive, None],
-        [zero_prior.archive, extra],
-        [extra, zero_prior.archive],
-    ]
+    first, second = zero_prior.archive, extra
+    assert [tuple(paths) for _, *paths in asked] == [(first, None), (first, second), (second, first)]
     assert all(request.extra_lora_scale == 2.0 for request, *_ in asked)

@@ -1,4 +1,4 @@
-"""The distilled LoRA of the small base model: how it is made, and what the one that ships draws."""
+"""The distilled LoRA of the small base model: how it is made, and the images of the one that ships."""
 
 from dataclasses import replace
 from itertools import islice
@@ -21,14 +21,14 @@ COUNT = 6
 
 @pytest.fixture(scope="module")
 def paths(base) -> distil.Paths:
-    """Where the teacher, which is untrained, was on its way to six pictures."""
+    """Where the teacher, which is untrained, was on its way to six images."""
     return distil.teach(base, load_transformer(base), COUNT, seed=1)
 
 
-def test_the_teacher_is_kept_at_the_noise_levels_of_the_student(paths, base):
+def test_the_teachers_latents_are_kept_at_the_students_sigmas(paths, base):
     assert paths.latents.shape == (distil.STUDENT_STEPS + 1, COUNT, 16, 64)
-    levels = torch.linspace(1, 0, distil.STUDENT_STEPS + 1)
-    torch.testing.assert_close(paths.sigmas, shift_sigmas(levels, torch.log(torch.tensor(3.0))))
+    sigmas = torch.linspace(1, 0, distil.STUDENT_STEPS + 1)
+    torch.testing.assert_close(paths.sigmas, shift_sigmas(sigmas, torch.log(torch.tensor(3.0))))
     scheduler = distil.fast_scheduler(base)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / distil.STUDENT_STEPS, distil.STUDENT_STEPS).tolist(), mu=1.0986123)
     torch.testing.assert_close(paths.sigmas, scheduler.sigmas)
@@ -65,17 +65,17 @@ def test_the_student_learns_and_its_file_is_what_it_was(paths, base, tmp_path):
     assert (again - learned).norm() < 0.02 * (learned - before).norm()  # stored in bf16
 
 
-def test_the_one_that_ships_draws_what_captions_ask_for_in_its_steps(small_base, monkeypatch):
+def test_the_one_that_ships_shows_what_captions_ask_for_in_its_steps(small_base, monkeypatch):
     assert distil.STORED.stat().st_size < 3e6
     monkeypatch.setenv(FAST_VARIABLE, str(distil.STORED))
     generator = ImageGenerator(small_base, lambda line: None, load_fast_lora(small_base, lambda line: None))
     scenes = held_out_scenes(24, seed=11)
     prompts = [caption(scene.things[0], scene.background) for scene in scenes]
 
-    def drawn(**options) -> dict[str, float]:
+    def shares(**options) -> dict[str, float]:
         requests = [replace(PLAIN, prompt=prompt, seed=number, **options) for number, prompt in enumerate(prompts)]
         return right_shares([generator.generate(request, None) for request in requests], scenes)
 
-    fast, unguided = drawn(go_fast=True), drawn(steps=distil.STUDENT_STEPS, guidance=1.0)
+    fast, unguided = shares(go_fast=True), shares(steps=distil.STUDENT_STEPS, guidance=1.0)
     assert fast["background"] >= 0.9 and fast["color"] >= 0.85, fast
     assert fast["shape"] > unguided["shape"] + 0.1, (fast, unguided)

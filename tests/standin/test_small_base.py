@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from placeholder.model.loading import load_scheduler
-from standin.check_base import draw_all, held_out_scenes, right_shares
+from standin.check_base import held_out_scenes, right_shares, sample_all
 from standin.small_base import ADDED_TOKENS, build_tiny_base
 
 
@@ -50,7 +50,7 @@ def test_the_seed_decides_the_weights_and_a_folder_is_built_once(tmp_path):
     assert {folder.name for folder in tmp_path.iterdir()} == {"first", "again"}
 
 
-def test_the_trained_base_draws_what_held_out_captions_ask_for():
+def test_the_trained_base_shows_what_held_out_captions_ask_for():
     scenes = held_out_scenes(16, seed=11)
-    shares = right_shares(draw_all(scenes), scenes)
+    shares = right_shares(sample_all(scenes), scenes)
     assert shares["background"] >= 0.9 and shares["color"] >= 0.85 and shares["shape"] >= 0.6, shares

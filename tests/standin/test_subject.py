@@ -1,6 +1,6 @@
 """A real training on the small base model: the token is learned, the class word keeps its meaning, and breaking a part shows.
 
-The measures are those of the study, on fewer pictures and a shorter budget.
+The measures are those of the study, on fewer images and a shorter budget.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ CONFIG = TrainConfig(
     placeholder_token=(TOKEN,),
     seed=0,
 )
-PICTURES = 3
+IMAGES = 3
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ def measured(training: Training, base: BaseModel, lora: bool = True, rows: torch
     sampler = Sampler(base, transformer, training.prompt_embeds.text_encoder, training.tokenizer, tokens)
     prompts = Prompts(ARMS["token, preservation"])
     with without_lora(transformer):
-        base_class, base_unrelated = sampler.draw_all(prompts.class_word, PICTURES), sampler.draw_all(UNRELATED, PICTURES)
+        base_class, base_unrelated = sampler.sample_all(prompts.class_word, IMAGES), sampler.sample_all(UNRELATED, IMAGES)
     with contextlib.ExitStack() as stack:
         if rows is not None:
             stack.enter_context(rows_as(tokens, rows))
         share = row_share(training)
         if not lora:
             stack.enter_context(without_lora(transformer))
-        subject = sampler.draw_all(prompts.unseen, PICTURES)
-        class_word, unrelated = sampler.draw_all(prompts.class_word, PICTURES), sampler.draw_all(UNRELATED, PICTURES)
+        subject = sampler.sample_all(prompts.unseen, IMAGES)
+        class_word, unrelated = sampler.sample_all(prompts.class_word, IMAGES), sampler.sample_all(UNRELATED, IMAGES)
     return Measures(
         mean_fidelity(subject, UNSEEN_BACKGROUNDS),
         probability(SUBJECT, class_word) - probability(SUBJECT, base_class),
@@ -111,6 +111,6 @@ def test_a_lora_that_is_not_applied_fails(healthy, small_base):
 
 
 def test_a_frozen_row_fails(small_base, tmp_path):
-    """Its pictures would pass, as the study finds: a near-zero row is a direction of its own. What fails is the row's share."""
+    """Its images would pass, as the study finds: a near-zero row is a direction of its own. What fails is the row's share."""
     frozen = trained(replace(CONFIG, placeholder_learning_rate=0.0, steps=40), small_base, tmp_path)
     assert row_share(frozen) == 0.0 < MIN_ROW_SHARE

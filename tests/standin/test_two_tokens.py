@@ -1,4 +1,4 @@
-"""The experiment with two tokens: what its data set holds, that its measures see what is there, and that its page is up to date."""
+"""The experiment with two tokens: its dataset, its measures, and that its page is up to date."""
 
 import json
 from functools import partial
@@ -8,7 +8,7 @@ import pytest
 
 from demo.two_measures import DRAWN, both_measures, halves, one_named_measures, rendered
 from demo.two_sheet import COLUMNS, sheet, strip, tables
-from demo.two_subjects import KINDS, ORDERS, Picture, both, nouns, taught, write_dataset
+from demo.two_subjects import KINDS, ORDERS, ImageSpec, both, nouns, taught, write_dataset
 from demo.two_tokens import ARMS, TOKENS, TRIGGERS
 from placeholder.data.captions import preserved_prompts, trained_captions
 from placeholder.data.dataset import read_dataset
@@ -16,7 +16,7 @@ from standin.subject import SEEN_BACKGROUNDS
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAMED = nouns(TOKENS)
-draw = partial(rendered, count=2)
+generate = partial(rendered, count=2)
 
 
 def photos_of(arm, folder):
@@ -49,7 +49,7 @@ def test_arms_differ_in_what_they_say(tmp_path):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_each_half_is_measured_for_the_subject_that_belongs_there(order):
-    for image in draw(both(NAMED, order, "blue")):
+    for image in generate(both(NAMED, order, "blue")):
         own, other = halves(image, "blue", order)
         assert min(own) > 0.8 and max(other) < 0.2, (own, other)
         own, other = halves(image, "blue", order[::-1])  # as if they had been asked for the other way round
@@ -57,39 +57,39 @@ def test_each_half_is_measured_for_the_subject_that_belongs_there(order):
 
 
 def test_pictures_of_both_pass_and_swapped_or_missing_subjects_fail():
-    found = both_measures(draw, NAMED, "unseen")
+    found = both_measures(generate, NAMED, "unseen")
     assert found["worse"] > 0.8 and found["both_drawn"] == 1.0 and found["other"] < 0.2, found
 
-    def swapped(picture: Picture):
-        return draw(Picture(picture.caption, picture.kinds[::-1], picture.background))
+    def swapped(spec: ImageSpec):
+        return generate(ImageSpec(spec.caption, spec.kinds[::-1], spec.background))
 
     found = both_measures(swapped, NAMED, "unseen")
     assert found["worse"] < DRAWN < found["other"] and found["both_drawn"] == 0.0, found
 
-    def first_twice(picture: Picture):
-        return draw(Picture(picture.caption, (KINDS[0], KINDS[0]), picture.background))
+    def first_twice(spec: ImageSpec):
+        return generate(ImageSpec(spec.caption, (KINDS[0], KINDS[0]), spec.background))
 
     found = both_measures(first_twice, NAMED, "unseen")
     assert found["first"] > 0.8 and found["second"] < 0.3 and found["both_drawn"] == 0.0, found
 
 
 def test_a_plain_class_word_beside_a_subject_is_not_the_other_subject():
-    assert one_named_measures(draw, NAMED, 0)["leak"] < 0.3
+    assert one_named_measures(generate, NAMED, 0)["leak"] < 0.3
 
-    def leaking(picture: Picture):
-        return draw(Picture(picture.caption, KINDS, picture.background))
+    def leaking(spec: ImageSpec):
+        return generate(ImageSpec(spec.caption, KINDS, spec.background))
 
     assert one_named_measures(leaking, NAMED, 0)["leak"] > 0.8
 
 
 def test_the_sheet_has_a_picture_for_each_column():
-    pictures = strip(draw, NAMED)
-    assert len(pictures) == len(COLUMNS)
-    assert sheet({"one": pictures, "two": pictures}).height == sheet({"one": pictures}).height + 96
+    specs = strip(generate, NAMED)
+    assert len(specs) == len(COLUMNS)
+    assert sheet({"one": specs, "two": specs}).height == sheet({"one": specs}).height + 96
 
 
 def test_the_data_set_never_shows_an_unseen_background():
-    assert {picture.background for picture in taught(NAMED)} == set(SEEN_BACKGROUNDS)
+    assert {spec.background for spec in taught(NAMED)} == set(SEEN_BACKGROUNDS)
 
 
 def test_the_page_shows_the_figures_of_the_last_run():
