@@ -158,7 +158,7 @@ def test_a_disk_that_is_full_while_the_archive_is_written_leaves_nothing(base, d
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setenv(MODEL_VARIABLE, base.source)
-    monkeypatch.setattr(weights_module, "save_file", full)
+    monkeypatch.setattr(weights_module, "save", full)
     config = TrainConfig(**SHORT | {"steps": 2}, train_placeholder_token=True, placeholder_token=("<zwx>",))
     with pytest.raises(RuntimeError, match=f"^{DISK}$"):
         finetune_on_all_gpus(dataset, config, tmp_path / "weights.zip", lambda _: None)

@@ -26,6 +26,7 @@ from placeholder.training.examples import Example
 from placeholder.training.loop import Step
 from placeholder.training.optimizers import row_rms_limit
 from placeholder.training.progress import Record
+from placeholder.transformer.layers import Int8Linear
 from placeholder.weights.archive import LORA_NAME, Weights, read_weights
 from placeholder.weights.metadata import MEASURED, TIME_VARIABLE
 from tests.conftest import SHORT
@@ -314,10 +315,8 @@ def test_the_row_is_limited_to_one_and_a_half_times_the_vocabularys_median(datas
     ],
 )
 def test_a_quantized_training_holds_8_bit_weights_and_gives_an_archive(options, name, loaded, dataset, base, tmp_path):
-    from torchao.quantization import Int8Tensor
-
     run = train(dataset, replace(ZERO_PRIOR, batch_size=4, **options), tmp_path / "weights.zip", base)
-    kinds = {kept: any(isinstance(p, Int8Tensor) for p in module.parameters()) for kept, module in loaded.items()}
+    kinds = {kept: any(isinstance(layer, Int8Linear) for layer in module.modules()) for kept, module in loaded.items()}
     assert kinds == {"load_transformer": False, "load_text_encoder": False} | {name: True}
     lora = read_weights(run.archive).lora
     assert any(value.any() for key, value in lora.items() if key.endswith(B))

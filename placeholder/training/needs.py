@@ -66,7 +66,7 @@ def training_needs(
 ) -> tuple[Need, ...]:
     """What the training needs with each quantization, the largest first; for the arguments see `plan.plan_training`.
 
-    On a GPU quantized weights have their modulations tabled; weights that are stored as they are come with both.
+    On a GPU quantized weights have their modulations tabled; weights that are not quantized come with both.
     """
     transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
     weights = {

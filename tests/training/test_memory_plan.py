@@ -56,7 +56,7 @@ def largest_batch(training: Training, batch_size: int) -> list:
 
 @pytest.mark.parametrize("options", [{}, TOKEN, {"batch_size": 2, "rank": 8}])
 def test_what_a_step_keeps_is_foretold_without_any_weight(base, dataset, monkeypatch, options):
-    training = prepared(dataset, base, "full", monkeypatch, **options)
+    training = prepared(dataset, base, "none", monkeypatch, **options)
     batch = largest_batch(training, options.get("batch_size", 1))
     transformer, prompt_embeds = training.train_state.transformer, training.prompt_embeds
     encoder = prompt_embeds.text_encoder
@@ -75,7 +75,7 @@ def test_what_a_step_keeps_is_foretold_without_any_weight(base, dataset, monkeyp
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("storage", ["full", "int8", "nf4", "full+table", "int8+table"])
+@pytest.mark.parametrize("storage", ["none", "int8", "nf4", "none+table", "int8+table"])
 def test_the_expected_height_is_that_of_a_real_step(dataset, small_base, monkeypatch, storage, recompute):
     options = TOKEN | {"prior_preservation": 0.0, "caption_dropout": 0.0, "batch_size": 4, "rank": 8}
     training = prepared(dataset, small_base, storage, monkeypatch, **options)
@@ -113,9 +113,9 @@ QUANTIZED = {"quantize": True}
 @pytest.mark.parametrize(
     ("config", "gigabytes", "expected"),
     [
-        (WITH, 80, ("full+table", 0)),
-        (WITHOUT, 80, ("full", 0)),
-        (WITHOUT, 48, ("full+table", 21)),
+        (WITH, 80, ("none+table", 0)),
+        (WITHOUT, 80, ("none", 0)),
+        (WITHOUT, 48, ("none+table", 21)),
         (replace(WITH, **QUANTIZED), 48, ("int8+table", 25)),
         (replace(WITH, **QUANTIZED), 32, ("nf4+table", 49)),
         (replace(WITHOUT, **QUANTIZED), 48, ("int8+table", 0)),
@@ -168,7 +168,7 @@ def test_autocaption_can_be_the_height_and_is_then_what_is_refused(vision_base):
         ValueError, match="set autocaption to false, which needs the text encoder's vision tower too, and write"
     ):
         plan_training(vision_base, replace(config, autocaption=True), (4, 4), 60, free)
-    assert plan_training(vision_base, config, (4, 4), 60, free).chosen.storage == "full"
+    assert plan_training(vision_base, config, (4, 4), 60, free).chosen.quantization == "none"
 
 
 def test_the_plan_is_a_table_in_gigabytes():
@@ -177,7 +177,7 @@ def test_the_plan_is_a_table_in_gigabytes():
         "Memory plan for training at 1024x1024 pixels, batch 1, rank 32, with a token; 72.0 GB may be used"
     )
     table = {line[:30].strip(): line[30:].split() for line in lines[1:]}
-    assert table["GB expected"] == ["full", "full+table", "*", "int8+table", "nf4+table"]
+    assert table["GB expected"] == ["none", "none+table", "*", "int8+table", "nf4+table"]
     assert table["transformer"][:2] == ["40.9", "27.2"] and table["text encoder"] == ["14.1"] * 4
     columns = [
         [float(table[row][i]) for row in ("transformer", "text encoder", "LoRA, gradients, optimizer", "activations")]

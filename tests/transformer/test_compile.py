@@ -17,7 +17,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from placeholder.config import TrainConfig
 from placeholder.lora.adapter import add_lora, without_lora
-from placeholder.model.quantization import store
+from placeholder.model.quantization import quantize
 from placeholder.service import launch
 from placeholder.training.checkpoint import Checkpoint
 from placeholder.training.losses import predict_velocity
@@ -281,13 +281,13 @@ def test_processes_of_their_own_keep_what_they_compile_in_the_folder_of_their_jo
     assert launch._run(1, tmp_path / "job.json", log.append, {}) == 0 and log[-1] == "/kept"
 
 
-@pytest.mark.parametrize("storage", ["full", "int8"])
-def test_compiled_blocks_keep_no_more_than_the_plan_counts(storage, monkeypatch):
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_compiled_blocks_keep_no_more_than_the_plan_counts(quantization, monkeypatch):
     """It counts uncompiled blocks; the compiler would keep 8-bit weights unpacked."""
     whole = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, options, **given: whole(*args, **given, backend="aot_eager"))
     transformer = new_transformer(Size(text_width=32, text_layers=1, blocks=3, heads=2, vae_width=8)).requires_grad_(False)
-    store(transformer.transformer_blocks, storage, torch.float32, torch.device("cpu"))
+    quantize(transformer.transformer_blocks, quantization, torch.device("cpu"))
     add_lora(transformer, 4, seed=0)
     checkpointing = BlockCheckpointing(transformer, 0)
     inputs = torch.randn(1, 256, 64), torch.full((1,), 0.5), torch.randn(1, 20, 32), (16, 16)

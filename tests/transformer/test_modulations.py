@@ -47,7 +47,7 @@ class Passes:
 
     def __init__(self, base, dtype: torch.dtype):
         base = replace(base, dtype=dtype)
-        self.models = load_transformer(base), load_transformer(base, levels=LEVELS)
+        self.models = load_transformer(base), load_transformer(base, sigmas=LEVELS)
         self.lora = [add_lora(model, 4, seed=0) for model in self.models]
         for parameters in self.lora:
             generator = torch.Generator().manual_seed(0)
@@ -97,15 +97,17 @@ def test_a_level_that_the_table_was_not_made_for_is_no_other(base):
         list(Passes(base, torch.float32).predicted([0.625]))
 
 
-@pytest.mark.parametrize("storage", ["full", "int8", "nf4"])
-def test_the_weights_are_gone_as_was_counted(base, storage):
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_the_weights_are_gone_as_was_counted(base, quantization):
     on_gpu = replace(base, device=torch.device("cuda"))  # counted from shapes alone
     need = next(
-        need for need in training_needs(on_gpu, TrainConfig(**SHORT), GRID, PROMPT) if need.tabled and need.storage == storage
+        need
+        for need in training_needs(on_gpu, TrainConfig(**SHORT), GRID, PROMPT)
+        if need.tabled and need.quantization == quantization
     )
-    plain, tabled = load_transformer(base), load_transformer(base, storage, levels=LEVELS)
+    plain, tabled = load_transformer(base), load_transformer(base, quantization, sigmas=LEVELS)
     spared = sum(parameter.nbytes for layer in modulation_layers(plain) for parameter in layer.parameters())
-    assert real_bytes(tabled) == pytest.approx(need.transformer, rel=0 if storage == "full" else 0.02)
+    assert real_bytes(tabled) == pytest.approx(need.transformer, rel=0 if quantization == "none" else 0.02)
     assert real_bytes(tabled) <= real_bytes(plain) - spared
     rows = tabled.time_text_embed.rows
     assert rows.shape[0] == 3  # each level once
@@ -113,8 +115,8 @@ def test_the_weights_are_gone_as_was_counted(base, storage):
     assert need.footprint.rest - untabled.footprint.rest == rows[0].nbytes
 
 
-def test_the_table_computes_at_full_precision_whatever_the_storage(base):
-    plain, stored = (load_transformer(base, storage, LEVELS) for storage in ("full", "nf4"))
+def test_the_table_computes_at_full_precision_with_any_quantization(base):
+    plain, stored = (load_transformer(base, quantization, LEVELS) for quantization in ("none", "nf4"))
     assert torch.equal(stored.time_text_embed.rows, plain.time_text_embed.rows)
 
 
@@ -191,7 +193,7 @@ def test_a_model_whose_modulations_depend_on_more_has_no_table(base, monkeypatch
 
     monkeypatch.setattr(needs_module, "transformer_shell", editing)
     found = needs_module.training_needs(on_gpu, config, GRID, PROMPT)
-    assert [need.name for need in found] == ["full", "int8", "nf4"]
+    assert [need.name for need in found] == ["none", "int8", "nf4"]
 
 
 def test_the_levels_are_drawn_by_a_copy_and_are_few_in_bf16(base, dataset):
