@@ -9,8 +9,8 @@ from cog import BasePredictor, Input, Path
 from placeholder.generate import ImageGenerator, save_image
 from placeholder.lora.distilled import load_fast_lora
 from placeholder.model.base import BaseModel
-from placeholder.request import image_request
 from placeholder.model.download import local_file
+from placeholder.request import image_request
 from placeholder.service.files import OutputFolder
 from placeholder.service.metrics import record
 

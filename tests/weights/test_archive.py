@@ -1,7 +1,6 @@
 """The weights archive: what is written, that it comes back whole, and what is said about anything else."""
 
 import json
-import tarfile
 import zipfile
 
 import pytest
@@ -109,15 +108,6 @@ def test_the_lora_file_has_our_metadata_too_sorted_and_aligned(title, tmp_path):
 def test_an_archive_that_was_packed_again_as_a_tar_is_read(mode, start, archive, tmp_path):
     entries = {start + name: content for name, content in read_zip(archive).items()}
     assert_same(read_weights(write_tar(tmp_path / "weights.bin", entries, mode)), WEIGHTS)
-
-
-def test_an_unpacked_archive_that_was_tarred_as_a_folder_is_read(archive, tmp_path):
-    with zipfile.ZipFile(archive) as opened:
-        opened.extractall(tmp_path / "unpacked")
-    path = tmp_path / "weights.tar"
-    with tarfile.open(path, "w") as tarred:
-        tarred.add(tmp_path / "unpacked", arcname=".")  # what `tar -C unpacked -cf weights.tar .` does
-    assert_same(read_weights(path), WEIGHTS)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ""])
