@@ -179,7 +179,7 @@ def test_a_disk_that_is_full_while_the_archive_is_written_leaves_nothing(base, d
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(weights_module, "save_file", full)
+    monkeypatch.setattr(weights_module, "save", full)
     config = TrainConfig(**SHORT | {"steps": 2}, train_placeholder_token=True, placeholder_token=("<zwx>",))
     with pytest.raises(RuntimeError, match=f"^{DISK}$"), readable_errors():
         finetune(Job(dataset, config, tmp_path / "weights.zip"), base, lambda _: None)

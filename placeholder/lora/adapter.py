@@ -60,8 +60,8 @@ def lora_metadata(transformer: nn.Module) -> dict[str, Any]:
 def load_lora(transformer: nn.Module, state: dict[str, Tensor], adapter: str = ADAPTER) -> None:
     """Load stored weights with alpha = rank into a new adapter at scale 1; adapters that are there stay.
 
-    Raises ValueError for weights that do not fit, see `check_lora`. PEFT ignores keys that it cannot apply, so what it then holds
-    is compared with `state`; RuntimeError where they differ.
+    Raises ValueError for weights that do not fit, see `check_lora`. PEFT ignores keys that it cannot apply, so what it then
+    holds is compared with `state`; RuntimeError where they differ.
     """
     check_lora(transformer, state)
     prefixed = {PREFIX + key: value for key, value in state.items()}
@@ -156,8 +156,8 @@ def _check_key(layers: dict[str, nn.Linear], key: str, value: Tensor, state: dic
         raise ValueError(f"the LoRA has rank {rank} at {quoted(module_name)}: at most {MAX_RANK} can be loaded")
     if [tuple(down.shape), tuple(up.shape)] != [(rank, layer.in_features), (layer.out_features, rank)]:
         raise ValueError(
-            f"the LoRA was made for another model: {quoted(module_name)} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}, "
-            f"expected (r, {layer.in_features}) and ({layer.out_features}, r)"
+            f"the LoRA was made for another model: {quoted(module_name)} has lora_A {tuple(down.shape)} and lora_B "
+            f"{tuple(up.shape)}, expected (r, {layer.in_features}) and ({layer.out_features}, r)"
         )
     if not torch.isfinite(value).all():
         raise ValueError(f"the LoRA holds NaN or infinite numbers in {quoted(key)}: train it again")

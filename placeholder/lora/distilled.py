@@ -48,9 +48,9 @@ def line_of(fast: FastLora | None) -> str:
 def load_fast_lora(base: BaseModel, log: Log, fetch: Callable[..., Path] = fetch_file) -> FastLora | None:
     """The LoRA that QWEN_IMAGE_FAST_LORA names (a path, a URL, or owner/name/file.safetensors@revision on the hub), checked.
 
-    Unset, it is the published one for Qwen/Qwen-Image. None, and the log says why, for another base model, for `none`, and where
-    the published one cannot be fetched. Raises ValueError, one sentence, where the named one cannot be used. Of the base model only
-    the configuration is read.
+    Unset, it is the published one for Qwen/Qwen-Image. None, and the log says why, for another base model, for `none`, and
+    where the published one cannot be fetched. Raises ValueError, one sentence, where the named one cannot be used. Of the base
+    model only the configuration is read.
     """
     source = os.environ.get(FAST_VARIABLE, "")
     if source == NONE or not (source or base.source == QWEN_IMAGE.repository):
@@ -90,6 +90,7 @@ def steps_of(name: str) -> int:
     found = set(re.findall(r"(?<![0-9])([0-9]{1,3})[-_ ]?steps?(?![a-z])", name.lower()))
     if len(found) != 1:
         raise ValueError(
-            f"{name} does not say for how many steps it was distilled: name it such as lora-8steps.safetensors, or set {STEPS_VARIABLE}"
+            f"{name} does not say for how many steps it was distilled: name it such as lora-8steps.safetensors, "
+            f"or set {STEPS_VARIABLE}"
         )
     return whole(f"the number of steps in {name}", found.pop(), 1, MAX_STEPS)

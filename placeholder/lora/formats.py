@@ -95,9 +95,9 @@ def plain_lora(name: str, tensors: dict[str, Tensor], header: dict[str, str]) ->
 def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any], alphas: Mapping[str, float]) -> dict[str, Tensor]:
     """The same LoRA with alpha = rank, so that it loads at the right strength wherever metadata are dropped.
 
-    `state` has keys `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r); `metadata` is its PEFT configuration,
-    empty for alpha = rank; `alphas` are those of single modules, which come first. What is scaled is fp32 afterwards: fp16 would
-    lose small numbers. Raises ValueError for settings of other methods, and tensors that are no matrices of floats.
+    `state` has keys `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r); `metadata` is its PEFT
+    configuration, empty for alpha = rank; `alphas` are those of single modules, which come first. Scaled weights are fp32: fp16
+    would lose small numbers. Raises ValueError for settings of other methods, and tensors that are no matrices of floats.
     """
     others = [name for name in UNSUPPORTED_METADATA if metadata.get(name)]
     if others:

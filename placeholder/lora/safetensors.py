@@ -1,4 +1,4 @@
-"""Safetensors files from strangers: the header is checked before a tensor is made of it."""
+"""Untrusted safetensors files: the header is checked before a tensor is made from it."""
 
 import json
 from typing import Any
@@ -24,7 +24,8 @@ def read_tensors(name: str, content: bytes) -> tuple[dict[str, Tensor], dict[str
     length = int.from_bytes(content[:8], "little")
     if len(content) >= 8 and length > MAX_HEADER_BYTES:
         raise ValueError(
-            f"{name} is not a safetensors file of a LoRA or token: its header claims {length} bytes, at most {MAX_HEADER_BYTES} are read"
+            f"{name} is not a safetensors file of a LoRA or token: its header claims {length} bytes, "
+            f"at most {MAX_HEADER_BYTES} are read"
         )
     try:
         header = json.loads(content[8 : 8 + length])

@@ -1,8 +1,8 @@
 """The base model: what is particular to Qwen-Image, in one description, and where its components are read from.
 
-A few other places still name its classes: transformer/attention.py (its attention processor), model/vae.py (its causal convolutions),
-model/captioner.py (the image processor of Qwen2.5-VL), lora/formats.py (its layers, as other trainers name them) and pipeline.py (the
-pipeline that users hand over).
+Only these modules name a class or a layer of it: transformer/attention.py (attention processor), model/vae.py (causal
+convolutions), model/captioner.py (image processor of Qwen2.5-VL), lora/formats.py (layers as other trainers name them), and
+pipeline.py and report/ (the pipeline that users hand over and that model cards show).
 """
 
 import math
@@ -43,7 +43,7 @@ class Architecture:
 
     name: str = "Qwen-Image"
     repository: str = "Qwen/Qwen-Image"
-    # The head of its main branch since 2025, 57.7 GB. Seeds and weights archives give the same results only with the same commit.
+    # The head of its main branch since 2025, 57.7 GB. Seeds and archives give the same images only with the same commit.
     revision: str = "75e0b4be04f60ec59a75f475837eced720f823b6"
 
     pipeline: type[DiffusionPipeline] = QwenImagePipeline
@@ -55,8 +55,8 @@ class Architecture:
 
     # QwenImagePipeline.prompt_template_encode, prompt_template_encode_start_idx, and max_sequence_length of its __call__.
     prompt_prefix: str = (
-        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
-        "of the objects and background:<|im_end|>\n<|im_start|>user\n"
+        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+        "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
     )
     prompt_suffix: str = "<|im_end|>\n<|im_start|>assistant\n"
     dropped_tokens: int = 34  # of the prefix, left out of the prompt embeddings

@@ -37,8 +37,8 @@ def check_vision_tower(base: BaseModel) -> None:
     vision = base.configuration(QWEN_IMAGE.text_encoder, "text_encoder").vision_config
     if not any(index < vision.depth for index in vision.fullatt_block_indexes):
         raise ValueError(
-            f"autocaption needs a base model whose text encoder can see, and that of {base.source} has no vision tower that takes "
-            f"in a whole image: {REMEDY}"
+            f"autocaption needs a base model whose text encoder can see, and that of {base.source} has no vision tower "
+            f"that takes in a whole image: {REMEDY}"
         )
 
 
@@ -49,8 +49,8 @@ def load_vlm(base: BaseModel) -> nn.Module:
     )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"autocaption needs a base model whose text encoder can see, and that of {base.source} lacks {len(missing)} weights, "
-            f"such as {missing[0]}: {REMEDY}"
+            f"autocaption needs a base model whose text encoder can see, and that of {base.source} lacks "
+            f"{len(missing)} weights, such as {missing[0]}: {REMEDY}"
         )
     return vlm.requires_grad_(False).eval().to(base.device)
 
@@ -91,7 +91,7 @@ def describe(
     instruction: str,
     max_new_tokens: int | None = None,  # MAX_NEW_TOKENS
 ) -> str:
-    """The model's answer to the image and the instruction, on one line, decoded greedily: the same image gives the same text."""
+    """The model's answer to image and instruction, as a caption on one line, decoded greedily: always the same."""
     inputs = {name: value.to(vlm.device) for name, value in vlm_inputs(tokenizer, image, instruction).items()}
     ends = [tokenizer.convert_tokens_to_ids(token) for token in END_TOKENS]
     first_added = min(tokenizer.get_added_vocab().values())

@@ -41,7 +41,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
     source, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", revision):
         raise ValueError(
-            f"the base model {name!r} is not a folder and not owner/name@revision: give a commit, a tag or a branch behind the @"
+            f"the base model {name!r} is not a folder and not owner/name@revision: give a commit, a tag or a branch after the @"
         )
     return source, revision
 

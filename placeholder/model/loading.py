@@ -47,7 +47,7 @@ def load_text_encoder(base: BaseModel, quantization: Quantization = "none", offl
 
 
 def language_model(vlm: nn.Module, base: BaseModel, quantization: Quantization = "none", offload: bool = False) -> nn.Module:
-    """What `load_text_encoder` returns, taken out of the whole Qwen2.5-VL; the rest is freed with the last reference to that."""
+    """What `load_text_encoder` returns, from the whole Qwen2.5-VL; the rest is freed with the last reference to it."""
     text_encoder = vlm.model.language_model
     quantize(text_encoder.layers, quantization, base.device)
     return _placed(text_encoder, base, offload)
@@ -58,7 +58,7 @@ def load_transformer(
 ) -> nn.Module:
     """The denoising transformer, frozen; for `offload` see `load_text_encoder`.
 
-    With `sigmas` (N,) its modulations are a table for these in host memory, computed from the weights before they are quantized.
+    With `sigmas` (N,) its modulations are a table for these in host memory, computed from unquantized weights.
     """
     transformer = base.component(QWEN_IMAGE.transformer, "transformer", dtype=base.dtype, use_safetensors=True)
     if sigmas is not None:

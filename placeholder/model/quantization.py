@@ -1,7 +1,7 @@
 """Quantization of a frozen model's linear layers: int8 or nf4 weights, computation in the model's own dtype.
 
-In place, and not by a `quantization_config` for `from_pretrained`: diffusers refuses bitsandbytes without a GPU, and the text encoder
-is quantized after it has written captions.
+In place, and not by a `quantization_config` for `from_pretrained`: diffusers refuses bitsandbytes without a GPU, and the text
+encoder is quantized after it has written captions.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def quantize(module: nn.Module, quantization: Quantization, device: torch.device
 
 
 def _nf4_linear(layer: nn.Linear) -> nn.Linear:
-    """4-bit normal floats with a scale for each 64 weights, as in QLoRA (arXiv:2305.14314); quantized when moved to a device."""
+    """4-bit normal floats with a scale for each 64 weights (QLoRA, arXiv:2305.14314); quantized when moved to a device."""
     import bitsandbytes.nn as bnb
 
     shape = layer.in_features, layer.out_features, layer.bias is not None

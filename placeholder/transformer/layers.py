@@ -1,4 +1,4 @@
-"""Layers of the transformer that keep and move less in training than PEFT's and diffusers' own, equal to them up to rounding."""
+"""Layers of the transformer that keep and move less in training than PEFT's and diffusers' own, equal up to rounding."""
 
 from types import MethodType
 from typing import Any

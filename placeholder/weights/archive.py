@@ -51,7 +51,7 @@ def embedding_name(token: str) -> str:
 def write_weights(path: Path, weights: Weights, lora_metadata: dict[str, Any], header: dict[str, str] | None = None) -> None:
     """Write the archive; `lora_metadata` is the PEFT configuration of the LoRA (alpha = rank).
 
-    The LoRA's file is that of diffusers' `save_lora_weights`, with `header` added to its metadata. Entries are stored, not compressed
+    The LoRA's file is that of diffusers' `save_lora_weights`, with `header` added to its metadata. Entries are not compressed
     (bf16 noise does not shrink), sorted, and without a time of their own: equal weights and meta.json give equal bytes.
     """
     lora = {PREFIX + key: value for key, value in weights.lora.items()}
@@ -136,7 +136,7 @@ def _lora_alone(name: str, content: bytes) -> dict[str, Tensor]:
 
 
 def _foreign(archive: Archive) -> dict[str, Tensor]:
-    """The LoRA in an archive of another trainer: its only safetensors file, at the root (such as the hosted lora.safetensors)."""
+    """The LoRA in an archive of another trainer: its only safetensors file, at the root (the hosted trainer's layout)."""
     files = [name for name in archive.names if name.lower().endswith(".safetensors") and not is_clutter(name)]
     if len(files) != 1 or "/" in files[0]:
         found = ", ".join(quoted(name) for name in files[:3]) or "no safetensors file"

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
 from placeholder import generate as generate_module
-from placeholder.lora.distilled import FAST_VARIABLE, STEPS_VARIABLE, FastLora, load_fast_lora, steps_of
+from placeholder.lora.distilled import FAST_VARIABLE, STEPS_VARIABLE, FastLora, line_of, load_fast_lora, steps_of
 from placeholder.model import placement as placement_module
 from placeholder.model.base import DEFAULT_MODEL, QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_transformer
@@ -28,22 +28,13 @@ from tests.test_request import DEFAULTS
 STEPS, RANK, ALPHA = 3, 8, 2.0
 NAME = f"Qwen-Image-Lightning-{STEPS}steps-V2.0.safetensors"
 FAST, FAST_NAMED = replace(PLAIN, go_fast=True), replace(NAMED, go_fast=True)
-# What the model card of lightx2v/Qwen-Image-Lightning gives the scheduler.
+# What the model card of lightx2v/Qwen-Image-Lightning gives the scheduler, without what are its defaults.
 PUBLISHED_SCHEDULER = {
     "base_image_seq_len": 256,
     "base_shift": math.log(3),
-    "invert_sigmas": False,
     "max_image_seq_len": 8192,
     "max_shift": math.log(3),
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "shift_terminal": None,
-    "stochastic_sampling": False,
-    "time_shift_type": "exponential",
-    "use_beta_sigmas": False,
     "use_dynamic_shifting": True,
-    "use_exponential_sigmas": False,
-    "use_karras_sigmas": False,
 }
 
 
@@ -81,7 +72,7 @@ def as_before(base, zero_prior) -> Callable[[Drawer], bool]:
     """Whether a generator draws, with an archive and without weights, what others draw that know of no step-distilled LoRA."""
     cases = [(NAMED, zero_prior.archive), (PLAIN, None)]
     expected = [Drawer(base)(*case) for case in cases]
-    return lambda drawer: all(np.array_equal(drawer(*case), picture) for case, picture in zip(cases, expected, strict=True))
+    return lambda drawer: all(np.array_equal(drawer(*case), image) for case, image in zip(cases, expected, strict=True))
 
 
 @pytest.mark.parametrize(("scale", "steps"), [(0.6, 50), (1.0, 2), (None, 50)])
@@ -127,20 +118,14 @@ def test_the_lora_scale_is_the_users_alone(draw, zero_prior):
 
 def test_guidance_and_negative_prompt_do_not_count_and_the_log_says_so(draw, monkeypatch):
     monkeypatch.setattr(generate_module, "cache_first_block", lambda _: pytest.fail("blocks would be skipped"))
-    pictures = [draw(replace(FAST, guidance=guidance, negative_prompt=text)) for guidance, text in ((4.0, ""), (9.0, "blurry"))]
-    assert np.array_equal(*pictures)
+    images = [draw(replace(FAST, guidance=guidance, negative_prompt=text)) for guidance, text in ((4.0, ""), (9.0, "blurry"))]
+    assert np.array_equal(*images)
     said = f"go_fast: step-distilled LoRA {NAME}, at most 3 steps; guidance and the negative prompt are not used"
     assert said in draw.log and sum("/3 [" in line for line in draw.log) == 3
     draw(replace(FAST, steps=2))
     assert sum("/2 [" in line for line in draw.log) == 2
     draw(PLAIN)
     assert not any("go_fast" in line for line in draw.log)
-
-
-def test_without_it_the_log_says_that_it_is_the_first_block_cache(base):
-    drawer = Drawer(base)
-    drawer(FAST)
-    assert "go_fast: first-block cache, as no step-distilled LoRA is available" in drawer.log
 
 
 def test_two_archives_and_the_fast_lora_go_together(draw, zero_prior, as_before, tmp_path):
@@ -151,18 +136,6 @@ def test_two_archives_and_the_fast_lora_go_together(draw, zero_prior, as_before,
     assert np.abs(both.astype(int) - doubled.astype(int)).max() <= 1  # sums in another order
     assert not np.array_equal(both, draw(FAST_NAMED, zero_prior.archive))
     assert as_before(draw)
-
-
-def test_archives_of_one_shape_still_switch_by_their_weights_alone(draw, base, fast, zero_prior, baseline, monkeypatch):
-    alone = [Drawer(base, fast)(FAST, run.archive) for run in (zero_prior, baseline)]
-    plain = Drawer(base)(PLAIN, baseline.archive)
-    draw(FAST, zero_prior.archive)
-    loaded = []
-    monkeypatch.setattr(generate_module, "load_lora", lambda *args: loaded.append(args))
-    switched = [draw(FAST, run.archive) for run in (zero_prior, baseline)]
-    off = draw(PLAIN, baseline.archive)
-    assert np.array_equal(draw(FAST, baseline.archive), switched[1])
-    assert loaded == [] and all(map(np.array_equal, switched, alone)) and np.array_equal(off, plain)
 
 
 def test_an_interruption_anywhere_leaves_no_trace(base, fast, zero_prior, as_before):
@@ -179,7 +152,7 @@ def test_offloading_changes_no_pixel(draw, base, fast, zero_prior, as_before, mo
     offloading = Drawer(base, fast)
     assert offloading.generator.offloaded
     for _ in range(2):
-        assert all(np.array_equal(offloading(*case), picture) for case, picture in zip(cases, expected, strict=True))
+        assert all(np.array_equal(offloading(*case), image) for case, image in zip(cases, expected, strict=True))
         assert as_before(offloading)
 
 
@@ -198,6 +171,7 @@ def test_the_predictor_draws_with_the_file_that_the_variable_names(draw, base, p
 
 def test_for_another_base_model_and_for_none_there_is_none_and_the_log_says_why(base, monkeypatch):
     log: list[str] = []
+    assert line_of(None) == "go_fast: first-block cache, as no step-distilled LoRA is available"
     monkeypatch.delenv(FAST_VARIABLE, raising=False)
     assert load_fast_lora(base, log.append) is None
     monkeypatch.setenv(FAST_VARIABLE, "none")

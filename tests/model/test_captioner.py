@@ -18,7 +18,7 @@ from placeholder.model.captioner import (
 from tests.support.peak import PeakBytes
 from tests.support.samples import picture
 
-# The parts for one picture and a text of chat_template.json in Qwen/Qwen2.5-VL-7B-Instruct.
+# The parts for one image and a text of chat_template.json in Qwen/Qwen2.5-VL-7B-Instruct.
 CHAT_TEMPLATE = """{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
 {% endif %}<|im_start|>{{ message['role'] }}

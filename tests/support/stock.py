@@ -1,4 +1,4 @@
-"""A picture drawn with stock diffusers and transformers alone, which ours are held against."""
+"""Images generated with stock diffusers and transformers alone, which ours are compared with."""
 
 import json
 import tempfile
@@ -15,7 +15,7 @@ from placeholder.model.vae import as_single_frame
 
 
 def stock_pipeline(model: str, two_dimensional_vae: bool = True) -> QwenImagePipeline:
-    """The whole base model as stock diffusers loads it; its VAE in 2-D as ours, which rounds otherwise (tests/test_vae.py)."""
+    """The whole base model as stock diffusers loads it; its VAE in 2-D like ours, which rounds differently (tests/model/test_vae.py)."""
     pipeline = QwenImagePipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if two_dimensional_vae:
@@ -50,7 +50,7 @@ def stock_picture(
     seed: int = 7,
     two_dimensional_vae: bool = True,
 ) -> np.ndarray:
-    """The picture, uint8 (H, W, 3)."""
+    """The generated image, uint8 (H, W, 3)."""
     pipeline = stock_pipeline(model, two_dimensional_vae)
     if archive:
         apply_archive(pipeline, archive, lora_scale)

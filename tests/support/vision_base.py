@@ -1,4 +1,4 @@
-"""A base model for the tests whose text encoder sees: a tiny Qwen2.5-VL with a vision tower and a head, seeded and untrained."""
+"""A base model with a vision tower for the tests: a tiny Qwen2.5-VL with a head, seeded and untrained."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ VISION = {
 
 
 def build_vision_base(folder: Path, tiny: Path) -> Path:
-    """The tiny base model with another text encoder. Its words are gibberish; what it says depends on the picture."""
+    """The tiny base model with another text encoder. Its captions are gibberish, but depend on the image."""
     folder.mkdir()
     for part in tiny.iterdir():
         if part.name != "text_encoder":

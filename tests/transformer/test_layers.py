@@ -28,7 +28,7 @@ def layer(transformer) -> LoraLayer:
     return found
 
 
-def drawn(layer: LoraLayer, *shape: int) -> torch.Tensor:
+def random_input(layer: LoraLayer, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, layer.in_features, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
 
@@ -41,7 +41,7 @@ def values(layer: LoraLayer, x: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 3)])
 def test_the_lora_is_added_as_peft_adds_it(layer, shape):
-    x = drawn(layer, *shape)
+    x = random_input(layer, *shape)
     ours = values(layer, x)
     del layer.lora_variant[ADAPTER]
     for found, expected in zip(ours, values(layer, x), strict=True):
@@ -51,7 +51,7 @@ def test_the_lora_is_added_as_peft_adds_it(layer, shape):
 def test_under_autocast_the_output_is_bf16_and_gradients_are_fp32(layer):
     layer.base_layer.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result, in_x, *in_lora = values(layer, drawn(layer, 1, 5).to(torch.bfloat16))
+        result, in_x, *in_lora = values(layer, random_input(layer, 1, 5).to(torch.bfloat16))
     assert result.dtype == in_x.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in in_lora)
 
 
@@ -95,7 +95,7 @@ def test_a_layer_norm_computes_in_its_inputs_dtype_under_autocast(monkeypatch):
 
 
 def test_with_the_lora_off_only_the_base_layer_computes(transformer, layer):
-    x = drawn(layer, 1, 5)
+    x = random_input(layer, 1, 5)
     with without_lora(transformer):
         assert torch.equal(layer(x), layer.base_layer(x))
     assert not torch.equal(layer(x), layer.base_layer(x))

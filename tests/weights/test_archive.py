@@ -1,14 +1,15 @@
 """The weights archive: what is written, that it comes back whole, and what is said about anything else."""
 
 import json
-import tarfile
 import zipfile
 
 import pytest
 import torch
+from diffusers import QwenImagePipeline
 from safetensors.torch import load, save
 
 from placeholder.lora.adapter import A, B
+from placeholder.lora.safetensors import read_tensors
 from placeholder.tokens.vocabulary import check_tokens
 from placeholder.weights import archive as weights_module
 from placeholder.weights.archive import LORA_NAME, Weights, add_files, embedding_name, read_weights, write_weights
@@ -66,18 +67,7 @@ def test_the_archive_holds_the_files_that_others_read(archive):
     row = load(entries["embeddings/zwx.safetensors"])
     assert list(row) == ["qwen25_7b"]
     assert (row["qwen25_7b"].shape, row["qwen25_7b"].dtype) == ((1, 32), torch.float32)
-    assert set(load(entries[LORA_NAME])) == {f"transformer.{FIRST}{part}" for part in (A, B)}
     assert json.loads(entries["meta.json"]) == META
-
-
-def test_entries_are_stored_without_compression_and_without_a_time(archive):
-    with zipfile.ZipFile(archive) as opened:
-        assert {entry.compress_type for entry in opened.infolist()} == {zipfile.ZIP_STORED}
-        assert {entry.date_time for entry in opened.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-
-
-def test_nothing_is_left_beside_the_archive(archive, tmp_path):
-    assert list(tmp_path.iterdir()) == [archive]
 
 
 def test_files_are_added_behind_the_rest_and_readers_pass_them_over(archive):
@@ -90,8 +80,18 @@ def test_files_are_added_behind_the_rest_and_readers_pass_them_over(archive):
         assert {entry.date_time for entry in opened.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
+def test_the_lora_file_is_the_one_that_diffusers_writes(archive, tmp_path):
+    QwenImagePipeline.save_lora_weights(
+        tmp_path, transformer_lora_layers=LORA, transformer_lora_adapter_metadata=CONFIGURATION, weight_name="x.safetensors"
+    )
+    theirs = (tmp_path / "x.safetensors").read_bytes()
+    found, expected = read_tensors("ours", read_zip(archive)[LORA_NAME]), read_tensors("theirs", theirs)
+    assert found[1] == expected[1] and found[0].keys() == expected[0].keys()
+    assert all(torch.equal(found[0][key], value) for key, value in expected[0].items())
+
+
 @pytest.mark.parametrize("title", ["", "x", "é" * 5, "a" * 1000])
-def test_the_header_of_the_lora_has_more_beside_what_diffusers_writes(title, tmp_path):
+def test_the_lora_file_has_our_metadata_too_sorted_and_aligned(title, tmp_path):
     path = tmp_path / "weights.zip"
     write_weights(path, WEIGHTS, CONFIGURATION, {"modelspec.title": title, "about": "b"})
     assert_same(read_weights(path), WEIGHTS)
@@ -100,14 +100,7 @@ def test_the_header_of_the_lora_has_more_beside_what_diffusers_writes(title, tmp
     metadata = json.loads(content[8 : 8 + length])["__metadata__"]
     assert length % 8 == 0
     assert list(metadata) == ["about", "format", "lora_adapter_metadata", "modelspec.title"]
-    assert (metadata["modelspec.title"], metadata["format"]) == (title, "pt")
-    assert json.loads(metadata["lora_adapter_metadata"]) == {f"transformer.{name}": v for name, v in CONFIGURATION.items()}
-
-
-def test_without_tokens_there_is_no_embeddings_folder(tmp_path):
-    path = tmp_path / "weights.zip"
-    write_weights(path, Weights(LORA, {}, {"placeholder_token_ids": {}}), CONFIGURATION)
-    assert list(read_zip(path)) == ["lora/lora_weights.safetensors", "meta.json"]
+    assert metadata["modelspec.title"] == title
 
 
 @pytest.mark.parametrize("start", ["", "./"])
@@ -117,29 +110,11 @@ def test_an_archive_that_was_packed_again_as_a_tar_is_read(mode, start, archive,
     assert_same(read_weights(write_tar(tmp_path / "weights.bin", entries, mode)), WEIGHTS)
 
 
-def test_an_unpacked_archive_that_was_tarred_as_a_folder_is_read(archive, tmp_path):
-    with zipfile.ZipFile(archive) as opened:
-        opened.extractall(tmp_path / "unpacked")
-    path = tmp_path / "weights.tar"
-    with tarfile.open(path, "w") as tarred:
-        tarred.add(tmp_path / "unpacked", arcname=".")  # what `tar -C unpacked -cf weights.tar .` does
-    assert_same(read_weights(path), WEIGHTS)
-
-
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ""])
 def test_a_bare_lora_is_read_whatever_its_suffix(suffix, tmp_path):
     path = tmp_path / f"lora{suffix}"
     path.write_bytes(GOOD[LORA_NAME])
     assert_same(read_weights(path), Weights(LORA))
-
-
-@pytest.mark.parametrize(("alpha", "factor"), [(4, 1.0), (8, 2.0), (2.0, 0.5)])
-def test_the_alpha_of_a_bare_lora_is_folded_into_b(alpha, factor, tmp_path):
-    path = tmp_path / "lora.safetensors"
-    path.write_bytes(safetensors_of(prefixed(LORA), {"transformer.r": 4, "transformer.lora_alpha": alpha}))
-    found = read_weights(path).lora
-    assert torch.equal(found[FIRST + A], LORA[FIRST + A])
-    assert torch.equal(found[FIRST + B], LORA[FIRST + B] * factor if factor == 1 else LORA[FIRST + B].float() * factor)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +170,6 @@ UNUSABLE = "embeddings/zwx.safetensors holds no usable rows under 'qwen25_7b': e
         ({LORA_NAME: None}, "LoRA weights not found in weights.zip: expected lora/lora_weights.safetensors"),
         ({"meta.json": None}, "meta.json not found in weights.zip: give the archive as the training returned it"),
         ({"meta.json": b"{"}, "weights.zip: meta.json is not JSON"),
-        ({"meta.json": b"\xff\xfe"}, "weights.zip: meta.json is not JSON"),
         ({"meta.json": b"[" * 100_000}, "weights.zip: meta.json is not JSON"),
         ({"meta.json": b"[]"}, "weights.zip: meta.json is not the one of a training"),
         ({"meta.json": b'{"placeholder_token_ids": 5}'}, "weights.zip: meta.json is not the one of a training"),
@@ -208,24 +182,20 @@ UNUSABLE = "embeddings/zwx.safetensors holds no usable rows under 'qwen25_7b': e
         ({"embeddings/zwx.safetensors": b"junk"}, "embeddings/zwx.safetensors is not a safetensors file"),
         ({"embeddings/zwx.safetensors": save({"other": torch.zeros(1, 32)})}, UNUSABLE),
         ({"embeddings/zwx.safetensors": save({"qwen25_7b": torch.zeros(32)})}, UNUSABLE),
-        ({"embeddings/zwx.safetensors": save({"qwen25_7b": torch.zeros(0, 32)})}, UNUSABLE),
         ({"embeddings/zwx.safetensors": save({"qwen25_7b": torch.zeros(65, 32)})}, UNUSABLE),
         ({"embeddings/zwx.safetensors": save({"qwen25_7b": torch.full((1, 32), float("nan"))})}, UNUSABLE),
         ({"embeddings/zwx.safetensors": save({"qwen25_7b": ROW.to(torch.int32)})}, UNUSABLE),
-        ({"embeddings/zwx.safetensors": save({"qwen25_7b": ROW.to(torch.float8_e4m3fn)})}, UNUSABLE),
         (
             {"embeddings/zwx.safetensors": save({"qwen25_7b": ROW}, {"token": "<other>"})},
             "embeddings/zwx.safetensors holds the rows of '<other>', not of '<zwx>': it was renamed",
         ),
         ({"embeddings/zwx.safetensors": bytes(9_000_000)}, "is 9000000 bytes: an embedding has at most"),
         ({"meta.json": meta_of(placeholder_token_ids={"<zwx>": "151665"})}, "gives '<zwx>' the ids '151665': expected whole"),
-        ({"meta.json": meta_of(placeholder_token_ids={"<zwx>": [True]})}, r"gives '<zwx>' the ids \[True\]: expected whole"),
         ({"meta.json": meta_of(placeholder_token_ids={"<zwx>": [2**70]})}, "gives '<zwx>' the ids .*: expected whole"),
         (
             {"meta.json": meta_of(placeholder_token_ids={"a\nb": [1]})},
             r"placeholder_token 'a\\nb' is empty or holds white space",
         ),
-        ({"meta.json": meta_of(placeholder_token_ids={"\ud800": [1]})}, "placeholder_token .* is empty or holds white space"),
         ({"meta.json": meta_of(placeholder_token_ids={"x" * 99: [1]})}, "placeholder_token .* has 99 bytes"),
         ({"meta.json": meta_of(placeholder_token_ids={f"<{n}>": [n] for n in range(65)})}, "names 65 tokens: at most 64"),
         (
@@ -238,19 +208,15 @@ UNUSABLE = "embeddings/zwx.safetensors holds no usable rows under 'qwen25_7b': e
         ({LORA_NAME: header_only({"x": TENSOR | {"shape": [0, 2**62, 2**62]}})}, "holds 'x' with an impossible shape"),
         ({LORA_NAME: header_only({"x": TENSOR | {"shape": [0] * 100}})}, "holds 'x' with 100 dimensions"),
         ({LORA_NAME: header_only({"x": TENSOR, "y": TENSOR}, b"1234")}, "is not a safetensors file"),
-        ({LORA_NAME: header_only({"x": TENSOR | {"dtype": "F4"}}, b"1234")}, "is not a safetensors file"),
         ({LORA_NAME: header_only({"__metadata__": None})}, f"{NOT_A_LORA}: it is empty"),
         ({LORA_NAME: header_only([])}, "its header is no object"),
         ({LORA_NAME: header_only(b'{"a":' * 90_000)}, "is not a safetensors file"),
         ({LORA_NAME: header_only({}, length=2**62)}, "its header claims 4611686018427387904 bytes, at most 4194304 are read"),
-        ({LORA_NAME: b"junk"}, "weights.zip: lora/lora_weights.safetensors is not a safetensors file"),
         ({LORA_NAME: safetensors_of(prefixed(LORA))[:-9]}, "is not a safetensors file"),
-        ({LORA_NAME: safetensors_of({})}, f"{NOT_A_LORA}: it is empty"),
         (
             {LORA_NAME: safetensors_of(prefixed(LORA) | {"transformer.norm.bias": ROW})},
             f"{NOT_A_LORA}: it holds 'transf.*bias'",
         ),
-        ({LORA_NAME: safetensors_of(prefixed(LORA), {"transformer.use_dora": True})}, "trained with use_dora: only plain LoRA"),
     ],
 )
 def test_an_archive_in_which_something_is_wrong_gets_its_sentence(changed, sentence, tmp_path):
@@ -262,12 +228,9 @@ def test_an_archive_in_which_something_is_wrong_gets_its_sentence(changed, sente
 @pytest.mark.parametrize(
     "settings",
     [
-        [1],
         "text",
         {"transformer.lora_alpha": None},
-        {"transformer.lora_alpha": "eight"},
         {"transformer.lora_alpha": "8"},
-        {"transformer.lora_alpha": [8]},
         {"transformer.lora_alpha": 8, "transformer.alpha_pattern": {"to_q": "8"}},
         {"transformer.lora_alpha": 8, "transformer.alpha_pattern": ["to_q"]},
     ],
@@ -282,34 +245,33 @@ def test_a_lora_with_unreadable_settings_gets_its_sentence(settings, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("dtype", "shape", "sentence"),
     [
-        {FIRST + A: torch.tensor(1.0), FIRST + B: torch.tensor(1.0)},
-        {FIRST + A: torch.zeros(0, 64), FIRST + B: torch.zeros(64, 0)},
-        {FIRST + A: torch.zeros(4, 64).to(torch.float8_e4m3fn), FIRST + B: torch.zeros(64, 4).to(torch.float8_e4m3fn)},
+        (torch.float32, (), "expected two dimensions"),
+        (torch.float32, (0, 64), "expected two dimensions"),
+        (torch.float8_e4m3fn, (4, 64), "in torch.float8_e4m3fn: save it in float32, bfloat16 or float16"),
     ],
-    ids=["no dimension", "rank 0", "fp8"],
 )
-def test_a_lora_of_impossible_shapes_or_numbers_gets_a_sentence(wrong, tmp_path):
+def test_a_lora_of_impossible_shapes_or_numbers_gets_its_sentence(dtype, shape, sentence, tmp_path):
     path = tmp_path / "lora.safetensors"
-    path.write_bytes(safetensors_of(prefixed(wrong), {"transformer.lora_alpha": 8}))
-    with pytest.raises(ValueError, match="LoRA"):
+    tensors = {FIRST + A: torch.zeros(shape).to(dtype), FIRST + B: torch.zeros(shape[::-1]).to(dtype)}
+    path.write_bytes(safetensors_of(prefixed(tensors), {"transformer.lora_alpha": 8}))
+    with pytest.raises(ValueError, match=sentence):
         read_weights(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", b"\x00" * 50])
-def test_what_is_neither_an_archive_nor_safetensors_gets_its_sentence(content, tmp_path):
-    path = tmp_path / "weights.zip"
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (GOOD[LORA_NAME][:100], r"w\.zip is not a safetensors file \("),
+        (GOOD[LORA_NAME][:600], r"w\.zip is not a safetensors file \("),
+        (b"no weights", r"w\.zip is neither a zip nor a tar archive"),
+    ],
+)
+def test_a_file_that_is_damaged_or_of_another_kind_gets_its_sentence(content, sentence, tmp_path):
+    path = tmp_path / "w.zip"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"weights\.zip is neither a zip nor a tar archive"):
-        read_weights(path)
-
-
-@pytest.mark.parametrize("cut", [100, 600])
-def test_a_truncated_bare_lora_gets_its_sentence(cut, tmp_path):
-    path = tmp_path / "lora.safetensors"
-    path.write_bytes(GOOD[LORA_NAME][:cut])
-    with pytest.raises(ValueError, match=r"lora\.safetensors is not a safetensors file \("):
+    with pytest.raises(ValueError, match=sentence):
         read_weights(path)
 
 
