@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import signal
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from checks.cancels import READY_SECONDS, cancel_at_random
+from checks.cancels import READY_SECONDS, cancel_at
 from demo.server import CogServer, data_url, from_data_url
 from tests.support import hosted
 from tests.support.samples import read_zip, write_zip
@@ -130,7 +131,8 @@ def training_processes(server: CogServer) -> list[psutil.Process]:
 
 def test_cancels_at_random_moments_are_never_lost(training_server, dataset, temporary):
     inputs = {"dataset": data_url(dataset), **TRAINING, "placeholder_token": "<zwx>", "steps": 20000}
-    found = cancel_at_random(training_server, inputs, count=20, longest=8.0)
+    moments = random.Random(0)
+    found = cancel_at([8 * moments.random() ** 2 for _ in range(20)], training_server, inputs)
     assert found.facts()["lost"] == 0 and len(found.seconds) == 20
     assert max(found.seconds) < 5 * READY_SECONDS  # other tests run beside this one; make cancels holds it to two seconds
     assert training_processes(training_server) == []
