@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test fuzz lint format study two-tokens distil bench bench-gpu interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways docs lock clean
+.PHONY: setup demo test fuzz lint format study two-tokens distil bench bench-gpu cancels interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways docs lock clean
 
 setup: .venv/installed
 
@@ -41,7 +41,11 @@ format: setup
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu
 
-# Kill, cancel and stop trainings at random moments; writes checks/interruptions.json.
+# Cancel two hundred trainings at random moments through the Cog server; writes checks/cancels.json.
+cancels: setup
+	$(BIN)/python -m checks.cancels
+
+# Kill trainings with checkpoints at random moments, cancel one and stop a server with one; writes checks/interruptions.json.
 interruptions: setup
 	$(BIN)/python -m checks.interruptions
 

@@ -10,6 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,12 +48,12 @@ class Cancels:
         }
 
 
-def cancel_at_random(server: CogServer, inputs: dict[str, Any], count: int, longest: float) -> Cancels:
-    """Start `count` trainings and cancel each within `longest` seconds; stops at the first cancel that is lost."""
-    moments, found = random.Random(SEED), Cancels([], 0)
-    for number in range(count):
+def cancel_at(moments: Sequence[float], server: CogServer, inputs: dict[str, Any]) -> Cancels:
+    """Start a training for each moment and cancel it so many seconds later; stops at the first cancel that is lost."""
+    found = Cancels([], 0)
+    for number, moment in enumerate(moments):
         server.start(f"cancel-{number}", inputs)
-        time.sleep(moments.uniform(0, longest))
+        time.sleep(moment)
         start = time.monotonic()
         try:
             server.cancel(f"cancel-{number}")
@@ -81,7 +82,8 @@ def main(count: int = COUNT) -> None:
             answer = server.ask(inputs)
             whole = time.monotonic() - start
             before = len(psutil.Process(server.process.pid).children(recursive=True))
-            found = cancel_at_random(server, inputs, count, whole)
+            moments = random.Random(SEED)
+            found = cancel_at([moments.uniform(0, whole) for _ in range(count)], server, inputs)
             time.sleep(1)
             processes = len(psutil.Process(server.process.pid).children(recursive=True)) - before
             again = server.ask(inputs)

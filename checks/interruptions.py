@@ -1,8 +1,8 @@
-"""Trainings that are killed, cancelled and stopped at random moments: is anything lost, is anything left behind?
+"""Trainings with checkpoints that are killed, cancelled and stopped: is anything lost, is anything left behind?
 
-`make interruptions` kills twenty trainings on the smallest base model with SIGKILL and resumes each; cancels ten trainings
-through the server; stops a server with SIGTERM that is training with checkpoints. Writes benchmarks/interruptions.json and
-fails where a promise does not hold.
+`make interruptions` kills twenty trainings on the smallest base model with SIGKILL at random moments and resumes each; cancels
+a training through the server; stops a server that is training with SIGTERM. Writes checks/interruptions.json and fails where
+a promise does not hold. `make cancels` cancels trainings without checkpoints.
 """
 
 import json
@@ -13,23 +13,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
-from placeholder.service.job import ProcessJob
 
-from demo.server import ROOT, CogServer, data_url, from_data_url
+from demo.server import ROOT, CogServer, data_url
 from placeholder.config import TrainConfig
+from placeholder.job import CheckpointFolder, Job
 from placeholder.model.base import MODEL_VARIABLE
 from placeholder.training.checkpoint import stored_checkpoints
 from standin.small_base import build_tiny_base
 from tests.support.samples import read_zip, write_dataset
+from tests.support.trainings import child_training
 
-KILLS, CANCELS, SEED = 20, 10, 0
+KILLS, SEED = 20, 0
 STEPS, EVERY = 400, 25
-READY_SECONDS, STOP_SECONDS = 2.0, 10.0
+END_SECONDS = 20.0  # a server waits ten for a training, and that has eight for its last checkpoint
 CONFIG = TrainConfig(
     steps=STEPS,
     rank=4,
@@ -57,13 +58,9 @@ class Bench:
     def start(self, name: str, resume: bool = False) -> tuple[subprocess.Popen, Path]:
         """A training in a process of its own that leaves checkpoints in the folder `name`, and its archive."""
         checkpoints, output = self.folder / name, self.folder / f"{name}.zip"
-        source = str(checkpoints) if resume else None
-        job = ProcessJob(str(self.dataset), str(output), asdict(CONFIG), source, str(checkpoints), EVERY)
-        file = self.folder / f"{name}.json"
-        file.write_text(json.dumps(asdict(job)))
-        command = [sys.executable, "-m", "placeholder.service.launch", str(file)]
-        env = self.env | {"PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), output
+        job = Job(self.dataset, CONFIG, output, checkpoints if resume else None, CheckpointFolder(checkpoints, EVERY))
+        settings = {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return child_training(job, self.base, self.folder / f"{name}-job", **settings), output
 
     def server(self) -> CogServer:
         """A training server."""
@@ -78,8 +75,8 @@ def step_of(line: str) -> int | None:
 
 def finished(process: subprocess.Popen, output: Path) -> dict[str, bytes]:
     """The archive of a training that is left alone, but for meta.json, which tells the time."""
-    told = process.communicate()[0]
-    if process.returncode:
+    told = process.stdout.read()
+    if process.wait():
         raise RuntimeError(f"a training ended with {process.returncode}:\n{told}")
     return {name: content for name, content in read_zip(output).items() if name != "meta.json"}
 
@@ -115,66 +112,39 @@ def kills(bench: Bench) -> list[dict]:
     return found
 
 
-def processes_below(server: CogServer) -> int:
-    """How many processes the server has started, its worker among them."""
-    return len(psutil.Process(server.process.pid).children(recursive=True))
-
-
-def cancels(bench: Bench) -> list[dict]:
-    """Ten trainings cancelled through the server: how long until it is READY, what is left, and the next result."""
-    moments = random.Random(SEED)
-    short = {"dataset": data_url(bench.dataset), **INPUTS, "steps": 3}
-    found = []
-
-    def result(server: CogServer) -> dict[str, bytes]:
-        archive = bench.folder / "cancelled.zip"
-        archive.write_bytes(from_data_url(server.ask(short)["output"]["weights"]))
-        return {name: content for name, content in read_zip(archive).items() if name != "meta.json"}
-
-    with bench.server() as server:
-        undisturbed, below = result(server), processes_below(server)
-        for number in range(CANCELS):
-            checkpointed = {"checkpoint_folder": str(bench.folder / f"cancelled-{number}")} if number % 5 == 4 else {}
-            told = server.log.stat().st_size
-            server.start(f"training-{number}", short | {"steps": 20000} | checkpointed)
-            while checkpointed and b"/20000 [" not in server.log.read_bytes()[told:]:
-                time.sleep(0.05)  # it takes a process of its own some seconds to begin
-            seconds = moments.uniform(0.0, 4.0)
-            time.sleep(seconds)
-            start = time.monotonic()
-            server.cancel(f"training-{number}")
-            server.wait_until_ready()
-            ready = time.monotonic() - start
-            cancel = {"after_seconds": round(seconds, 2), "checkpoints": bool(checkpointed), "ready_seconds": round(ready, 2)}
-            cancel["processes_left"] = processes_below(server) - below
-            cancel["files_left"] = [path.name for path in bench.temporary.glob("placeholder-*")]
-            cancel["equal"] = result(server) == undisturbed
-            print(cancel, flush=True)
-            found.append(cancel)
-    return found
-
-
-def stopped(bench: Bench) -> dict:
-    """A server that is stopped with SIGTERM in the middle of a training with checkpoints."""
-    folder = bench.folder / "stopped"
+def ended(bench: Bench, name: str, end: Callable[[CogServer], None]) -> dict:
+    """A server's training with checkpoints that is ended after its 200th step; how long that took, and what is left."""
+    folder = bench.folder / name
     inputs = {"dataset": data_url(bench.dataset), **INPUTS, "steps": 20000, "checkpoint_folder": str(folder)}
     with bench.server() as server:
+        told = server.log.stat().st_size
         server.start("long", inputs | {"checkpoint_every": 20000})
-        while " 200/20000 [" not in server.log.read_text():
+        while b" 200/20000 [" not in server.log.read_bytes()[told:]:
             time.sleep(0.05)
-        trainings = psutil.Process(server.process.pid).children(recursive=True)
+        started = psutil.Process(server.process.pid).children(recursive=True)
+        trainings = [process for process in started if "--overwrite" in process.cmdline()]
         start = time.monotonic()
-        server.process.send_signal(signal.SIGTERM)
-        server.process.wait(timeout=30)
-        ended = time.monotonic() - start
-        _, alive = psutil.wait_procs(trainings, timeout=30)
+        end(server)
         seconds = time.monotonic() - start
+        _, alive = psutil.wait_procs(trainings, timeout=30)
     return {
-        "server_seconds": round(ended, 2),
-        "all_processes_seconds": round(seconds, 2),
+        "server_seconds": round(seconds, 2),
+        "training_seconds": round(time.monotonic() - start, 2),
         "alive": len(alive),
         "checkpoints": [path.name for path in stored_checkpoints(folder)] if folder.is_dir() else [],
     }
+
+
+def cancel(server: CogServer) -> None:
+    """Cancel the training, and wait until the server is READY."""
+    server.cancel("long")
+    server.wait_until_ready()
+
+
+def stop(server: CogServer) -> None:
+    """Stop the server, as a container's runtime does."""
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(timeout=30)
 
 
 def main() -> None:
@@ -182,26 +152,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         found = {"date": datetime.now(UTC).date().isoformat(), "machine": platform.processor() or platform.machine()}
-        found |= {"steps": STEPS, "checkpoint_every": EVERY}
-        found |= {"killed": kills(bench), "cancelled": cancels(bench), "stopped": stopped(bench)}
-    (ROOT / "benchmarks" / "interruptions.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found["stopped"]))
+        found |= {"steps": STEPS, "checkpoint_every": EVERY, "killed": kills(bench)}
+        found |= {"cancelled": ended(bench, "cancelled", cancel), "stopped": ended(bench, "stopped", stop)}
+    (ROOT / "checks" / "interruptions.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps({name: found[name] for name in ("cancelled", "stopped")}))
     # The line of a step may be read a little before or after its checkpoint is on the disk.
     kept = all(
         kill["equal"] and not kill["left"] and kill["checkpoint"] >= kill["killed_after_step"] - 2 * EVERY
         for kill in found["killed"]
     )
-    ready = all(
-        cancel["equal"]
-        and cancel["ready_seconds"] < READY_SECONDS
-        and not cancel["processes_left"]
-        and not cancel["files_left"]
-        for cancel in found["cancelled"]
-    )
-    end = found["stopped"]
-    ended = end["all_processes_seconds"] < STOP_SECONDS and not end["alive"] and len(end["checkpoints"]) == 1
-    if not (kept and ready and ended):
-        sys.exit(f"killed: {kept}, cancelled: {ready}, stopped: {ended}")
+    ends = [found["cancelled"], found["stopped"]]
+    left = all(end["training_seconds"] < END_SECONDS and not end["alive"] and len(end["checkpoints"]) == 1 for end in ends)
+    if not (kept and left):
+        sys.exit(f"killed: {kept}, cancelled and stopped: {left}")
 
 
 if __name__ == "__main__":

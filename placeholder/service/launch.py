@@ -26,7 +26,7 @@ from placeholder.service.worker import ERROR_VARIABLE, GRACE_SECONDS, LESS_MEMOR
 PROCESSES_VARIABLE = "TRAINING_PROCESSES"
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.1
-KILL_SECONDS = 1.0  # from SIGTERM to SIGKILL where no checkpoint is to be written
+KILL_SECONDS = 1.5  # from SIGTERM to SIGKILL where neither a checkpoint is to be written nor a run on W&B to be finished
 DIED = re.compile(rb"failed \(exitcode: (-\d+)\)")  # what torch's launcher logs of a process that a signal ended
 
 
@@ -49,7 +49,8 @@ def train(job: Job, log: Log) -> bool:
             ERROR_VARIABLE: str(error),
             **(job.tracker.environment() if job.tracker else {}),
         }
-        run(command(job, config, count), environment, error, GRACE_SECONDS if job.checkpoints else KILL_SECONDS, log)
+        grace = GRACE_SECONDS if job.checkpoints or job.tracker else KILL_SECONDS
+        run(command(job, config, count), environment, error, grace, log)
     return True
 
 

@@ -9,7 +9,9 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -29,27 +31,33 @@ PARENT_SECONDS = 1.0  # from one look at the parent to the next
 def train_here(job: Job, log: Log) -> bool:
     """Train in this process, alone or in the group of its launcher; True in the first process of a group that a user started.
 
-    A process of ours ends with the training, and one that fails ends too: an interpreter takes seconds to shut down, and
-    could wait for others of the group.
+    A child of launch.py ends with the training, and a process that fails ends too: an interpreter takes seconds to shut down,
+    and may wait for others of the group.
     """
     stop = Stop()
     end_when_asked(stop)
-    from accelerate import PartialState
-
-    from placeholder.distributed import SINGLE_PROCESS, LostProcessError, Processes
-
-    processes = SINGLE_PROCESS
     try:
-        processes = Processes.from_environment()
-        finetune_here(job, log, processes, stop)
-        processes.barrier()  # no machine is done before the archive is there
-    except Exception as error:  # noqa: BLE001 - whatever it is, the starter raises it
+        first = _train(job, log, stop)
+    except SystemExit:
+        os._exit(1)
+    except Exception as error:  # noqa: BLE001 - whatever it is, launch.py raises it
         stop.heeded = False
-        plain = isinstance(error, ValueError | StoppedError | OutOfResourcesError | LostProcessError)
-        _fail(error, "" if plain else traceback.format_exc(), told=not isinstance(error, LostProcessError))
-    PartialState().destroy_process_group()
+        _fail(error)
     if ERROR_VARIABLE in os.environ:
         os._exit(0)
+    return first
+
+
+def _train(job: Job, log: Log, stop: Stop) -> bool:
+    """Train in the group of this process; whether it is the first one."""
+    from accelerate import PartialState
+
+    from placeholder.distributed import Processes
+
+    processes = Processes.from_environment()
+    finetune_here(job, log, processes, stop)
+    processes.barrier()  # no machine is done before the archive is there
+    PartialState().destroy_process_group()
     return processes.rank == 0
 
 
@@ -77,34 +85,44 @@ def finetune_here(job: Job, log: Log, processes: "Processes | None" = None, stop
 def end_when_asked(stop: Stop) -> None:
     """End this process at SIGTERM or SIGINT, and when the process that started it has gone.
 
-    That is at once, unless the training heeds `stop`: then after its present step and a last checkpoint, for which it has
-    GRACE_SECONDS.
+    SystemExit is raised, unless the training heeds `stop`: then it ends after its present step and a last checkpoint. A process
+    whose starter has gone has GRACE_SECONDS for that.
     """
 
     def end(*_: object) -> None:
+        _handle(signal.SIG_IGN)  # a second signal would interrupt what the first one began
         if not stop.heeded:
-            os._exit(1)
+            raise SystemExit(1)
         stop.wanted = True
-        timer = threading.Timer(GRACE_SECONDS, os._exit, [1])
-        timer.daemon = True
-        timer.start()
 
     def watch(parent: int) -> None:
-        lifeline = [0] if ERROR_VARIABLE in os.environ else []  # standard input: nothing is ever written to it
+        lifeline = [0] if ERROR_VARIABLE in os.environ else []  # standard input, to which nothing is ever written
         while os.getppid() == parent and not select.select(lifeline, [], [], PARENT_SECONDS)[0]:
             pass
-        end()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)
+        os._exit(1)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+    _handle(end)
     threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
 
 
-def _fail(error: Exception, trace: str, told: bool) -> NoReturn:
-    """Tell of the error in the error file, and wait for the starter to end this process; without one say it on stderr."""
+def _handle(handler: Callable | signal.Handlers) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Write the error to the error file and wait for launch.py to end this process; without such a file say it on stderr."""
+    from placeholder.distributed import LostProcessError
+
+    _handle(signal.SIG_IGN)
+    lost = isinstance(error, LostProcessError)
+    plain = lost or isinstance(error, ValueError | StoppedError | OutOfResourcesError)
+    trace = "" if plain else traceback.format_exc()
     message = str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
     if file := os.environ.get(ERROR_VARIABLE):
-        if told:
+        if not lost:  # what became of the other process is for launch.py to say
             kind = "ValueError" if isinstance(error, ValueError) else "RuntimeError"
             own = Path(f"{file}.{os.getpid()}")
             own.write_text(json.dumps({"kind": kind, "message": message, "traceback": trace}), encoding="utf-8")
