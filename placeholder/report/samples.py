@@ -34,7 +34,10 @@ class SamplingStopped(Exception):  # noqa: N818 - nothing is wrong
 
 
 def sample_prompts(config: TrainConfig, captions: Sequence[str]) -> list[str]:
-    """The prompts to sample: those given, otherwise the first distinct captions, fewer in a short training; none without a report."""
+    """The prompts to sample: those given, otherwise the first distinct captions, fewer in a short training.
+
+    None without a report.
+    """
     if not config.report:
         return []
     given = [line.strip() for line in config.sample_prompts.splitlines() if line.strip()]
@@ -63,8 +66,8 @@ def sample_side(config: TrainConfig) -> int:
 def sample_sigmas(base: BaseModel, config: TrainConfig, steps: int = STEPS) -> Tensor:
     """The sigmas (2 steps,) at which the transformer is evaluated for a sample, in its dtype, as QwenImagePipeline has them.
 
-    In bf16 there are two for a step: the pipeline rounds timesteps to the latents' dtype before it divides them, and under CUDA's
-    autocast guidance makes the latents fp32 (it takes norms, which are fp32 there).
+    In bf16 there are two for a step: the pipeline rounds timesteps to the latents' dtype before it divides them, and under
+    CUDA's autocast guidance makes the latents fp32 (it takes norms, which are fp32 there).
     """
     side = sample_side(config) // PIXELS_A_TOKEN
     mu = shift_mu(side * side, *shift_constants(base))

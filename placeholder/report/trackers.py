@@ -100,7 +100,7 @@ class WandbTracker:
         self._show(step, scalars, "samples", samples)
 
     def end(self, step: int, meta: Mapping[str, Any], before_and_after: tuple[str, Image] | None = None) -> None:
-        """Show the grid with its prompts, and as a summary what meta.json holds beside the options; `step` is the last one."""
+        """Show the grid with its prompts, and as a summary what meta.json adds to the options; `step` is the last one."""
         self._show(step, {}, "before_and_after", [before_and_after] if before_and_after else [])
         with self._warn_on_error():
             if self.run is not None:

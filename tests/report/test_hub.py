@@ -126,13 +126,13 @@ def test_the_cards_code_generates_with_what_was_uploaded(hub, zero_prior, base, 
     ):
         assert code.count(old) == 1
         code = code.replace(old, new)
-    drawn: dict = {}
-    exec(code, drawn)
-    matrix = drawn["pipe"].text_encoder.get_input_embeddings().weight
+    found: dict = {}
+    exec(code, found)
+    matrix = found["pipe"].text_encoder.get_input_embeddings().weight
     assert torch.equal(matrix[151665], zero_prior.tensors("embeddings/zwx.safetensors")["qwen25_7b"][0])
-    assert drawn["pipe"].tokenizer("a photo of <zwx>").input_ids == [64, 6548, 315, 220, 151665]
-    assert drawn["pipe"].get_active_adapters() == ["default_0"]
-    assert drawn["image"].size == (64, 64)
+    assert found["pipe"].tokenizer("a photo of <zwx>").input_ids == [64, 6548, 315, 220, 151665]
+    assert found["pipe"].get_active_adapters() == ["default_0"]
+    assert found["image"].size == (64, 64)
 
 
 @pytest.mark.parametrize("refused", [{"repos/create", "/api/models"}, {"auth-check"}])

@@ -10,7 +10,6 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 from PIL import Image
@@ -143,29 +142,21 @@ def as_jpeg(content: bytes) -> bytes:
 
 
 def test_a_run_reaches_the_server_with_its_images_and_prints_nothing(server: WandbServer, tmp_path, capfd):
-    log, images = [], [("a cat", picture()), ("a dog", picture(seed=1))]
+    log: list[str] = []
     with WandbTracker(WandbTarget.of(KEY, "subjects", None, "me"), log.append) as tracker:
         tracker.start(CONFIG, FACTS)
         tracker.step(1, {"loss": 0.5})
-        tracker.step(2, {"loss": 0.25}, images)
-        tracker.end(2, {"images": 3, "base_model": "/models/tiny-base"})
+        tracker.step(2, {"loss": 0.25}, [("a cat", picture()), ("a dog", picture(seed=1))])
+        tracker.end(2, {"images": 3, **FACTS})
     assert log == [f"W&B: {server.url}/{ENTITY}/subjects/runs/{server.runs[0]['name']}"]
-    first = server.runs[0]
-    assert (first["project"], first["entity"], first["displayName"], first["host"] or "") == ("subjects", "me", None, "")
-    assert json.loads(first["config"])["rank"] == {"value": 4}
-    lines = server.lines["wandb-history.jsonl"]
+    lines, summary = server.lines["wandb-history.jsonl"], server.lines["wandb-summary.json"][-1]
     assert [(line["_step"], line.get("loss")) for line in lines] == [(1, 0.5), (2, 0.25)]
-    assert lines[1]["samples"]["captions"] == ["a cat", "a dog"]
-    for name, (_, image) in zip(lines[1]["samples"]["filenames"], images, strict=True):
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(server.files[name]))), np.asarray(image))
-    assert server.lines["wandb-summary.json"][-1]["images"] == 3
-    assert {Path(path).suffix for path in server.files} <= {".png", ".json", ".yaml"}
-    hidden = (KEY, str(ROOT), "/models", str(Path.home() / ""))
+    assert lines[1]["samples"]["captions"] == ["a cat", "a dog"] and set(lines[1]["samples"]["filenames"]) <= set(server.files)
+    assert summary["images"] == 3 and "base_model" not in summary and server.exit_codes == [0]
     kept = [path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert not any(text.encode() in content for content in server.files.values() for text in hidden)
+    assert not any(text.encode() in content for content in server.files.values() for text in (KEY, str(ROOT), "/models"))
     assert not any(KEY.encode() in content for content in kept)
     assert capfd.readouterr() == ("", "")
-    assert server.exit_codes == [0]
 
 
 def test_a_cancelled_training_ends_its_run_as_failed(offline, server: WandbServer, base, photographs, tmp_path):
@@ -223,15 +214,6 @@ def test_a_client_that_dies_is_one_warning(offline):
         tracker.end(99, {"loss": 1.0})
     (warning,) = log[1:]
     assert warning.startswith("Warning: W&B has failed (") and warning.endswith("): the training goes on without it")
-
-
-def test_a_folder_that_cannot_be_written_gets_its_sentence(offline):
-    offline.write_bytes(b"a file")
-    with (
-        pytest.raises(ValueError, match=r"the run cannot be started on W&B .*File exists.*: check WANDB_DIR"),
-        WandbTracker(WandbTarget.of(None, "p", None, None), print) as tracker,
-    ):
-        tracker.start(CONFIG, FACTS)
 
 
 @pytest.mark.parametrize(
