@@ -89,7 +89,8 @@ def sync(folder: Path, server: WandbServer) -> Path:
     """Upload the one offline run in the folder as the log advises, and return where it is."""
     (run,) = folder.glob("wandb/*")
     env = {name: value for name, value in os.environ.items() if name not in (MODE_VARIABLE, FOLDER_VARIABLE)}
-    subprocess.run([sys.executable, "-m", "wandb", "sync", str(run)], env=env | {KEY_VARIABLE: KEY}, check=True, timeout=120)
+    command = [sys.executable, "-m", "wandb", "sync", str(run)]
+    subprocess.run(command, env=env | {KEY_VARIABLE: KEY}, cwd=folder.parent, check=True, timeout=120)
     return run
 
 
