@@ -32,7 +32,7 @@ def curves(points: Sequence[Point]) -> bytes:
         axes.grid(color="#dddddd")
         axes.spines[:].set_visible(False)
         if len(names) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(0.06, 0.97), ncols=len(names), frameon=False)  # beside the title
+            axes.legend(loc="lower left", bbox_to_anchor=(0.06, 0.97), ncols=len(names), frameon=False)  # next to the title
     axes.set_xlabel("step", loc="right")
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})

@@ -85,7 +85,7 @@ def _operations(archive: Path, repo_id: str) -> list[CommitOperationAdd]:
 
 
 def model_card(meta: dict[str, Any], repo_id: str, images: list[str]) -> str:
-    """The README.md of the repository, from what meta.json holds and the names of the images beside it.
+    """The README.md of the repository, from what meta.json holds and the names of the images next to it.
 
     It shows code where the base model is on the hub and every token has one embedding.
     """

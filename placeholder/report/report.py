@@ -31,8 +31,8 @@ SMALL_PARAMETERS = 10**9  # Qwen-Image's transformer has twenty times as many
 class Report:
     """Samples a training while it runs; `files` has the whole report.
 
-    Samples are kept in memory: those made before an interruption are not in the report of a resumed training. Samples that cannot be
-    made, for lack of memory or otherwise, are a warning and a note on the page.
+    Samples are kept in memory: those made before an interruption are not in the report of a resumed training. Samples that
+    cannot be made, for lack of memory or otherwise, are a warning and a note on the page.
     """
 
     def __init__(self, training: Training, context: Context, stopping: Callable[[], bool]):

@@ -29,7 +29,10 @@ class SamplingStopped(Exception):  # noqa: N818 - nothing is wrong
 
 
 def sample_prompts(config: TrainConfig, captions: Sequence[str]) -> list[str]:
-    """The prompts to sample: those given, otherwise the first distinct captions, fewer in a short training; none without a report."""
+    """The prompts to sample: those given, otherwise the first distinct captions, fewer in a short training.
+
+    None without a report.
+    """
     if not config.report:
         return []
     given = [line.strip() for line in config.sample_prompts.splitlines() if line.strip()]

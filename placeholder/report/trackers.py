@@ -18,7 +18,7 @@ from placeholder.errors import Log, label
 from placeholder.job import FOLDER_VARIABLE, WandbTarget
 from placeholder.report.report import Report
 from placeholder.training.context import Training, schedule
-from placeholder.training.loop import Step
+from placeholder.training.loop import Step, schedule
 from placeholder.training.progress import Point, Progress
 from placeholder.weights.archive import embedding_name
 
@@ -102,22 +102,22 @@ class WandbTracker:
         self._show(step, scalars, "samples", samples)
 
     def end(self, step: int, meta: Mapping[str, Any], before_and_after: tuple[str, Image] | None = None) -> None:
-        """Show the grid with its prompts, and as a summary what meta.json holds beside the options; `step` is the last one."""
+        """Show the grid with its prompts, and as a summary what meta.json adds to the options; `step` is the last one."""
         self._show(step, {}, "before_and_after", [before_and_after] if before_and_after else [])
-        with self._survived():
+        with self._warn_on_error():
             if self.run is not None:
                 summary = {name: value for name, value in meta.items() if name not in self.run.config and value is not None}
                 self.run.summary.update(summary)
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        with self._survived():
+        with self._warn_on_error():
             if self.run is not None:
                 self.run.finish(exit_code=1 if kind else 0)
         with suppress(OSError, SystemExit):  # of a client process that has died, which the log already says
             self._closing.close()
 
     def _show(self, step: int, scalars: Mapping[str, float], name: str, images: Sequence[tuple[str, Image]]) -> None:
-        with self._survived():
+        with self._warn_on_error():
             if self.run is not None and (scalars or images):
                 from wandb import Image as WandbImage
 
@@ -125,7 +125,7 @@ class WandbTracker:
                 self.run.log({**scalars, **shown}, step=step)
 
     @contextmanager
-    def _survived(self) -> Iterator[None]:
+    def _warn_on_error(self) -> Iterator[None]:
         """Turn whatever the client raises into a warning, and go on without a run."""
         try:
             yield

@@ -84,55 +84,35 @@ def test_the_archive_is_uploaded_with_a_card_and_without_the_photographs(hub, ze
     repository.upload(archive, log.append)
     assert [made["visibility"] for made in Hub.created] == ["private"]
     assert log == [f"Uploaded to https://huggingface.co/{REPO}/commit/1"]
-    assert set(Hub.files) == {
-        "README.md",
-        "embeddings/zwx.safetensors",
-        "lora_weights.safetensors",
-        "meta.json",
-        "report/grid.jpg",
-    }
+    stored = {"embeddings/zwx.safetensors", "lora_weights.safetensors", "meta.json", "report/grid.jpg"}
+    assert set(Hub.files) == {"README.md", *stored}
     assert Hub.files["lora_weights.safetensors"] == entries["lora/lora_weights.safetensors"]
     assert Hub.files["embeddings/zwx.safetensors"] == entries["embeddings/zwx.safetensors"]
     card = Hub.files["README.md"].decode()
-    front = yaml.safe_load(card.split("---")[1])
-    assert front["instance_prompt"] == "a photo of <zwx>"
-    (shown,) = front["widget"]
-    assert shown["output"] == {"url": "report/grid.jpg"} and "the prompts stand in the image" in shown["text"]
-    assert "not on the hub" in card  # the tiny base is a folder
-    assert (front["license"], front["library_name"]) == ("apache-2.0", "diffusers")
-    assert "base_model" not in front  # a folder, which the hub would refuse
-    assert "| rank | 4 |" in card
-    assert "![Before and after the training; the prompts stand in the image](report/grid.jpg)" in card
-    assert "curve.png" not in card  # which this archive has not
-
-
-def test_the_card_of_a_baseline_names_its_caption(baseline):
-    front = yaml.safe_load(model_card(baseline.meta | {"base_model": "Qwen/Qwen-Image"}, REPO, []).split("---")[1])
-    assert front["base_model"] == "Qwen/Qwen-Image"
-    assert front["instance_prompt"] == baseline.meta["default_caption"]
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])  # a folder, which the hub would refuse
+    assert "not on the hub" in card and "```" not in card
+    assert "| rank | 4 |" in card and "curve.png" not in card
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("zero_prior", True), ("baseline", False)])
-def test_the_hub_reads_the_cards_front_matter(kind, tokens, request):
+def test_the_hub_reads_the_cards_front_matter_and_a_person_the_rest(kind, tokens, request):
     meta = request.getfixturevalue(kind).meta | {"base_model": "Qwen/Qwen-Image"}
     card = ModelCard(model_card(meta, REPO, ["report/grid.jpg", "report/curve.png"]), ignore_metadata_errors=False)
-    assert (card.data.base_model, card.data.library_name, card.data.pipeline_tag) == (
-        "Qwen/Qwen-Image",
-        "diffusers",
-        "text-to-image",
-    )
-    assert ("AddedToken" in card.text) == tokens
+    front, prompt = card.data, "a photo of <zwx>" if tokens else meta["default_caption"]
+    assert (front.base_model, front.library_name, front.license) == ("Qwen/Qwen-Image", "diffusers", "apache-2.0")
+    assert (front.pipeline_tag, front.instance_prompt) == ("text-to-image", prompt)
+    assert front.widget[0]["output"] == {"url": "report/grid.jpg"}
+    assert "![Before and after the training; the prompts stand in the image](report/grid.jpg)" in card.text
     assert card.text.count("![") == 2
-    assert model_card(meta, REPO, []) == str(ModelCard(model_card(meta, REPO, [])))  # nothing is lost in reading
+    assert ("AddedToken" in card.text) == ("`<zwx>`, new to the tokenizer" in card.text) == tokens
 
 
-def test_a_card_of_a_token_with_several_rows_or_of_a_model_in_a_folder_shows_no_code(zero_prior):
+def test_a_card_of_a_token_with_several_embeddings_shows_no_code(zero_prior):
     several = zero_prior.meta | {"base_model": "Qwen/Qwen-Image", "placeholder_token_ids": {"<zwx>": [151665, 151666]}}
-    for meta in (several, zero_prior.meta):
-        assert "```" not in model_card(meta, REPO, [])
+    assert "```" not in model_card(several, REPO, [])
 
 
-def test_the_cards_code_draws_with_what_was_uploaded(hub, zero_prior, base, monkeypatch, tmp_path):
+def test_the_cards_code_generates_with_what_was_uploaded(hub, zero_prior, base, monkeypatch, tmp_path):
     HubRepository(REPO, TOKEN, hub).upload(zero_prior.archive, lambda line: None)
     for name, content in Hub.files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -146,13 +126,13 @@ def test_the_cards_code_draws_with_what_was_uploaded(hub, zero_prior, base, monk
     ):
         assert code.count(old) == 1
         code = code.replace(old, new)
-    drawn: dict = {}
-    exec(code, drawn)
-    matrix = drawn["pipe"].text_encoder.get_input_embeddings().weight
+    found: dict = {}
+    exec(code, found)
+    matrix = found["pipe"].text_encoder.get_input_embeddings().weight
     assert torch.equal(matrix[151665], zero_prior.tensors("embeddings/zwx.safetensors")["qwen25_7b"][0])
-    assert drawn["pipe"].tokenizer("a photo of <zwx>").input_ids == [64, 6548, 315, 220, 151665]
-    assert drawn["pipe"].get_active_adapters() == ["default_0"]
-    assert drawn["image"].size == (64, 64)
+    assert found["pipe"].tokenizer("a photo of <zwx>").input_ids == [64, 6548, 315, 220, 151665]
+    assert found["pipe"].get_active_adapters() == ["default_0"]
+    assert found["image"].size == (64, 64)
 
 
 @pytest.mark.parametrize("refused", [{"repos/create", "/api/models"}, {"auth-check"}])
@@ -160,6 +140,11 @@ def test_a_token_that_may_not_write_is_refused_before_the_training(refused, hub)
     Hub.refused = refused
     with pytest.raises(ValueError, match=r"hf_repo_id someone/subject cannot be written \(HTTP status 403\): give an hf_token"):
         HubRepository(REPO, TOKEN, hub).check()
+
+
+def test_a_hub_that_cannot_be_reached_gets_its_sentence(hub):
+    with pytest.raises(ValueError, match=r"cannot be written \(ConnectError\)"):
+        HubRepository(REPO, TOKEN, "http://127.0.0.1:9").check()
 
 
 def test_an_upload_that_fails_is_a_warning_and_shows_no_token(hub, zero_prior):
@@ -170,24 +155,13 @@ def test_an_upload_that_fails_is_a_warning_and_shows_no_token(hub, zero_prior):
     assert TOKEN not in line
 
 
-def test_a_hub_that_is_not_there_gets_its_sentence(hub):
-    with pytest.raises(ValueError, match=r"cannot be written \(ConnectError\)"):
-        HubRepository(REPO, TOKEN, "http://127.0.0.1:9").check()
-
-
-@pytest.mark.parametrize(
-    ("repo_id", "token", "sentence"),
-    [
+def test_bad_inputs_get_their_sentence_and_a_token_is_never_shown():
+    for repo_id, token, sentence in (
         ("no slash", TOKEN, "hf_repo_id is 'no slash': give owner/name"),
         (REPO, None, "hf_repo_id needs an hf_token"),
         (None, TOKEN, "hf_token is given without hf_repo_id"),
-    ],
-)
-def test_bad_inputs_get_their_sentence(repo_id, token, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        HubRepository.of(repo_id, token)
-
-
-def test_without_a_repository_nothing_is_uploaded_and_a_token_is_never_shown():
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            HubRepository.of(repo_id, token)
     assert HubRepository.of(None, None) is None
     assert TOKEN not in repr(HubRepository.of(REPO, TOKEN))

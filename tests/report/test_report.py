@@ -29,8 +29,8 @@ TOKEN = TrainConfig(
     **SHORT | {"report": True, "steps": 6},
     train_placeholder_token=True,
     placeholder_token=("<zwx>",),
-    sample_every=2,
-    sample_prompts=f"a photo of <zwx> {HOSTILE}\n<zwx> in a garden\na garden",
+    sample_every=3,
+    sample_prompts=f"a photo of <zwx> {HOSTILE}\n<zwx> in a garden",
 )
 ROWS = "embeddings/zwx.safetensors"
 
@@ -81,7 +81,7 @@ def test_the_archive_has_the_report_and_is_read_without_it(shown):
         "report/dataset/002.jpg",
         "report/grid.jpg",
         "report/index.html",
-        *(f"report/samples/step-{step:06}-{number}.jpg" for step in (2, 4, 6) for number in (1, 2, 3)),
+        *(f"report/samples/step-{step:06}-{number}.jpg" for step in (3, 6) for number in (1, 2)),
     ]
     assert list(read_weights(shown.archive).embeddings) == ["<zwx>"]
     for name, content in entries.items():
@@ -118,7 +118,7 @@ def test_the_page_fits_a_phone_and_a_dark_browser_and_describes_its_images(shown
     assert "//" not in style and "url" not in style, "the style loads nothing"
     described = {str(found["src"]): found["alt"] for tag, found in Page(content).elements if tag == "img"}
     assert described["grid.jpg"].endswith("from left to right: base model; LoRA, token reset; LoRA and token")
-    assert described["samples/step-000004-2.jpg"] == "<zwx> in a garden, step 4"
+    assert described["samples/step-000003-2.jpg"] == "<zwx> in a garden, step 3"
     assert all(alt for name, alt in described.items() if not name.startswith("dataset/"))  # their captions stand next to them
 
 
@@ -161,7 +161,7 @@ def test_samples_and_report_leave_the_training_as_it_is_bit_for_bit(shown, hosti
 
 
 def test_a_baseline_has_its_report_and_is_left_as_it_is(hostile, base, tmp_path):
-    config = replace(TOKEN, train_placeholder_token=False, optimizer="prodigy", steps=2, sample_every=1)
+    config = replace(TOKEN, train_placeholder_token=False, optimizer="prodigy", steps=2, sample_every=2, sample_prompts="a cat")
     run = train(hostile, config, tmp_path / "1.zip", base)
     plain = train(hostile, replace(config, report=False, sample_every=0), tmp_path / "2.zip", base)
     assert run.entry(LORA_NAME) == plain.entry(LORA_NAME)
@@ -208,11 +208,11 @@ def test_samples_that_run_out_of_memory_are_missing_and_the_rest_is_there(shown,
     log: list[str] = []
     report = Report(prepare(hostile, TOKEN, base, log=lambda line: None), base, TOKEN, log.append, Timing(), full)
     report.start()
-    report.step(SimpleNamespace(number=2))
+    report.step(SimpleNamespace(number=3))
     report.end()
     files = report.files([Point(1, 0.5, None, None)], shown.meta, [])
-    assert log[0] == "Samples: 3 prompts every 2 steps"
-    for line, what in zip(log[1:], ("the samples of step 2", "the grid before and after"), strict=True):
+    assert log[0] == "Samples: 2 prompts every 3 steps"
+    for line, what in zip(log[1:], ("the samples of step 3", "the grid before and after"), strict=True):
         assert line.startswith(f"Warning: not sampled: {what} (") and "sample with predict" in line
         assert line.removeprefix("Warning: not sampled: ") in Page(files["report/index.html"]).text
     assert not any("grid" in name or "samples" in name for name in files)
@@ -228,10 +228,9 @@ def test_a_resumed_training_has_the_whole_curve_and_the_samples_since(shown, hos
 
     with pytest.raises(StoppedError):
         finetune(Job(hostile, TOKEN, tmp_path / "w.zip", checkpoints=checkpoints), base, log, stop=stop)
-    config, log = replace(TOKEN, sample_every=1), []
-    meta = finetune(Job(hostile, config, tmp_path / "w.zip", resume_from=checkpoints.path), base, log.append)
-    found = Run(config, tmp_path / "w.zip", meta, log)
+    meta = finetune(Job(hostile, TOKEN, tmp_path / "w.zip", resume_from=checkpoints.path), base, print)
+    found = Run(TOKEN, tmp_path / "w.zip", meta, [])
     for name in (LORA_NAME, ROWS, "report/curve.csv", "report/grid.jpg", "report/samples/step-000006-1.jpg"):
         assert found.entry(name) == shown.entry(name)
-    samples = {name[:26] for name in read_zip(found.archive) if "samples" in name}
-    assert samples == {f"report/samples/step-{step:06}" for step in (4, 5, 6)}
+    samples = [name for name in read_zip(found.archive) if "samples" in name]
+    assert samples == [f"report/samples/step-000006-{number}.jpg" for number in (1, 2)]
