@@ -18,7 +18,7 @@ from placeholder.errors import Log, label
 from placeholder.job import FOLDER_VARIABLE, WandbTarget
 from placeholder.report.report import Report
 from placeholder.training.context import Training, schedule
-from placeholder.training.loop import Step, schedule
+from placeholder.training.loop import Step
 from placeholder.training.progress import Point, Progress
 from placeholder.weights.archive import embedding_name
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from placeholder.training.prompts import draft_length
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from placeholder.config import TrainConfig
+from placeholder.data.captions import draft, trained_captions
+from placeholder.data.dataset import Photo
 from placeholder.finetune import finetune
 from placeholder.job import CheckpointFolder, Job
 from placeholder.model import captioner
@@ -19,6 +20,7 @@ from placeholder.model.loading import load_text_encoder
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import prompt_ids
 from placeholder.training.checkpoint import Checkpoint
+from placeholder.training.context import Context
 from placeholder.training.setup import prepare
 from placeholder.weights.archive import LORA_NAME
 from tests.conftest import SHORT
@@ -132,7 +134,7 @@ def test_a_training_does_not_resume_on_other_images_captions_or_affixes(describe
     for descriptions in (None, "text", [1, 2, 3]):
         damaged = Checkpoint("c.safetensors", {}, {"descriptions": descriptions})
         with pytest.raises(ValueError, match=r"c\.safetensors does not hold the captions it was trained with"):
-            prepare(images, CONFIG, vision_base, lambda line: None, start=damaged)
+            prepare(images, Context(CONFIG, vision_base, lambda line: None, start=damaged))
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,10 @@ class Watched(BaseModel):
         return found
 
 
-def test_the_text_encoder_is_loaded_once_and_its_vision_tower_goes(images, vision_base):
+def test_the_model_that_captions_is_gone_before_the_training_and_the_text_encoder_is_the_usual_one(images, vision_base):
     base = Watched(vision_base.source, vision_base.device, vision_base.dtype)
-    training = prepare(images, CONFIG, base, lambda line: None)
-    assert [whole() for whole in base.loaded] == [None]
+    training = prepare(images, Context(CONFIG, base, lambda line: None))
+    assert [whole() for whole in base.loaded] == [None, None]
     expected = load_text_encoder(vision_base).state_dict()
     found = training.prompt_embeds.text_encoder.state_dict()
     assert found.keys() == expected.keys()
@@ -174,14 +176,16 @@ def test_bad_captions_are_refused_before_any_weight_is_loaded(base, vision_base,
     ]
     for dataset, config, model, sentence in cases:
         with pytest.raises(ValueError, match=sentence):
-            prepare(dataset, config, without_weights(model), lambda line: None)
+            prepare(dataset, Context(config, without_weights(model), lambda line: None))
     captioned = write_dataset(tmp_path / "captioned.zip", ["<zwx> in a garden"])
     with pytest.raises(AssertionError, match="were loaded"):  # where there is nothing to describe the training goes on
-        prepare(captioned, CONFIG, without_weights(base), lambda line: None)
+        prepare(captioned, Context(CONFIG, without_weights(base), lambda line: None))
 
 
 def test_the_draft_is_longer_than_any_caption_that_was_made(described, tokenizer):
     run, _ = described
     tokens = PlaceholderTokens(len(tokenizer), {"<zwx>": torch.zeros(1, 32)}, 32)
     texts = [line.partition("): ")[2] for line in captions_of(run)]
-    assert max(len(prompt_ids(tokenizer, tokens, text)) for text in texts) < draft_length(run.config, tokenizer, tokens)
+    (longest,) = trained_captions([Photo("", None, ())], run.config, lambda line: None, [draft(run.config)])
+    lengths = [len(prompt_ids(tokenizer, tokens, text)) for text in (*texts, longest.text)]
+    assert max(lengths[:-1]) < lengths[-1]

@@ -14,15 +14,14 @@ from safetensors.torch import load_file, save, save_file
 
 from placeholder import generate as generate_module
 from placeholder.lora.distilled import FAST_VARIABLE, STEPS_VARIABLE, FastLora, line_of, load_fast_lora, steps_of
-from placeholder.model import placement as placement_module
 from placeholder.model.base import DEFAULT_MODEL, QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_transformer
 from placeholder.weights.archive import LORA_NAME
 from predict import Predictor
-from tests.journeys.test_isolation import CHANGING, interrupt_anywhere
+from tests.support.interruption import CHANGING, interrupt_anywhere
+from tests.support.predictions import NAMED, PLAIN, Images
 from tests.support.samples import read_zip
 from tests.support.stock import apply_archive, stock_pipeline
-from tests.test_generate import NAMED, PLAIN, Drawer
 from tests.test_request import DEFAULTS
 
 STEPS, RANK, ALPHA = 3, 8, 2.0
@@ -62,16 +61,16 @@ def fast(base, published) -> FastLora:
 
 
 @pytest.fixture(scope="module")
-def draw(base, fast) -> Drawer:
+def draw(base, fast) -> Images:
     """One generator for all tests here: what one does must not be seen in the next."""
-    return Drawer(base, fast)
+    return Images(base, fast)
 
 
 @pytest.fixture(scope="module")
-def as_before(base, zero_prior) -> Callable[[Drawer], bool]:
+def as_before(base, zero_prior) -> Callable[[Images], bool]:
     """Whether a generator draws, with an archive and without weights, what others draw that know of no step-distilled LoRA."""
     cases = [(NAMED, zero_prior.archive), (PLAIN, None)]
-    expected = [Drawer(base)(*case) for case in cases]
+    expected = [Images(base)(*case) for case in cases]
     return lambda drawer: all(np.array_equal(drawer(*case), image) for case, image in zip(cases, expected, strict=True))
 
 
@@ -139,18 +138,17 @@ def test_two_archives_and_the_fast_lora_go_together(draw, zero_prior, as_before,
 
 
 def test_an_interruption_anywhere_leaves_no_trace(base, fast, zero_prior, as_before):
-    drawer = Drawer(base, fast)
+    drawer = Images(base, fast)
     short, with_archive = replace(PLAIN, steps=1), (replace(FAST, steps=1), zero_prior.archive)
-    interrupt_anywhere(drawer, CHANGING, (short, None), with_archive, "load", lambda: as_before(drawer))
-    interrupt_anywhere(drawer, CHANGING, with_archive, (short, None), "unload", lambda: as_before(drawer))
+    interrupt_anywhere(drawer, CHANGING, (short, None), with_archive, "apply", lambda: as_before(drawer))
+    interrupt_anywhere(drawer, CHANGING, with_archive, (short, None), "remove", lambda: as_before(drawer))
 
 
-def test_offloading_changes_no_pixel(draw, base, fast, zero_prior, as_before, monkeypatch):
+def test_offloading_changes_no_pixel(draw, base, fast, zero_prior, as_before):
     cases = [(FAST_NAMED, zero_prior.archive), (FAST, None)]
     expected = [draw(*case) for case in cases]
-    monkeypatch.setattr(placement_module, "free_bytes", lambda device: 1)
-    offloading = Drawer(base, fast)
-    assert offloading.generator.offloaded
+    offloading = Images(base, fast, free=1)
+    assert offloading.generator.weights.offloaded
     for _ in range(2):
         assert all(np.array_equal(offloading(*case), image) for case, image in zip(cases, expected, strict=True))
         assert as_before(offloading)

@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from placeholder.training.timing import Timing
 
-from placeholder.config import TrainConfig, read_yaml, train_config
+from placeholder.config import TrainConfig, train_config
 from placeholder.data.captions import Caption
 from placeholder.data.dataset import DatasetReport
-from placeholder.finetune import Stop, StoppedError, finetune
-from placeholder.job import CheckpointFolder, Job
-from placeholder.report.report import Report, config_yaml, curve_csv, render
+from placeholder.finetune import finetune
+from placeholder.job import CheckpointFolder, Job, Stop, StoppedError
+from placeholder.report.report import Report, curve_csv, render
+from placeholder.report.samples import grid_prompts
+from placeholder.training.context import Context
 from placeholder.training.progress import Point
 from placeholder.training.setup import prepare
 from placeholder.weights.archive import LORA_NAME, read_weights
@@ -181,38 +182,17 @@ def test_the_reports_configuration_repeats_the_archive_byte_for_byte_at_a_fixed_
     assert "Peak memory" not in page_of(first).text
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        TrainConfig(seed=0),
-        replace(TOKEN, resolution=(512, 768), placeholder_token=("<a>", "<b>"), class_word="\x01 é: {x}", learning_rate=1e-5),
-        TrainConfig(seed=5, placeholder_token=("<zwx>",), quantize=True, quantize_te=True, report=False, optimizer="prodigy"),
-        TrainConfig(
-            seed=4294967295, sample_prompts="a\n\nb 猫 😀\n", sample_every=5, default_caption="yes", log_prompt_ids=True
-        ),
-    ],
-)
-def test_the_configuration_can_be_given_again(config, tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(config_yaml(config), encoding="utf-8")
-    assert train_config({}, path) == config
-    others = {"steps": 3, "lora_rank": 7, "train_placeholder_token": not config.train_placeholder_token, "seed": None}
-    assert train_config(others, path) == config
-    assert set(read_yaml(path)) == set(vars(config))
-
-
 def test_samples_that_run_out_of_memory_are_missing_and_the_rest_is_there(shown, hostile, base):
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     log: list[str] = []
-    report = Report(prepare(hostile, TOKEN, base, log=lambda line: None), base, TOKEN, log.append, Timing(), full)
-    report.start()
+    training = prepare(hostile, Context(TOKEN, base, lambda line: None), grid_prompts)
+    report = Report(training, Context(TOKEN, base, log.append), full)
     report.step(SimpleNamespace(number=3))
     report.end()
     files = report.files([Point(1, 0.5, None, None)], shown.meta, [])
-    assert log[0] == "Samples: 2 prompts every 3 steps"
-    for line, what in zip(log[1:], ("the samples of step 3", "the grid before and after"), strict=True):
+    for line, what in zip(log, ("the samples of step 3", "the grid before and after"), strict=True):
         assert line.startswith(f"Warning: not sampled: {what} (") and "sample with predict" in line
         assert line.removeprefix("Warning: not sampled: ") in Page(files["report/index.html"]).text
     assert not any("grid" in name or "samples" in name for name in files)

@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from placeholder.report.wandb_run import URL_VARIABLE
 from safetensors.torch import load_file
 
 from demo.server import ROOT
@@ -156,7 +155,7 @@ def test_a_cancelled_training_ends_its_processes_and_the_one_run_on_wandb(two_pr
             raise KeyboardInterrupt
 
     with wandb_server(key) as server, tempfile.TemporaryDirectory(prefix="w") as folder:
-        monkeypatch.setenv(URL_VARIABLE, server.url)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("TMPDIR", folder)
         monkeypatch.setattr(tempfile, "tempdir", folder)
         target = WandbTarget.of(key, "subjects", "-named", None)
