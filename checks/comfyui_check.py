@@ -42,7 +42,7 @@ def load_clip(facts: dict, reference: Path):
 
 
 def check_conditioning(facts: dict, reference: Path, node, clip) -> tuple[dict[str, float], float]:
-    """The differences of the node's conditioning from the package's prompt embeddings, by prompt; the least with a row negated."""
+    """Differences of the node's conditioning from the package's prompt embeddings, by prompt; the least with a negated row."""
     expected = load_file(reference / "conditioning.safetensors")
     differences, controls = {}, []
     for name, text in (facts["one"] | facts["two"]).items():

@@ -65,7 +65,7 @@ def mutated_weights(valid: Entries, seed: int) -> bytes:
 
 
 def _of_another_trainer(valid: Entries, rng: random.Random) -> Entries:
-    """The archive with its LoRA in (nearly) one of the formats of docs/formats.md, or that LoRA as the hosted model packs it."""
+    """The archive with its LoRA in (nearly) one of the formats of docs/formats.md, or as the hosted model packs it."""
     prefix, (down, up) = rng.choice(PREFIXES), rng.choice(PARTS)
     content = dict(valid)["lora/lora_weights.safetensors"]
     tensors = {}

@@ -23,10 +23,10 @@ SENTENCES = (
     "Describe the setting, the light and the framing. Name only what can be seen. Answer with one or two plain sentences and "
     "begin with the description itself, without words such as 'The image shows'."
 )
-INSTRUCTION = f"Write a caption for this picture: what it shows and what happens in it. {SENTENCES}"
+INSTRUCTION = f"Write a caption for this image: what it shows and what happens in it. {SENTENCES}"
 SUBJECT_INSTRUCTION = (
-    "Write a caption for this picture. {subject} is called {name}: write {name} wherever you mention it, and say nothing of "
-    "what {name} itself looks like. Describe what may be different in another picture of {name}: the pose, what {name} does, "
+    "Write a caption for this image. {subject} is called {name}: write {name} wherever you mention it, and say nothing of "
+    "what {name} itself looks like. Describe what may be different in another image of {name}: the pose, what {name} does, "
     f"clothing, other things around. {SENTENCES}"
 )
 

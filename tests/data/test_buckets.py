@@ -35,7 +35,7 @@ def test_a_bucket_has_sides_in_sixteens_and_never_exceeds_the_image(size, resolu
         ((20_000, 40), (64,), [(128, 32)]),
     ],
 )
-def test_each_resolution_gets_a_bucket_of_the_images_shape_and_a_small_image_its_own(size, resolutions, buckets):
+def test_each_resolution_gets_a_bucket_of_the_images_shape_or_its_own_size(size, resolutions, buckets):
     assert buckets_of(size, resolutions) == buckets
 
 
