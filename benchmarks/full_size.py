@@ -165,7 +165,7 @@ def _on_card(base: BaseModel, config: TrainConfig, gigabytes: int) -> dict[str, 
     cuda = base.device.type == "cuda"
 
     def load(*given: Any) -> nn.Module:
-        """The random weights are made in bf16 on the GPU, which a real loading never does: the card's limits hold from here on."""
+        """Random weights are made in bf16 on the GPU, unlike loaded ones: the card's limits hold from here on."""
         transformer = load_transformer(*given)
         free_memory()
         reset_peak()

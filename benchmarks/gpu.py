@@ -1,8 +1,9 @@
-"""The training step of the full-size transformer on a CUDA GPU: the loop of diffusers' script with and without checkpointing, ours.
+"""The training step of the full-size transformer on a CUDA GPU: our loop beside that of diffusers' script.
 
 `make bench-gpu` builds the transformer with seeded random weights, since nothing has to be downloaded for a timing, and times
 the loops in turns for three resolutions and three prompt lengths. It writes benchmarks/gpu.json and benchmarks/gpu.md with
-medians, interquartile ranges, peak memory, the share of the GPU's arithmetic (MFU), the attention kernels that ran, and how often a step waits for the GPU.
+medians, interquartile ranges, peak memory, the share of the GPU's arithmetic (MFU), the attention kernels that ran, and how
+often a step waits for the GPU.
 """
 
 import argparse

@@ -283,7 +283,7 @@ def counts(arm: Script | Ours) -> dict[str, int]:
 
 
 def compiled_counts(compiled: Ours, uncompiled: dict[str, int]) -> dict[str, int | None]:
-    """The same of the loop with compiled blocks: as much arithmetic as uncompiled; their operations cannot be counted from outside."""
+    """The same of the loop with compiled blocks: FLOPs as uncompiled; operations cannot be counted from outside."""
     kept = saved_bytes(compiled.halfway, compiled.transformer.parameters())
     return uncompiled | {"operations": None, "saved_bytes": kept}
 
@@ -321,7 +321,7 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"one thread of {platform.processor() or platform.machine()}",
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, peft)},
-        "transformer": f"{BLOCKS} blocks of {HEADS} x {HEAD_WIDTH}, {GRID[0] * GRID[1]} + {TEXT_TOKENS} tokens, rank {RANK}, fp32",
+        "transformer": f"{BLOCKS} blocks of {HEADS} x {HEAD_WIDTH}, {GRID[0] * GRID[1]} + {TEXT_TOKENS} tokens, rank {RANK}",
         "gate": uncompiled_gate,
         "gate_compiled": compiled_gate,
         "compile_seconds": compile_seconds,

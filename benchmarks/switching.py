@@ -1,4 +1,4 @@
-"""What it costs a running predictor to switch between archives, beside a cold start, and to draw with one, on the small base model.
+"""The cost of switching archives in a running predictor, beside a cold start, on the small base model.
 
 `make bench` writes benchmarks/switching.json. Two archives are trained for two steps each first; their quality does not matter.
 """
@@ -56,7 +56,7 @@ def trained_archives(base: BaseModel, folder: Path) -> list[Path]:
 
 
 def measure(base: BaseModel, archives: list[Path]) -> dict[str, float]:
-    """Seconds of a cold start with an archive; medians of a first use, of switching back and forth, of the same archive again."""
+    """Seconds of a cold start; medians of a first use, of switching back and forth, of the same archive again."""
     one, other = archives
     started: list[ImageGenerator] = []
 

@@ -15,7 +15,7 @@ WORKSPACE = ":4096:8"  # cuBLAS is deterministic with it (cuBLAS documentation, 
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device. From ordinary memory a copy would wait until the device has done all that it was given to do."""
+    """The tensor on the device, copied through pinned memory: from pageable memory a copy waits for the device."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -58,7 +58,7 @@ def peak_bytes() -> int | None:
 
 @contextmanager
 def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Deterministic algorithms alone for a while, where they are wanted on a GPU; a CPU's work is deterministic with one thread.
+    """Deterministic algorithms alone within the context, where `wanted` on a GPU; one thread of a CPU is deterministic anyway.
 
     PyTorch raises RuntimeError, which names the operation, for one that has no deterministic algorithm.
     """

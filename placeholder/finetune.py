@@ -199,8 +199,8 @@ def write_verified(
 def verify_archive(path: Path, trained: Weights, state: TrainState) -> None:
     """Read the archive again and compare it with what was trained; takes the LoRA off the transformer.
 
-    Raises RuntimeError unless the embeddings and the LoRA come back bit for bit, every LoRA key is applied to the transformer, and
-    the transformer's output changes by it.
+    Raises RuntimeError unless the embeddings and the LoRA come back bit for bit, every LoRA key is applied to the transformer,
+    and the transformer's output changes by it.
     """
     stored = read_weights(path)
     for what, found, expected in (("embedding", stored.embeddings, trained.embeddings), ("LoRA", stored.lora, trained.lora)):

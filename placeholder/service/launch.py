@@ -1,7 +1,7 @@
 """Starts a training in child processes, one a GPU, and follows them until they end.
 
-Cog cancels by raising an exception at some bytecode of the thread that runs the training. Where that falls into a `__del__` or a
-weakref callback, Python drops it and the cancel is lost. So the server imports no torch, and its thread only runs `_follow`.
+Cog cancels by raising an exception at some bytecode of the thread that runs the training. Where that falls into a `__del__` or
+a weakref callback, Python drops it and the cancel is lost. So the server imports no torch, and its thread only runs `_follow`.
 """
 
 import ctypes

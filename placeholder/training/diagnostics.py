@@ -24,8 +24,8 @@ IGNORED_SHARE = 0.05  # of what the training gained
 class Diagnostics:
     """Mean losses on the same noise, and each token's nearest vocabulary entries with their cosines.
 
-    `loss`: trained embeddings and LoRA. `loss_row_reset`: the embeddings as before training, with the LoRA. `loss_lora_off`: the
-    trained embeddings alone. `loss_base`: neither.
+    `loss`: trained embeddings and LoRA. `loss_row_reset`: the embeddings as before training, with the LoRA. `loss_lora_off`:
+    the trained embeddings alone. `loss_base`: neither.
     """
 
     loss: float
@@ -52,8 +52,8 @@ class Diagnostics:
             lines.append("Warning: the training did not lower the loss: train for longer, or change learning_rate")
         elif self.row_share < IGNORED_SHARE:
             lines.append(
-                f"Warning: the token was ignored: with its embedding reset only {max(self.row_share, 0):.0%} of what training gained is lost; "
-                "train for longer, raise placeholder_learning_rate or placeholder_warmup_fraction, or lower learning_rate"
+                f"Warning: the token was ignored: with its embedding reset only {max(self.row_share, 0):.0%} of what training "
+                "gained is lost; train for longer, raise placeholder_learning_rate or placeholder_warmup_fraction, or lower learning_rate"
             )
         return lines
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-# Sigmas are multiples of 1/1000, the 1000 training timesteps of the model's FlowMatchEulerDiscreteScheduler: a fixed set, so that
-# what the transformer computes from the timestep alone can be a table (transformer/modulations.py).
+# Sigmas are multiples of 1/1000, the 1000 training timesteps of the model's FlowMatchEulerDiscreteScheduler: a fixed set, so
+# that what the transformer computes from the timestep alone can be a table (transformer/modulations.py).
 TIMESTEPS = 1000
 MIDDLE_SIGMA = 0.5  # of predictions that are made to compare
 

@@ -69,7 +69,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as the training whose state this is. Raises KeyError, ValueError or others where it is not one of such a training."""
+        """Restore a `state_dict`. Raises KeyError, ValueError or others where it is not one of such a training."""
         with torch.no_grad():
             for parameter, value in zip(self.lora, state["lora"], strict=True):
                 parameter.copy_(_of_shape(value, parameter))
@@ -90,8 +90,8 @@ def _of_shape(value: Tensor, parameter: Tensor) -> Tensor:
 class Schedule:
     """How long to train, and when preservation acts.
 
-    In the first `token_only_steps` the token embeddings learn alone. `prior_preservation` is the weight of the preservation loss in
-    every `interval`-th step after that.
+    In the first `token_only_steps` the token embeddings learn alone. `prior_preservation` is the weight of the preservation
+    loss in every `interval`-th step after that.
     """
 
     steps: int
@@ -103,10 +103,10 @@ class Schedule:
 def train_steps(state: TrainState, schedule: Schedule, processes: Processes) -> Iterator[Step]:
     """Train from `state.step`, which moves along, to `schedule.steps`.
 
-    The gradient is that of the mean loss over the batches of all processes, plus `prior_preservation` times the mean preservation
-    loss of each preserved prompt. The token embeddings' gradient and the LoRA's are handled apart: a shared clip would let the
-    tokens' first huge gradients silence the LoRA. A step that runs out of GPU memory in any process is repeated in all of them with
-    more blocks checkpointed; torch.OutOfMemoryError is raised in all of them once all blocks are.
+    The gradient is that of the mean loss over the batches of all processes, plus `prior_preservation` times the mean
+    preservation loss of each preserved prompt. The token embeddings' gradient and the LoRA's are handled apart: a shared clip
+    would let the tokens' first huge gradients silence the LoRA. A step that runs out of GPU memory in any process is repeated
+    in all of them with more blocks checkpointed; torch.OutOfMemoryError is raised in all of them once all blocks are.
     """
     for number in range(state.step + 1, schedule.steps + 1):
         lora_learns = number > schedule.token_only_steps

@@ -47,9 +47,10 @@ def sample_losses(denoiser: Denoiser, prompt_embeds: PromptEmbeds, group: list[S
 def preservation_losses(
     denoiser: Denoiser, prompt_embeds: PromptEmbeds, group: list[Sample], prompts: Sequence[tuple[int, ...]]
 ) -> Tensor:
-    """Prior preservation: how far the LoRA moves the prediction for `prompts`, ids of one length, at the samples' noisy latents: (B,).
+    """The prior preservation loss of each sample, (B,): how far the LoRA moves the prediction for `prompts`, ids of one length.
 
-    The target is the base model's own prediction, with the LoRA off; ai-toolkit calls this differential output preservation.
+    The target is the base model's own prediction at the samples' noisy latents; ai-toolkit calls this differential output
+    preservation.
     """
     latents, noise, sigmas = _stacked(group, denoiser.device)
     noisy, grid = add_noise(latents, noise, to_device(sigmas, latents.device)), group[0].example.grid

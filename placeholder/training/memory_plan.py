@@ -92,8 +92,8 @@ class Plan:
 def plan_memory(base: BaseModel, config: TrainConfig, grid: tuple[int, int], ids: int, free: int) -> Plan:
     """Choose the transformer's quantization (with `quantize` the best that fits) and whether its modulations become a table.
 
-    `grid` is the height and width in image tokens of the largest crop, `ids` the length of the longest prompt with its template,
-    `free` the free bytes of the device. Raises ValueError where nothing fits.
+    `grid` is the height and width in image tokens of the largest crop, `ids` the length of the longest prompt with its
+    template, `free` the free bytes of the device. Raises ValueError where nothing fits.
     """
     usable = round((1 - KEPT_FREE) * free)
     needs = memory_needs(base, config, grid, ids)

@@ -34,7 +34,7 @@ def lora_optimizer(name: str, parameters: list[nn.Parameter], learning_rate: flo
 
 
 class TokenOptimizer:
-    """AdamW for the placeholder tokens' embeddings: no weight decay, normalized gradients, a short warm-up, a limit on the norm.
+    """AdamW for the placeholder tokens' embeddings: no weight decay, normalized gradients, a warm-up, a limit on the norm.
 
     The first gradients of a near-zero embedding are huge, because the encoder's RMSNorm divides by its size: they would fill
     Adam's second moment, so each row's gradient is scaled to norm 1. The limit keeps an embedding from outgrowing the
@@ -78,6 +78,6 @@ class TokenOptimizer:
 
 @torch.no_grad()
 def token_rms_limit(vocabulary: Tensor, entries: int) -> float:
-    """TOKEN_RMS_LIMIT times the median rms of the first `entries` rows of the embedding matrix (rows, D); padding rows do not count."""
+    """TOKEN_RMS_LIMIT times the median rms of the first `entries` rows of the embedding matrix (rows, D), without its padding."""
     rms = torch.cat([part.float().square().mean(dim=1) for part in vocabulary[:entries].split(16384)]).sqrt()
     return TOKEN_RMS_LIMIT * rms.median().item()

@@ -34,7 +34,7 @@ class Timing:
 
 
 class Point(NamedTuple):
-    """One progress line: mean losses since the line before, and the mean norm of the token embeddings; None where there is none."""
+    """One progress line: mean losses since the line before, and the mean norm of the token embeddings, or None."""
 
     step: int
     loss: float
@@ -79,7 +79,7 @@ class Progress:
         """Take a step in. Raises RuntimeError at a progress line when the loss is no longer finite."""
         if self.checkpointed is not None and step.checkpointed != self.checkpointed:
             self.log(
-                f"Memory: step {step.number} ran out of GPU memory and was repeated with {step.checkpointed} blocks checkpointed"
+                f"Memory: step {step.number} ran out of memory and was repeated with {step.checkpointed} checkpointed blocks"
             )
         self.checkpointed = step.checkpointed
         self.losses.append(step.loss)
@@ -93,7 +93,8 @@ class Progress:
         self.losses, self.preservations = [], []
         if not math.isfinite(self.loss + (preservation or 0.0)):
             raise RuntimeError(
-                f"the loss became {self.loss} by step {number}: train again with a lower learning_rate or placeholder_learning_rate"
+                f"the loss became {self.loss} by step {number}: train again with a lower learning_rate or "
+                "placeholder_learning_rate"
             )
         figures = f"loss={self.loss:.4f}"
         if preservation is not None:

@@ -20,7 +20,7 @@ PROGRESS = {"losses", "preservations", "loss", "seconds", "curve"}  # the keys o
 
 
 def resume_path(source: Path) -> Path:
-    """The file to start from: `source`, or the newest checkpoint where it is a folder. Raises ValueError where there is none."""
+    """The file to start from: `source`, or the newest checkpoint of a folder. Raises ValueError where there is none."""
     if source.is_dir():
         stored = stored_checkpoints(source)
         if not stored:
@@ -137,6 +137,6 @@ def _check_tokens(start: Weights, config: TrainConfig) -> None:
     for token, rows in start.embeddings.items():
         if len(rows) != config.placeholder_vectors:
             raise ValueError(
-                f"the weights to start from have {len(rows)} vectors for {token}, this training has {config.placeholder_vectors}: "
-                "give the same placeholder_vectors"
+                f"the weights to start from have {len(rows)} vectors for {token}, this training has "
+                f"{config.placeholder_vectors}: give the same placeholder_vectors"
             )

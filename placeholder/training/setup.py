@@ -102,7 +102,7 @@ def plan_photos(
     context: Context,
     planned: Callable[..., Plan],
 ) -> Plan:
-    """The memory plan for the largest crop and the longest prompt; captions still to be written count as long as they may become."""
+    """The memory plan for the largest crop and the longest prompt; captions still to be written count at their longest."""
     config = context.config
     drafts = [draft(config)] * len(undescribed(photos, config)) if descriptions is None else descriptions
     texts = [caption.text for caption in trained_captions(photos, config, _silent, drafts)]
@@ -175,7 +175,7 @@ def build(
     sampler: BatchSampler,
     context: Context,
 ) -> TrainState:
-    """The transformer as planned, with a fresh LoRA, its optimizer, and as many checkpointed blocks as the free memory demands."""
+    """The transformer as planned, with a fresh LoRA, its optimizer, and the checkpointed blocks that the free memory demands."""
     config, log = context.config, context.log
     transformer = load_transformer(context.base, plan.chosen.quantization, sigma_grid() if plan.chosen.tabled else None)
     if plan.chosen.tabled:

@@ -1,4 +1,4 @@
-"""Regional compilation: the transformer's repeated blocks, compiled by diffusers' compile_repeated_blocks, in the steps of a training."""
+"""Regional compilation of the transformer's blocks, by diffusers' compile_repeated_blocks, in the steps of a training."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from placeholder.errors import Log
 from placeholder.transformer.attention import RealRotaryAttention, real_rotations
 
-# Of the blocks' code in one training: batches of one and of several images and first blocks with and without a gradient at their
-# input, each with sizes fixed and then open. PyTorch's default is 8.
+# Of the blocks' code in one training: batches of one and of several images and first blocks with and without a gradient at
+# their input, each with sizes fixed and then open. PyTorch's default is 8.
 RECOMPILE_LIMIT = 16
 OPTIONS = {
     "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
@@ -40,7 +40,8 @@ class CompiledBlocks:
         self._hook = transformer.pos_embed.register_forward_hook(lambda _module, _args, found: real_rotations(found))
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         if any(map(is_traceable_wrapper_subclass, transformer.parameters())):
-            # What a matrix product of the backward pass reads may be computed again: quantized weights would be kept dequantized.
+            # What a matrix product of the backward pass reads may be computed again: quantized weights would be kept
+            # dequantized.
             torch._functorch.config.ban_recompute_materialized_backward = False
         transformer.compile_repeated_blocks(fullgraph=True, backend=backend, options=OPTIONS)
 

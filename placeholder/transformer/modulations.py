@@ -1,4 +1,4 @@
-"""The transformer's modulations as a table: they depend on the timestep alone, and a third of its weights compute nothing else."""
+"""The transformer's modulations as a table: they depend on the timestep alone, and take a third of its weights."""
 
 import math
 from bisect import bisect
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from placeholder.devices import stack_on
 
 STREAMS = ("img_mod", "txt_mod")  # of a block: SiLU and a linear layer D -> 6 D each
-# Sample images in a training ask for sigmas between those of the grid (training/flow.py): half its distance, and half of bf16's.
+# Sample images in a training ask for sigmas between those of the grid (training/flow.py): half its distance, and half of
+# bf16's.
 TOLERANCE = 0.0005 + 1 / 512
 
 
@@ -31,8 +32,8 @@ class TableRow(nn.Module):
 class ModulationTable(nn.Module):
     """Takes the place of the timestep embedder: looks up what all modulation layers give for a batch's sigmas.
 
-    `sigmas` (N) ascend. `rows` (N, 2 blocks + 1, 6 D) lies in the host's memory: the modulations of both streams of every block, and last the
-    timestep embedding itself, which the output norm reads.
+    `sigmas` (N) ascend. `rows` (N, 2 blocks + 1, 6 D) lies in the host's memory: the modulations of both streams of every
+    block, and last the timestep embedding itself, which the output norm reads.
     """
 
     def __init__(self, sigmas: list[float], rows: Tensor):
@@ -41,9 +42,10 @@ class ModulationTable(nn.Module):
         self.rows = rows
 
     def forward(self, timestep: Tensor, hidden_states: Tensor, _additional_t_cond: None = None) -> Tensor:
-        """The rows (B, 2 blocks + 1, 6 D) of the sigmas (B,), each the nearest in the table, on the device of the hidden states.
+        """The rows (B, 2 blocks + 1, 6 D) of the sigmas nearest to (B,), on the device of the hidden states.
 
-        Sigmas on the CPU are looked up without waiting for the device. Raises RuntimeError for one further than TOLERANCE from all.
+        Sigmas on the CPU are looked up without waiting for the device. Raises RuntimeError for one further than TOLERANCE from
+        all.
         """
         return stack_on([self.rows[self._nearest(sigma)] for sigma in timestep.tolist()], hidden_states.device)
 
@@ -80,8 +82,8 @@ def timesteps_on_cpu(transformer: nn.Module) -> bool:
 def tabulate(transformer: nn.Module, sigmas: Tensor, device: torch.device) -> None:
     """Replace the modulations by a table for the sigmas (N,), rounded to the transformer's dtype.
 
-    Each layer goes to the device alone and is dropped there. Each sigma is computed by itself, as in a batch of one, so that such
-    a batch gets the same modulations bit for bit.
+    Each layer goes to the device alone and is dropped there. Each sigma is computed by itself, as in a batch of one, so that
+    such a batch gets the same modulations bit for bit.
     """
     sigmas, blocks = sigmas.to(transformer.dtype).unique(), transformer.transformer_blocks
     width = next(modulation_layers(transformer)).out_features

@@ -52,7 +52,7 @@ def test_the_same_archive_again_costs_a_small_part_of_switching_and_that_of_a_co
 
 
 def test_the_arithmetic_of_the_full_size_is_that_of_its_shapes():
-    """60 blocks, each with attention and a 4-fold feed-forward layer for pictures and text, 3072 wide, at 1024 x 1024 pixels."""
+    """60 blocks, 3072 wide, each with attention and a 4-fold feed-forward layer for image and text, at 1024 x 1024."""
     width, tokens, rank = 3072, 4096 + 128, TrainConfig.rank
     linear = 2 * 12 * width**2 * tokens
     attention = 4 * tokens**2 * width

@@ -15,7 +15,7 @@ from placeholder.model.vae import as_single_frame
 
 
 def stock_pipeline(model: str, two_dimensional_vae: bool = True) -> QwenImagePipeline:
-    """The whole base model as stock diffusers loads it; its VAE in 2-D like ours, which rounds differently (tests/model/test_vae.py)."""
+    """The whole base model as stock diffusers loads it, but for its VAE in 2-D like ours, which rounds differently."""
     pipeline = QwenImagePipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if two_dimensional_vae:
