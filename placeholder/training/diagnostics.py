@@ -53,7 +53,8 @@ class Diagnostics:
         elif self.row_share < IGNORED_SHARE:
             lines.append(
                 f"Warning: the token was ignored: with its embedding reset only {max(self.row_share, 0):.0%} of what training "
-                "gained is lost; train for longer, raise placeholder_learning_rate or placeholder_warmup_fraction, or lower learning_rate"
+                "gained is lost; train for longer, raise placeholder_learning_rate or placeholder_warmup_fraction, or lower "
+                "learning_rate"
             )
         return lines
 

@@ -78,6 +78,6 @@ class TokenOptimizer:
 
 @torch.no_grad()
 def token_rms_limit(vocabulary: Tensor, entries: int) -> float:
-    """TOKEN_RMS_LIMIT times the median rms of the first `entries` rows of the embedding matrix (rows, D), without its padding."""
+    """TOKEN_RMS_LIMIT x the median rms of the first `entries` rows of the embedding matrix (rows, D); the rest is padding."""
     rms = torch.cat([part.float().square().mean(dim=1) for part in vocabulary[:entries].split(16384)]).sqrt()
     return TOKEN_RMS_LIMIT * rms.median().item()

@@ -175,7 +175,7 @@ def build(
     sampler: BatchSampler,
     context: Context,
 ) -> TrainState:
-    """The transformer as planned, with a fresh LoRA, its optimizer, and the checkpointed blocks that the free memory demands."""
+    """The transformer as planned, with a fresh LoRA, its optimizer, and the checkpointed blocks that the memory demands."""
     config, log = context.config, context.log
     transformer = load_transformer(context.base, plan.chosen.quantization, sigma_grid() if plan.chosen.tabled else None)
     if plan.chosen.tabled:
