@@ -47,6 +47,7 @@ def train(job: Job, log: Log) -> bool:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             ERROR_VARIABLE: str(error),
+            "TMPDIR": folder,  # what a killed process leaves goes with it
             **(job.tracker.environment() if job.tracker else {}),
         }
         grace = GRACE_SECONDS if job.checkpoints or job.tracker else KILL_SECONDS
