@@ -19,15 +19,15 @@ from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 import train as cog_train
 from demo.server import ROOT
 from placeholder.config import TrainConfig
-from placeholder.job import Job, WandbTarget
+from placeholder.job import WandbTarget
 from placeholder.model.base import MODEL_VARIABLE
 from placeholder.report import samples as samples_module
 from placeholder.report import wandb_run, wandb_target
 from placeholder.report.wandb_run import WandbRun
 from placeholder.service import launch
 from placeholder.service.cli import inputs_of
+from placeholder.service.launch import finetune_on_all_gpus
 from placeholder.service.options import parser
-from placeholder.service.worker import finetune_here
 from placeholder.training import setup as prepare_module
 from placeholder.weights.metadata import TIME_VARIABLE
 from tests.conftest import SHORT
@@ -133,8 +133,8 @@ def test_an_offline_run_holds_the_training_and_neither_the_photographs_nor_the_k
     monkeypatch.setenv(TIME_VARIABLE, "1700000000")
     log: list[str] = []
     target = WandbTarget.of(KEY, None, "a name", "a-team")
-    finetune_here(Job(photographs, CONFIG, tmp_path / "shown.zip", tracker=target), log.append)
-    finetune_here(Job(photographs, CONFIG, tmp_path / "plain.zip"), lambda _: None)
+    finetune_on_all_gpus(photographs, CONFIG, tmp_path / "shown.zip", log.append, target=target)
+    finetune_on_all_gpus(photographs, CONFIG, tmp_path / "plain.zip", lambda _: None)
     assert (tmp_path / "shown.zip").read_bytes() == (tmp_path / "plain.zip").read_bytes()
     (folder,) = offline.glob("wandb/*")
     assert f"W&B: offline run in {folder}, which wandb sync uploads" in log
@@ -222,7 +222,7 @@ def test_a_cancelled_training_ends_its_run_as_failed(offline, photographs, tmp_p
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune_here(Job(photographs, CONFIG, tmp_path / "w.zip", tracker=WandbTarget.of(None, "p", None, None)), cancelled)
+        finetune_on_all_gpus(photographs, CONFIG, tmp_path / "w.zip", cancelled, target=WandbTarget.of(None, "p", None, None))
     assert [record.exit.exit_code for record in records(offline) if record.HasField("exit")] == [1]
     assert list(history(offline)) == [1]
 
@@ -231,7 +231,9 @@ def test_a_key_that_is_refused_is_told_before_any_weight_is_loaded(server: Wandb
     log: list[str] = []
     wrong = "9" * 40
     with pytest.raises(ValueError, match=r"the run cannot be started on W&B at http://127.*: check wandb_api_key") as error:
-        finetune_here(Job(photographs, CONFIG, tmp_path / "w.zip", tracker=WandbTarget.of(wrong, None, None, None)), log.append)
+        finetune_on_all_gpus(
+            photographs, CONFIG, tmp_path / "w.zip", log.append, target=WandbTarget.of(wrong, None, None, None)
+        )
     assert wrong not in str(error.value)
     assert log == ["Seed: 1"]
     assert server.runs == []
@@ -256,7 +258,7 @@ def test_a_server_that_goes_away_costs_the_run_and_not_the_training(server: Wand
         server.gone |= " 1/2 [" in line
 
     config = replace(CONFIG, steps=2, sample_every=0, report=False, sample_prompts="")
-    finetune_here(Job(photographs, config, tmp_path / "w.zip", tracker=WandbTarget.of(KEY, None, None, None)), log)
+    finetune_on_all_gpus(photographs, config, tmp_path / "w.zip", log, target=WandbTarget.of(KEY, None, None, None))
     assert (tmp_path / "w.zip").exists()
     assert lines[-1].startswith("Warning: W&B had not taken everything after 1 seconds")
 
