@@ -1,7 +1,7 @@
 """Starts a training in child processes, one a GPU, and follows them until they end.
 
-Cog cancels by raising an exception at some bytecode of the thread that runs the training. Where that falls into a `__del__` or a
-weakref callback, Python drops it and the cancel is lost. So the server imports no torch, and its thread only runs `_follow`.
+Cog cancels by raising an exception at some bytecode of the thread that runs the training. Where that falls into a `__del__` or
+a weakref callback, Python drops it and the cancel is lost. So the server imports no torch, and its thread only runs `_follow`.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ from placeholder.service.worker import ERROR_VARIABLE, GRACE_SECONDS, LESS_MEMOR
 PROCESSES_VARIABLE = "TRAINING_PROCESSES"
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.1
-KILL_SECONDS = 1.5  # from SIGTERM to SIGKILL where neither a checkpoint is to be written nor a run on W&B to be finished
+KILL_SECONDS = 1.5  # from SIGTERM to SIGKILL, without a checkpoint to write or a run on W&B to finish
 DIED = re.compile(rb"failed \(exitcode: (-\d+)\)")  # what torch's launcher logs of a process that a signal ended
 
 

@@ -4,7 +4,7 @@ import sys
 
 
 def record(name: str, value: float) -> None:
-    """Record a metric of the current request; nothing where Cog is not running. A metric that Cog refuses is a warning in the log.
+    """Record a metric of the current request; nothing without Cog. A metric that Cog refuses is a warning in the log.
 
     Replicate's names are `training_step_count` and `image_output_count`.
     """
