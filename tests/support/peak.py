@@ -7,7 +7,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from placeholder.transformer.checkpointing import storages
 
 
 class PeakBytes(TorchDispatchMode):
@@ -21,10 +20,10 @@ class PeakBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count what it made."""
         kwargs = kwargs or {}
-        given = {storage._cdata for tensor in _tensors((args, kwargs)) for storage in storages(tensor)}
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         found = func(*args, **kwargs)
         for tensor in _tensors(found):
-            for storage in storages(tensor):
+            for storage in [tensor.untyped_storage()]:
                 key = storage._cdata
                 if key not in given and key not in self._alive:
                     self._alive.add(key)
