@@ -16,24 +16,11 @@ from PIL import Image
 
 from demo.server import ROOT
 from placeholder.config import TrainConfig
-<<<<<<< HEAD
 from placeholder.finetune import finetune
 from placeholder.job import FOLDER_VARIABLE, KEY_VARIABLE, MODE_VARIABLE, Job, WandbTarget
 from placeholder.model.base import BaseModel
 from placeholder.report.report import jpeg
 from placeholder.report.trackers import WandbTracker
-=======
-from placeholder.job import WandbTarget
-from placeholder.model.base import MODEL_VARIABLE
-from placeholder.report import samples as samples_module
-from placeholder.report import wandb_run, wandb_target
-from placeholder.report.wandb_run import WandbRun
-from placeholder.service import launch
-from placeholder.service.cli import inputs_of
-from placeholder.service.launch import finetune_on_all_gpus
-from placeholder.service.options import parser
-from placeholder.training import setup as prepare_module
->>>>>>> service
 from placeholder.weights.metadata import TIME_VARIABLE
 from tests.conftest import SHORT
 from tests.support.samples import picture, read_zip, write_dataset
@@ -112,14 +99,8 @@ def test_an_offline_run_holds_the_training_and_neither_the_photographs_nor_the_k
 ):
     monkeypatch.setenv(TIME_VARIABLE, "1700000000")
     log: list[str] = []
-<<<<<<< HEAD
     meta = train(base, photographs, CONFIG, tmp_path / "shown.zip", log.append, WandbTarget.of(KEY, None, "a name", "a-team"))
     train(base, photographs, CONFIG, tmp_path / "plain.zip", print, None)
-=======
-    target = WandbTarget.of(KEY, None, "a name", "a-team")
-    finetune_on_all_gpus(photographs, CONFIG, tmp_path / "shown.zip", log.append, target=target)
-    finetune_on_all_gpus(photographs, CONFIG, tmp_path / "plain.zip", lambda _: None)
->>>>>>> service
     assert (tmp_path / "shown.zip").read_bytes() == (tmp_path / "plain.zip").read_bytes()
     folder, entries = sync(offline, server), read_zip(tmp_path / "shown.zip")
     assert f"W&B: offline run in {folder}, which wandb sync uploads" in log
@@ -185,28 +166,16 @@ def test_a_cancelled_training_ends_its_run_as_failed(offline, server: WandbServe
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-<<<<<<< HEAD
         train(base, photographs, CONFIG, tmp_path / "w.zip", cancelled, WandbTarget.of(None, "p", None, None))
     sync(offline, server)
     assert server.exit_codes == [1]
     assert [line["_step"] for line in server.lines["wandb-history.jsonl"]] == [1]
-=======
-        finetune_on_all_gpus(photographs, CONFIG, tmp_path / "w.zip", cancelled, target=WandbTarget.of(None, "p", None, None))
-    assert [record.exit.exit_code for record in records(offline) if record.HasField("exit")] == [1]
-    assert list(history(offline)) == [1]
->>>>>>> service
 
 
 def test_a_key_that_is_refused_is_told_before_any_weight_is_loaded(server: WandbServer, base, photographs, tmp_path):
     log, wrong = [], "9" * 40
     with pytest.raises(ValueError, match=r"the run cannot be started on W&B at http://127.*: check wandb_api_key") as error:
-<<<<<<< HEAD
         train(base, photographs, PLAIN, tmp_path / "w.zip", log.append, WandbTarget.of(wrong, None, None, None))
-=======
-        finetune_on_all_gpus(
-            photographs, CONFIG, tmp_path / "w.zip", log.append, target=WandbTarget.of(wrong, None, None, None)
-        )
->>>>>>> service
     assert wrong not in str(error.value)
     assert log == ["Seed: 1"]
     assert server.runs == []
@@ -228,12 +197,7 @@ def test_a_server_that_goes_away_costs_the_run_and_not_the_training(server: Wand
         lines.append(line)
         server.gone |= " 1/2 [" in line
 
-<<<<<<< HEAD
     train(base, photographs, PLAIN, tmp_path / "w.zip", log, WandbTarget.of(KEY, None, None, None), seconds=1.0)
-=======
-    config = replace(CONFIG, steps=2, sample_every=0, report=False, sample_prompts="")
-    finetune_on_all_gpus(photographs, config, tmp_path / "w.zip", log, target=WandbTarget.of(KEY, None, None, None))
->>>>>>> service
     assert (tmp_path / "w.zip").exists()
     assert lines[-1] == "Warning: W&B did not take everything within 1 seconds: the run there is incomplete"
 

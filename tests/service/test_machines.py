@@ -111,12 +111,6 @@ def test_machines_with_different_data_sets_are_refused(machines):
         assert not (machine.folder / "weights.zip").exists()
 
 
-<<<<<<< HEAD
-JOINS = (
-    "import time; from placeholder.distributed import Processes; Processes.from_environment(); "
-    "print('joined', flush=True); time.sleep(300)"
-)
-=======
 JOINS = """
 import time
 from placeholder.distributed import Processes
@@ -124,7 +118,6 @@ Processes.from_environment()
 print("joined", flush=True)
 time.sleep(300)
 """
->>>>>>> service
 
 
 def test_when_one_machine_has_gone_the_other_says_so_and_ends(machines):
