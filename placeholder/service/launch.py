@@ -26,7 +26,7 @@ from placeholder.service.worker import ERROR_VARIABLE, GRACE_SECONDS, LESS_MEMOR
 PROCESSES_VARIABLE = "TRAINING_PROCESSES"
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.1
-KILL_SECONDS = 1.5  # from SIGTERM to SIGKILL, without a checkpoint to write or a run on W&B to finish
+KILL_SECONDS = 1.0  # from SIGTERM to SIGKILL, without a checkpoint to write or a run on W&B to finish
 DIED = re.compile(rb"failed \(exitcode: (-\d+)\)")  # what torch's launcher logs of a process that a signal ended
 
 
