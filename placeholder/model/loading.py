@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from diffusers import (
@@ -27,11 +26,12 @@ from placeholder.model.vae import as_single_frame
 from placeholder.transformer.modulations import tabulate
 
 
-@cache
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
-    """The tokenizer alone; no weights are read. Nothing may change it: all callers of a base model share it."""
-    with _collector_paused():
-        return base.component(Qwen2Tokenizer, "tokenizer")
+    """The tokenizer alone, loaded once for each BaseModel; no weights are read. Nothing may change it, its users share it."""
+    if "tokenizer" not in vars(base):
+        with _collector_paused():
+            vars(base)["tokenizer"] = base.component(Qwen2Tokenizer, "tokenizer")
+    return vars(base)["tokenizer"]
 
 
 @contextmanager

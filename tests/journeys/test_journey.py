@@ -162,7 +162,7 @@ def test_bad_trainings_fail_with_their_sentence_and_leave_nothing(training_serve
             "quantize_te cannot be combined with a placeholder token",
         ),
         ({**good, "config": data_url(config)}, "config has an unknown key train.stepz: known are train: steps"),
-        ({**good, "dataset": data_url(empty)}, "the data set holds no usable picture (it holds no file)"),
+        ({**good, "dataset": data_url(empty)}, "the data set holds no usable image (it holds no file)"),
         (
             {**good, "dataset": data_url(several), "placeholder_token": "<zwx>,<qrs>"},
             "the caption of 0.png names none of <zwx>, <qrs>",

@@ -99,7 +99,7 @@ def test_the_archive_shows_the_training_and_is_read_without_the_report(shown, ba
     for text in (
         f"a photo of <zwx> {HOSTILE}",
         "<b>notes.pdf",
-        "not a jpg, png or webp picture",
+        "not a jpg, png or webp image",
         base.source,
         "The base model is a small one of ",
         "Nearest to <zwx>: ",

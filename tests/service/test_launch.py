@@ -116,7 +116,7 @@ def test_the_archive_is_written_once_with_one_drawn_seed_and_the_lines_reach_the
 def test_what_the_user_did_wrong_is_the_same_sentence_as_in_one_process(two_processes, tmp_path):
     empty = write_dataset(tmp_path / "empty.zip", [])
     log: list[str] = []
-    with pytest.raises(ValueError, match="the data set holds no usable picture"):
+    with pytest.raises(ValueError, match="the data set holds no usable image"):
         finetune_on_all_gpus(empty, SHORT, tmp_path / "weights.zip", log.append)
     assert not any("Traceback" in line for line in log)
     assert not (tmp_path / "weights.zip").exists()
