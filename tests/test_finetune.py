@@ -137,7 +137,7 @@ def test_the_log_says_what_happened_once_in_its_words(zero_prior):
         "Placeholder token '<zwx>' registered with ID: 151665",
         "Gradient mask active: only token 151665 receives updates",
         "Captions: 0 of 3 lacked the token and got it in front",
-        "Prior preservation: prompts such as 'a photo of' keep what the base model draws for them",
+        "Prior preservation: prompts such as 'a photo of' keep what the base model generates for them",
         "Prompt 'a photo of <zwx>' tokenized to: [64, 6548, 315, 220, 151665]",
         "Prompt '<zwx> in a garden' tokenized to: [151665, 304, 264, 13551]",
         "Latents: 3 crops cached",
@@ -326,7 +326,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_with_a_sentence(dataset, b
     [
         (["a photo"], ("cat",), "'cat' is already a token of the vocabulary"),
         (["a photo"], ("a b",), "is empty or holds white space"),
-        ([], ("<zwx>",), r"the data set holds no usable picture \(it holds no file\)"),
+        ([], ("<zwx>",), r"the data set holds no usable image \(it holds no file\)"),
     ],
 )
 def test_bad_input_is_refused_before_any_weight_is_loaded(captions, tokens, sentence, base, tmp_path):
@@ -339,7 +339,7 @@ def test_bad_input_is_refused_before_any_weight_is_loaded(captions, tokens, sent
 def test_an_unbracketed_token_is_warned_about_in_the_log(base, tmp_path):
     log: list[str] = []
     empty = write_dataset(tmp_path / "data.zip", [])
-    with pytest.raises(ValueError, match="no usable picture"):
+    with pytest.raises(ValueError, match="no usable image"):
         finetune_module.finetune(
             Job(empty, replace(ZERO_PRIOR, placeholder_token=("zwx",)), tmp_path / "w.zip"), base, log.append
         )

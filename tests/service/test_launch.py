@@ -127,7 +127,7 @@ def test_the_archive_is_written_once_with_one_drawn_seed_and_the_lines_reach_the
 def test_what_the_user_did_wrong_is_a_value_error_of_one_sentence(on_the_base, tmp_path):
     empty = write_dataset(tmp_path / "empty.zip", [])
     before, log = children(), []
-    with pytest.raises(ValueError, match="the data set holds no usable picture"):
+    with pytest.raises(ValueError, match="the data set holds no usable image"):
         launch.train(Job(empty, SHORT, tmp_path / "weights.zip"), log.append)
     assert not any("Traceback" in line for line in log)
     assert not (tmp_path / "weights.zip").exists()

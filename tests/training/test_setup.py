@@ -29,7 +29,7 @@ def test_preservation_keeps_the_captions_without_their_token_and_encodes_them_on
     kept = [tuple(prompt_ids(tokenizer, training.tokens, text) for text in (prompt, " ")) for prompt in prompts]
     assert [example.preserved for example in training.state.sampler.examples] == kept
     assert not any(training.prompt_embeds([ids]).requires_grad for pair in kept for ids in pair)
-    assert f"Prior preservation: prompts such as '{prompts[0]}' keep what the base model draws for them" in log
+    assert f"Prior preservation: prompts such as '{prompts[0]}' keep what the base model generates for them" in log
 
 
 def test_without_preservation_there_is_nothing_to_keep(dataset, base):
