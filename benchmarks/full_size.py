@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
 from placeholder.job import Job
 from placeholder.model.base import BaseModel
-from placeholder.model.loading import default_dtype, load_transformer
+from placeholder.model.loading import default_dtype
 from placeholder.request import Request
 from standin.small_base import VOCABULARY_ROWS, qwen_tokenizer, scheduler
 
@@ -134,7 +133,7 @@ def train(base: BaseModel, config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 def draw(base: BaseModel, archive: Path, side: int, steps: int) -> dict[str, Any]:
-    """One picture with an archive."""
+    """One image with an archive."""
     clock = StepClock()
     _reset_peak()
     generator = ImageGenerator(base, clock)
@@ -161,43 +160,43 @@ def on_cards(base: BaseModel, side: int, steps: int, cards: tuple[int, ...]) -> 
     return found
 
 
+@dataclass(frozen=True)
+class CardBase(RandomBase):
+    """The random base model on a card of so many gigabytes, on which nobody else is.
+
+    The first to ask for the free memory is the memory plan. The second asks once all is loaded: random weights are made in bf16
+    on the GPU, unlike loaded ones, so the card's limit holds and the peak counts from there on.
+    """
+
+    gigabytes: int = field(default=80, kw_only=True)
+    asked: list[int] = field(default_factory=list, hash=False, kw_only=True)
+
+    def free_bytes(self) -> int:
+        """What is free on the card."""
+        self.asked.append(round(self.gigabytes * 1e9))
+        if self.device.type != "cuda":
+            return self.asked[-1]
+        if len(self.asked) == 2:
+            free_memory()
+            reset_peak()
+            torch.cuda.set_per_process_memory_fraction(self.gigabytes * 1e9 / torch.cuda.mem_get_info()[1])
+        return self.asked[-1] - torch.cuda.memory_allocated()
+
+
 def _on_card(base: BaseModel, config: TrainConfig, gigabytes: int) -> dict[str, Any]:
-    cuda = base.device.type == "cuda"
-
-    def load(*given: Any) -> nn.Module:
-        """Random weights are made in bf16 on the GPU, unlike loaded ones: the card's limits hold from here on."""
-        transformer = load_transformer(*given)
-        free_memory()
-        reset_peak()
-        if cuda:
-            torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / torch.cuda.mem_get_info()[1])
-        return transformer
-
+    card = CardBase(**vars(base), gigabytes=gigabytes)
     try:
-        with (
-            tempfile.TemporaryDirectory() as name,
-            patch("placeholder.training.setup.free_bytes", _free_on(gigabytes)),
-            patch("placeholder.training.setup.load_transformer", load),
-        ):
+        with tempfile.TemporaryDirectory() as name:
             dataset = write_dataset(Path(name) / "data.zip", config.resolution[0])
-            meta = finetune(Job(dataset, config, Path(name) / "weights.zip"), base, log=lambda line: None)
+            meta = finetune(Job(dataset, config, Path(name) / "weights.zip"), card, log=lambda line: None)
     except ValueError as error:
         return {"refused": str(error)}
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": str(error)}
     finally:
-        if cuda:
+        if base.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0)
     return {key: meta[key] for key in ("transformer_storage", "modulations_tabled", "expected_peak_gb", "peak_gb")}
-
-
-def _free_on(gigabytes: int) -> Callable[[torch.device], int]:
-    """What is free on a card of that size, on which nobody else is."""
-
-    def free(device: torch.device) -> int:
-        return round(gigabytes * 1e9) - (torch.cuda.memory_allocated() if device.type == "cuda" else 0)
-
-    return free
 
 
 def run(base: BaseModel, side: int, training_steps: int, drawing_steps: int, cards: tuple[int, ...]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from placeholder.training.loop import Step, TrainState
 from placeholder.training.losses import Denoiser
 from placeholder.training.optimizers import token_rms_limit
 from placeholder.training.progress import Progress
+from placeholder.transformer.layers import Int8Linear
 from placeholder.weights.archive import LORA_NAME, Weights, read_weights
 from placeholder.weights.metadata import MEASURED, TIME_VARIABLE
 from tests.conftest import SHORT
@@ -300,12 +301,10 @@ def test_the_row_is_limited_to_one_and_a_half_times_the_vocabularys_median(datas
     ],
 )
 def test_a_quantized_training_holds_8_bit_weights_and_gives_an_archive(options, name, dataset, base, tmp_path):
-    from torchao.quantization import Int8Tensor
-
     watched = WatchedBase.of(base)
     run = train(dataset, replace(ZERO_PRIOR, batch_size=4, **options), tmp_path / "weights.zip", watched)
     for component in ("transformer", "text_encoder"):
-        quantized = any(isinstance(parameter, Int8Tensor) for parameter in watched.loaded[component].parameters())
+        quantized = any(isinstance(module, Int8Linear) for module in watched.loaded[component].modules())
         assert quantized == (component == name)
     lora = read_weights(run.archive).lora
     assert any(value.any() for key, value in lora.items() if key.endswith(B))

@@ -19,14 +19,14 @@ NF4_SCALE_BLOCK = 256  # scales that share a scale of their own, its "double qua
 
 
 def quantize(module: nn.Module, quantization: Quantization, device: torch.device) -> None:
-    """Replace every linear layer of `module`, which is on the CPU, by a quantized one on the device, one after the other."""
+    """Replace every linear layer of `module`, which is on the CPU, by one quantized on the device, one after the other."""
     if quantization == "none":
         return
     replacement: Callable[[nn.Linear], nn.Linear] = Int8Linear if quantization == "int8" else _nf4_linear
     for parent in list(module.modules()):
         for name, layer in parent.named_children():
             if type(layer) is nn.Linear:
-                setattr(parent, name, replacement(layer).to(device))
+                setattr(parent, name, replacement(layer.to(device)).to(device))
 
 
 def _nf4_linear(layer: nn.Linear) -> nn.Linear:

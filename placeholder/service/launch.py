@@ -26,7 +26,7 @@ from placeholder.service.worker import ERROR_VARIABLE, GRACE_SECONDS, LESS_MEMOR
 PROCESSES_VARIABLE = "TRAINING_PROCESSES"
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.1
-KILL_SECONDS = 1.5  # from SIGTERM to SIGKILL where neither a checkpoint is to be written nor a run on W&B to be finished
+KILL_SECONDS = 1.0  # from SIGTERM to SIGKILL, without a checkpoint to write or a run on W&B to finish
 DIED = re.compile(rb"failed \(exitcode: (-\d+)\)")  # what torch's launcher logs of a process that a signal ended
 
 
@@ -47,6 +47,7 @@ def train(job: Job, log: Log) -> bool:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             ERROR_VARIABLE: str(error),
+            "TMPDIR": folder,  # what a killed process leaves goes with it
             **(job.tracker.environment() if job.tracker else {}),
         }
         grace = GRACE_SECONDS if job.checkpoints or job.tracker else KILL_SECONDS

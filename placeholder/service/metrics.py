@@ -1,10 +1,10 @@
-"""Figures that Cog reports beside a result, such as those that Replicate bills by."""
+"""Cog's metrics of a request, such as those that Replicate bills by."""
 
 import sys
 
 
 def record(name: str, value: float) -> None:
-    """Report a figure of the present request; nothing where Cog is not running. A figure that Cog refuses is a line in the log.
+    """Record a metric of the current request; nothing without Cog. A metric that Cog refuses is a warning in the log.
 
     Replicate's names are `training_step_count` and `image_output_count`.
     """

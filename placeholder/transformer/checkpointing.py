@@ -1,14 +1,13 @@
 """Activation checkpointing block by block, and what autograd keeps of a step with and without it."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 
@@ -87,22 +86,15 @@ def saved_bytes(compute: Callable[[], Tensor], apart_from: Iterable[Tensor] = ()
 
     The storages of `apart_from`, such as the parameters, are not counted; a storage that is kept twice counts once.
     """
-    known = {storage._cdata for tensor in apart_from for storage in storages(tensor)}  # fake tensors have no data_ptr()
+    known = {tensor.untyped_storage()._cdata for tensor in apart_from}  # fake tensors have no data_ptr()
     kept: dict[int, torch.UntypedStorage] = {}  # holding a storage keeps its address from being used again
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.update((storage._cdata, storage) for storage in storages(tensor) if storage._cdata not in known)
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
         return tensor.detach()
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
         compute()
     return sum(storage.nbytes() for storage in kept.values())
-
-
-def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """The storages behind a tensor: those of its parts where it is quantized."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from storages(getattr(tensor, name))
-    else:
-        yield tensor.untyped_storage()

@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 import torch._functorch.config
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from placeholder.errors import Log
 from placeholder.transformer.attention import RealRotaryAttention, real_rotations
+from placeholder.transformer.layers import Int8Linear
 
 # Of the blocks' code in one training: batches of one and of several images and first blocks with and without a gradient at
 # their input, each with sizes fixed and then open. PyTorch's default is 8.
@@ -39,7 +39,7 @@ class CompiledBlocks:
             parameter.requires_grad_(False)
         self._hook = transformer.pos_embed.register_forward_hook(lambda _module, _args, found: real_rotations(found))
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-        if any(map(is_traceable_wrapper_subclass, transformer.parameters())):
+        if any(isinstance(module, Int8Linear) for module in transformer.modules()):
             # What a matrix product of the backward pass reads may be computed again: quantized weights would be kept
             # dequantized.
             torch._functorch.config.ban_recompute_materialized_backward = False

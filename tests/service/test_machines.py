@@ -111,10 +111,13 @@ def test_machines_with_different_data_sets_are_refused(machines):
         assert not (machine.folder / "weights.zip").exists()
 
 
-JOINS = (
-    "import time; from placeholder.distributed import Processes; Processes.from_environment(); "
-    "print('joined', flush=True); time.sleep(300)"
-)
+JOINS = """
+import time
+from placeholder.distributed import Processes
+Processes.from_environment()
+print("joined", flush=True)
+time.sleep(300)
+"""
 
 
 def test_when_one_machine_has_gone_the_other_says_so_and_ends(machines):

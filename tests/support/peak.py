@@ -1,4 +1,4 @@
-"""The height of memory in use on the CPU, where PyTorch keeps no count of it."""
+"""Peak memory on the CPU, where PyTorch does not count it."""
 
 import weakref
 from typing import Any
@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from placeholder.transformer.checkpointing import storages
 
 
 class PeakBytes(TorchDispatchMode):
@@ -21,15 +19,15 @@ class PeakBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count what it made."""
         kwargs = kwargs or {}
-        given = {storage._cdata for tensor in _tensors((args, kwargs)) for storage in storages(tensor)}
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         found = func(*args, **kwargs)
         for tensor in _tensors(found):
-            for storage in storages(tensor):
-                key = storage._cdata
-                if key not in given and key not in self._alive:
-                    self._alive.add(key)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._gone, key, storage.nbytes())
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in given and key not in self._alive:
+                self._alive.add(key)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
         self.peak = max(self.peak, self.now)
         return found
 

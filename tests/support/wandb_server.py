@@ -48,7 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.gone:
             self._answer(503, {})
         elif self.headers["Authorization"] != self.server.authorization:
-            self._answer(401, {"errors": [{"message": "no such key"}]})
+            given = base64.b64decode(self.headers["Authorization"].removeprefix("Basic ")).decode()
+            self._answer(401, {"errors": [{"message": f"no such key: {given}"}]})
         elif self.path == "/graphql":
             self._answer(200, {"data": self.server.data(body["query"], body["variables"])})
         else:
