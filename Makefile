@@ -53,7 +53,7 @@ interruptions: setup
 soak: setup
 	$(BIN)/python -m checks.soak
 
-# What full-size trainings and pictures cost, counted; writes docs/scale-table.md.
+# What full-size trainings and pictures cost, counted; writes the tables of docs/hardware.md.
 scale: setup
 	$(BIN)/python -m benchmarks.scale
 
@@ -65,11 +65,11 @@ check-gpu: setup
 study: setup
 	$(BIN)/python -m demo.study
 
-# Two tokens in one training, both drawn in one picture, on the small base model; writes docs/two-tokens.json and .png.
+# Two tokens in one training, on the small base model; writes docs/two-tokens.json and .png and tables of docs/study.md.
 two-tokens: setup
 	$(BIN)/python -m demo.two_tokens
 
-# Distil a LoRA of 8 steps for the small base model, which go_fast then draws with, and judge it; docs/go-fast.md.
+# Distil a LoRA of 8 steps for the small base model, which go_fast then draws with, and judge it; docs/predict.md.
 distil: setup
 	$(BIN)/python -m standin.distil
 	$(BIN)/python -m standin.distil_check
@@ -98,7 +98,7 @@ comfyui-check: setup .cache/comfyui-env/installed
 	.cache/comfyui-env/bin/python checks/comfyui_check.py .cache/comfyui-env/source/vendor/ComfyUI .cache/comfyui comfyui/check.json
 
 # Draw with the archive that make demo left in four ways: predict.py, stock diffusers, the command line, ComfyUI; writes
-# docs/four-ways.json and demo-output/four-ways.png, and fails where conditioning or LoRA differ by more than 1e-5.
+# docs/four-ways.json, a table of docs/study.md and demo-output/four-ways.png, and fails where conditioning or LoRA differ by more than 1e-5.
 four-ways: setup .cache/comfyui-env/installed
 	$(BIN)/python -m checks.four_ways_ours demo-output/weights-zero-prior.zip .cache/four-ways
 	.cache/comfyui-env/bin/python checks/four_ways_comfyui.py .cache/comfyui-env/source/vendor/ComfyUI .cache/four-ways

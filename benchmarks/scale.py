@@ -1,15 +1,15 @@
 """What a training and a picture cost at full size, counted without weights and without a GPU: arithmetic and memory.
 
-`make scale` writes docs/scale-table.md, which docs/scale.md explains.
+`make scale` writes the tables of docs/hardware.md.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from benchmarks.flops import flop_counter
 from benchmarks.full_size import RandomBase
+from checks.docs_tables import DOCS, write_table
 from placeholder.config import TrainConfig
 from placeholder.model.loading import text_encoder_shell, transformer_shell
 from placeholder.tokens.prompt_encoder import prompt_template
@@ -90,7 +90,7 @@ def main() -> None:
     """Write both tables."""
     lines = [f"TFLOP, batch 1, rank 32, {TEXT_TOKENS} text tokens:", "", *arithmetic_table(), ""]
     lines += [f"GB, batch 1, {TEXT_TOKENS} text tokens, with no to all blocks checkpointed:", "", *memory_table()]
-    (Path(__file__).parents[1] / "docs" / "scale-table.md").write_text("\n".join(lines) + "\n")
+    write_table(DOCS / "hardware.md", "scale", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One LoRA training step on one CPU thread: the loop of diffusers' DreamBooth LoRA script for Qwen-Image against ours.
 
 `make bench` times both in one run, interleaved, on a small transformer with seeded random weights, after it has seen that both
-compute the same loss and the same LoRA gradients. It writes benchmarks/step.json and benchmarks/step.md.
+compute the same loss and the same LoRA gradients. It writes benchmarks/step.json and a table of docs/hardware.md.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.flops import flop_counter
+from checks.docs_tables import write_table
 from placeholder.distributed import SINGLE_PROCESS
 from placeholder.lora.adapter import add_lora
 from placeholder.model.base import QWEN_IMAGE
@@ -337,7 +338,7 @@ def main() -> None:
             **(counts(arm) if arm is not compiled else compiled_counts(arm, counts(timed["ours"]))),
         }
     (arguments.output / "step.json").write_text(json.dumps(record, indent=1) + "\n")
-    (arguments.output / "step.md").write_text(table(record))
+    write_table(arguments.output.parent / "docs" / "hardware.md", "step", table(record))
     print(table(record))
 
 

@@ -1,4 +1,4 @@
-"""Writes the tables of inputs into docs/train.md and docs/predict.md, from the options as they are declared."""
+"""Tables in the pages of docs/, each between two markers: the inputs from the declared options, and what scripts measure."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,9 @@ from demo.server import ROOT
 from placeholder.options import Option
 from placeholder.service.parser import INPUTS
 
-PAGES = {"train": ROOT / "docs" / "train.md", "predict": ROOT / "docs" / "predict.md"}
-START, END = "<!-- inputs, written by make docs -->\n", "<!-- end of inputs -->\n"
+DOCS = ROOT / "docs"
+PAGES = {"train": DOCS / "train.md", "predict": DOCS / "predict.md"}
+END = "<!-- end -->\n"
 KINDS = {bool: "true, false", str: "text", Path: "file", SecretStr: "secret"}
 
 
@@ -23,10 +24,17 @@ def table(options: dict[str, Option]) -> str:
     return "\n".join(["| input | default | range | what it does |", "|---|---|---|---|", *rows]) + "\n"
 
 
-def with_table(page: str, options: dict[str, Option]) -> str:
-    """The text of a page with the table between its two markers."""
-    before, rest = page.split(START)
-    return before + START + table(options) + END + rest.split(END)[1]
+def with_table(page: str, name: str, lines: str) -> str:
+    """The text of a page with other lines between `<!-- table: name -->` and the end marker."""
+    start = f"<!-- table: {name} -->\n"
+    before, rest = page.split(start)
+    return before + start + lines + END + rest.split(END, 1)[1]
+
+
+def write_table(path: Path, name: str, lines: str) -> None:
+    """Replace a table in the page at `path`; an output folder other than docs/ has no page."""
+    if path.exists():
+        path.write_text(with_table(path.read_text(encoding="utf-8"), name, lines), encoding="utf-8")
 
 
 def _default(option: Option) -> str:
@@ -52,4 +60,4 @@ def _code(text: str) -> str:
 
 if __name__ == "__main__":
     for command, path in PAGES.items():
-        path.write_text(with_table(path.read_text(encoding="utf-8"), INPUTS[command]), encoding="utf-8")
+        write_table(path, "inputs", table(INPUTS[command]))

@@ -2,8 +2,8 @@
 
     python -m checks.four_ways FOLDER
 
-FOLDER is what checks/four_ways_ours.py and checks/four_ways_comfyui.py wrote. Prints the table of docs/four-ways.md, writes
-docs/four-ways.json and demo-output/four-ways.png; fails where conditioning or LoRA differ from those of predict.py by more than
+FOLDER is what checks/four_ways_ours.py and checks/four_ways_comfyui.py wrote. Writes docs/four-ways.json, a table of
+docs/study.md and demo-output/four-ways.png; fails where conditioning or LoRA differ from those of predict.py by more than
 TOLERANCE.
 """
 
@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from checks.docs_tables import write_table
 from checks.four_ways_ours import BACKGROUNDS, PROMPTS
 from demo.run import IMAGE, OUTPUT
 from demo.server import ROOT
@@ -162,6 +163,7 @@ def main(folder: Path) -> None:
     if max(gated) > TOLERANCE:
         raise SystemExit(f"a difference of {max(gated)} is above {TOLERANCE}")
     (ROOT / "docs" / "four-ways.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_table(ROOT / "docs" / "study.md", "four-ways", table(found["ways"]))
 
 
 if __name__ == "__main__":

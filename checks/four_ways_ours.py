@@ -40,7 +40,7 @@ PROMPTS = [
     f"a photo of a {subject.CLASS_WORD} on a blue background",
     "a photo of a red circle on a blue background",
 ]
-# What is replaced in the README's example: a smaller model and image, on the CPU. Each occurs there once.
+# What is replaced in the example of docs/predict.md: a smaller model and image, on the CPU. Each occurs there once.
 EXAMPLE_STARTS, EXAMPLE_ENDS = "    import json\n    import zipfile\n", "    settings = dict("
 SHIFT_CONSTANTS = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
 SETTINGS = 'negative_prompt=" ", true_cfg_scale=4.0, width=1024, height=1024, num_inference_steps=50'
@@ -114,9 +114,9 @@ def predictor(archive: Path | None) -> Generate:
     return generate
 
 
-def readme_example(archive: Path, model: Path, unpacked: Path) -> Generate:
-    """The README's example for stock diffusers, run as it is but for names, sizes and the device."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def documented_example(archive: Path, model: Path, unpacked: Path) -> Generate:
+    """The example for stock diffusers of docs/predict.md, run as it is but for names, sizes and the device."""
+    text = (ROOT / "docs" / "predict.md").read_text(encoding="utf-8")
     block = text[text.index(EXAMPLE_STARTS) : text.index(EXAMPLE_ENDS)]
     for old, new in (
         ('ZipFile("weights.zip")', f"ZipFile({str(archive)!r})"),
@@ -125,11 +125,11 @@ def readme_example(archive: Path, model: Path, unpacked: Path) -> Generate:
         ('f"weights/embeddings/', f'f"{unpacked}/embeddings/'),
         ('"Qwen/Qwen-Image", dtype=torch.bfloat16).to("cuda")', f"{str(model)!r}, dtype=torch.float32)"),
     ):
-        assert block.count(old) == 1, f"the README's example has no {old} any more"
+        assert block.count(old) == 1, f"the example in docs/predict.md has no {old} any more"
         block = block.replace(old, new)
-    assert text.count(SETTINGS) == 1, "the README's example has other settings"
+    assert text.count(SETTINGS) == 1, "the example in docs/predict.md has other settings"
     names: dict[str, Any] = {}
-    exec(compile("\n".join(line[4:] for line in block.splitlines()), "README.md", "exec"), names)
+    exec(compile("\n".join(line[4:] for line in block.splitlines()), "predict.md", "exec"), names)
     names["pipe"].set_progress_bar_config(disable=True)
     settings = {
         "negative_prompt": " ",
@@ -195,7 +195,7 @@ def main(archive: Path, folder: Path) -> None:
     generate_all("base model", folder, predictor(None))
     generate_all("predict.py", folder, predictor(archive))
     with tempfile.TemporaryDirectory() as unpacked:
-        generate_all("diffusers", folder, readme_example(archive, model, Path(unpacked)))
+        generate_all("diffusers", folder, documented_example(archive, model, Path(unpacked)))
     generate_all("command line", folder, command(archive))
 
 

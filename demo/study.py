@@ -1,6 +1,6 @@
 """What a zero-prior token is worth: the same subject and budget under trigger words and under variants of the token.
 
-`make study` runs it on the small base model and writes docs/study.json, docs/study-table.md and docs/study.png. docs/study.md
+`make study` runs it on the small base model and writes docs/study.json, docs/study.png and a table of docs/study.md, which
 defines every measure.
 """
 
@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
+from checks.docs_tables import write_table
 from placeholder.config import TrainConfig
 from placeholder.distributed import SINGLE_PROCESS
 from placeholder.lora.adapter import scale_lora, without_lora
@@ -304,7 +305,7 @@ def main() -> None:
             done = {arm: runs for arm, runs in results.items() if runs}
             record = {"budget": BUDGET, "samples": SAMPLES, "torch": torch.__version__, "results": done}
             (arguments.output / "study.json").write_text(json.dumps(record, indent=1) + "\n")
-            (arguments.output / "study-table.md").write_text(table(done))
+            write_table(arguments.output / "study.md", "study", table(done))
             figure(strips).save(arguments.output / "study.png")
     print(table(results))
 

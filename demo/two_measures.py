@@ -25,7 +25,7 @@ def rendered(spec: ImageSpec, count: int) -> list[Image.Image]:
 
 
 def measures(generate: Generate, named: tuple[str, str]) -> dict:
-    """All measures of one model that calls the subjects `named`; docs/two-tokens.md defines each."""
+    """All measures of one model that calls the subjects `named`; docs/study.md defines each."""
     return {
         "alone": {
             name: {context: alone_measures(generate, named[index], index, context) for context in CONTEXTS}

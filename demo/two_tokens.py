@@ -1,7 +1,7 @@
 """Two tokens in one training: whether both subjects appear, each alone and both in one image.
 
-`make two-tokens` runs it on the small base model and writes docs/two-tokens.json, docs/two-tokens-table.md and
-docs/two-tokens.png. docs/two-tokens.md defines every measure.
+`make two-tokens` runs it on the small base model and writes docs/two-tokens.json, docs/two-tokens.png and tables
+of docs/study.md, which defines every measure.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
+from checks.docs_tables import write_table
 from demo.study import UNRELATED, difference
 from demo.two_measures import Generate, measures, old_meaning, rendered
 from demo.two_sheet import sheet, strip, tables
@@ -169,7 +170,7 @@ def main() -> None:
             arguments.output.mkdir(exist_ok=True)
             record = {"budget": BUDGET, "samples": SAMPLES, "torch": torch.__version__, "results": results}
             (arguments.output / "two-tokens.json").write_text(json.dumps(record, indent=1) + "\n")
-            (arguments.output / "two-tokens-table.md").write_text(tables(results))
+            write_table(arguments.output / "study.md", "two-tokens", tables(results))
             sheet(strips).save(arguments.output / "two-tokens.png")
     print(tables(results))
 

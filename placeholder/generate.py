@@ -79,7 +79,7 @@ class ImageGenerator:
             self.log(line_of(fast))
         if fast is None:
             return self._render(request, self.schedulers[request.steps == 1], request.go_fast)
-        return self._render(fast.ask(request), self.fast_scheduler)
+        return self._render(fast.adapt(request), self.fast_scheduler)
 
     def load(self, weights: Path | None, extra: Path | None = None, fast: FastLora | None = None) -> None:
         """Apply the archives at these paths and the step-distilled LoRA, and nothing else."""

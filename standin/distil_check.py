@@ -1,6 +1,6 @@
 """What `go_fast` with the distilled LoRA costs and keeps, on the small base model alone and with a user's trained archive.
 
-`python -m standin.distil_check` writes docs/go-fast.json and docs/go-fast-table.md; docs/go-fast.md says what is measured.
+`python -m standin.distil_check` writes docs/go-fast.json and a table of docs/predict.md, which says what is measured.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from checks.docs_tables import write_table
 from demo.study import ARMS, BUDGET, SAMPLES, TOKEN, Prompts, mean_fidelity
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
@@ -142,7 +143,7 @@ def main() -> None:
     record = {"budget": BUDGET, "samples": SAMPLES, "captions": arguments.captions, "torch": torch.__version__}
     arguments.output.mkdir(exist_ok=True)
     written.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
-    (arguments.output / "go-fast-table.md").write_text(table(results))
+    write_table(arguments.output / "predict.md", "go-fast", table(results))
     print(table(results))
 
 

@@ -1,5 +1,6 @@
 """Loading the base model's components: frozen and on the device, quantized or offloaded; and their shapes without weights."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,13 @@ from placeholder.transformer.modulations import tabulate
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     """The tokenizer alone; no weights are read."""
-    return base.component(QWEN_IMAGE.tokenizer, "tokenizer")
+    collecting = gc.isenabled()
+    gc.disable()  # it would look through the growing vocabulary over and over, for half of the time
+    try:
+        return base.component(QWEN_IMAGE.tokenizer, "tokenizer")
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def load_scheduler(base: BaseModel) -> FlowMatchEulerDiscreteScheduler:

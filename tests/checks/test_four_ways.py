@@ -1,4 +1,4 @@
-"""The parts of make four-ways: the README's example for diffusers makes our image, and the documents state what was found."""
+"""The parts of make four-ways: the example for diffusers makes our image, and the documents state what was found."""
 
 import json
 from contextlib import redirect_stdout
@@ -10,7 +10,7 @@ from PIL import Image
 
 from checks.comfyui_vae import vae_name
 from checks.four_ways import FOUR, OURS, TOLERANCE, differences, from_file, table
-from checks.four_ways_ours import deltas, predictor, readme_example, recording
+from checks.four_ways_ours import deltas, documented_example, predictor, recording
 from demo.run import IMAGE
 from demo.server import ROOT
 from placeholder.model.base import MODEL_VARIABLE
@@ -20,11 +20,11 @@ from tests.support.samples import read_zip
 PROMPT = "a photo of <zwx> in a garden"
 
 
-def test_the_readmes_example_for_diffusers_makes_the_image_of_predict(base, zero_prior, tmp_path, monkeypatch):
+def test_the_example_for_diffusers_makes_the_image_of_predict(base, zero_prior, tmp_path, monkeypatch):
     monkeypatch.setenv(MODEL_VARIABLE, base.source)
     records, pictures = [], []
     for number, generate in enumerate(
-        (predictor(zero_prior.archive), readme_example(zero_prior.archive, base.source, tmp_path))
+        (predictor(zero_prior.archive), documented_example(zero_prior.archive, base.source, tmp_path))
     ):
         with recording() as seen, redirect_stdout(None):
             generate(PROMPT, tmp_path / f"{number}.png")
@@ -77,13 +77,11 @@ def test_every_weight_of_the_vae_has_another_name_in_comfyui(small_base):
 
 def test_the_documents_state_what_was_found():
     found = json.loads((ROOT / "docs" / "four-ways.json").read_text())
-    document = (ROOT / "docs" / "four-ways.md").read_text(encoding="utf-8")
+    document = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     assert table(found["ways"]) in document
     assert f"ComfyUI {found['versions']['comfyui']}" in document
-    assert f"over the {found['lora_layers']}\n  layers" in document
+    assert f"over the {found['lora_layers']} layers" in " ".join(document.split())
     gated = [found["ways"][way][name] for way in FOUR if way != OURS for name in ("conditioning", "lora")]
     assert max(gated) <= TOLERANCE == found["tolerance"]
-    assert f"by at most {max(gated):.1e}".replace("e-0", "e-") in " ".join(
-        (ROOT / "README.md").read_text(encoding="utf-8").split()
-    )
+    assert f"by at most {max(gated):.1e}".replace("e-0", "e-") in " ".join(document.split())
     assert max(found["ways"][way]["pixels"] for way in FOUR) == 1

@@ -96,5 +96,5 @@ def test_the_page_shows_the_figures_of_the_last_run():
     results = json.loads((DOCS / "two-tokens.json").read_text())["results"]
     assert set(ARMS) < set(results)
     assert all(len(results[name]) >= 3 for name in ARMS)
-    page = (DOCS / "two-tokens.md").read_text()
+    page = (DOCS / "study.md").read_text()
     assert all(table in page for table in tables(results).split("\n\n"))
