@@ -116,7 +116,7 @@ def train(
     ),
     torch_compile: Optional[bool] = Input(
         default=None,
-        description="Compile the transformer's blocks: faster steps after some minutes. Blank: on where that pays off.",
+        description="Compile the transformer's blocks: faster steps after some minutes. Blank: off, or as the checkpoint says.",
     ),
     deterministic: bool = Input(
         default=False,

@@ -66,7 +66,7 @@ class TrainConfig:
     """The resolved options of one training.
 
     `resolution` holds sides in pixels, ascending. `placeholder_token` holds the named tokens, which are trained only where
-    `train_placeholder_token` is on. `seed` None: one is drawn. `torch_compile` None: on where it pays off.
+    `train_placeholder_token` is on. `seed` None: one is drawn. `torch_compile` None: off, or as the checkpoint has it.
     """
 
     steps: Annotated[Whole, option(LORA, "train", ge=1, le=MAX_STEPS, resume_may_change=True)] = 1000
@@ -114,7 +114,7 @@ class TrainConfig:
     quantize_te: Annotated[Flag, option(SPEED, "model")] = False
     """Quantize the text encoder to int8. Not possible with a placeholder token."""
     torch_compile: Annotated[Flag | None, option(SPEED, "model")] = None
-    """Compile the transformer's blocks: faster steps after some minutes. Blank: on where that pays off."""
+    """Compile the transformer's blocks: faster steps after some minutes. Blank: off, or as the checkpoint says."""
     deterministic: Annotated[Flag, option(SPEED, "model")] = False
     """Use deterministic GPU algorithms alone: the same seed gives the same weights on the same GPU. Slower."""
     log_prompt_ids: Annotated[Flag, option(CAPTIONS, "debug", resume_may_change=True)] = False

@@ -3,7 +3,8 @@
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from placeholder.report.report import Report
 from placeholder.report.samples import grid_prompts
 from placeholder.report.trackers import TrackedSteps, WandbTracker
 from placeholder.training.checkpoint import Checkpoint, CheckpointWriter, prepare_folder
-from placeholder.training.context import Context, Training, schedule
+from placeholder.training.context import Context, Training, checkpoint_facts, schedule
 from placeholder.training.diagnostics import diagnose
 from placeholder.training.flow import MIDDLE_SIGMA
 from placeholder.training.loop import Step, TrainState, train_steps
@@ -73,9 +74,8 @@ def finetune(
         if job.tracker and first:
             observers.append(TrackedSteps(tracker, training, config, progress, report))
         if job.checkpoints and first:
-            observers.append(
-                CheckpointWriter(job.checkpoints, training.state, lambda: facts(training, config, progress) | shared, log, stop)
-            )
+            made_by = partial(checkpoint_facts, training, config, progress, shared)
+            observers.append(CheckpointWriter(job.checkpoints, training.state, made_by, log, stop))
             stop.heeded = True
         train(training, context, progress, observers)
         stop.heeded = False
@@ -131,17 +131,6 @@ def train(training: Training, context: Context, progress: Progress, observers: l
             with uncompiled():
                 for observer in observers:
                     observer.step(step)
-
-
-def facts(training: Training, config: TrainConfig, progress: Progress) -> dict[str, Any]:
-    """What a checkpoint holds beside the training's state."""
-    return {
-        "config": asdict(config),
-        "progress": progress.state_dict(),
-        "dataset_digest": training.data.digest,
-        "transformer_storage": training.plan.chosen.quantization,
-        "descriptions": training.data.descriptions,
-    }
 
 
 def results(

@@ -1,6 +1,7 @@
 """What a training is given and what it consists of."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -16,7 +17,7 @@ from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import PromptEncoder
 from placeholder.training.loop import Schedule, TrainState
 from placeholder.training.memory_plan import Plan
-from placeholder.training.progress import Timing
+from placeholder.training.progress import Progress, Timing
 from placeholder.training.resume import Start
 
 
@@ -68,3 +69,15 @@ def schedule(config: TrainConfig) -> Schedule:
     token_only = round(config.steps * config.placeholder_warmup_fraction) if config.tokens else 0
     weight = config.prior_preservation if config.preserves else 0.0
     return Schedule(config.steps, token_only, weight, config.prior_preservation_interval)
+
+
+def checkpoint_facts(training: Training, config: TrainConfig, progress: Progress, shared: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds beside the training's state, as JSON; `shared` is what a resumed training has to share."""
+    return {
+        "config": asdict(config),
+        "progress": progress.state_dict(),
+        "dataset_digest": training.data.digest,
+        "transformer_storage": training.plan.chosen.quantization,
+        "descriptions": training.data.descriptions,
+        **shared,
+    }

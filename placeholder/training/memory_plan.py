@@ -13,6 +13,7 @@ from placeholder.config import TrainConfig
 from placeholder.devices import KEPT_FREE
 from placeholder.lora.adapter import add_lora
 from placeholder.model.base import QWEN_IMAGE, BaseModel
+from placeholder.model.captioner import vlm_bytes
 from placeholder.model.loading import text_encoder_shell, transformer_shell
 from placeholder.model.quantization import QUANTIZATIONS, Quantization, quantized_bytes
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
@@ -30,7 +31,8 @@ GB = 1e9
 class Need:
     """Bytes that a training needs with the transformer quantized in one way, its modulations `tabled` or not.
 
-    `encoding` is the peak before training, while the text encoder is whole; `text_encoder` is what of it stays.
+    `encoding` is the peak before training, while the text encoder is whole or captions images; `text_encoder` is what of it
+    stays.
     """
 
     quantization: Quantization
@@ -129,7 +131,7 @@ def memory_needs(base: BaseModel, config: TrainConfig, grid: tuple[int, int], id
     }
     table_row = row_bytes(transformer)
     encoder_bytes = quantized_bytes(text_encoder, text_encoder.layers, "int8" if config.quantize_te else "none")
-    encoding = quantized_bytes(text_encoder, text_encoder.layers, "none")
+    encoding = vlm_bytes(base) if config.autocaption else quantized_bytes(text_encoder, text_encoder.layers, "none")
     footprint, lora = step_footprint(base, config.rank, config.batch_size, config.tokens, grid, ids)
     variants = [(kind, False) for kind in QUANTIZATIONS]
     if base.device.type != "cpu" and depend_on_timestep_alone(transformer):  # on a CPU a table would lie in the same memory

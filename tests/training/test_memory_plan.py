@@ -138,6 +138,11 @@ def test_the_whole_text_encoder_is_counted_as_it_is_published():
     assert weights < vlm_bytes(SEEING) < 1.05 * weights
 
 
+def test_captioning_is_planned():
+    without, with_it = (memory_needs(SEEING, replace(WITHOUT, autocaption=flag), GRID, PROMPT)[0] for flag in (False, True))
+    assert with_it.peak(0) >= with_it.encoding == vlm_bytes(SEEING) > without.encoding
+
+
 def test_the_plan_is_a_table_in_gigabytes():
     lines = plan_memory(FULL_SIZE, WITH, GRID, PROMPT, 80 * 10**9).lines()
     assert lines[0].startswith(
