@@ -64,7 +64,8 @@ def test_an_image_equals_the_one_of_stock_diffusers(case, generate, base, reques
     found = generate(replace(PLAIN, **options), archive)
     expected = stock_picture(base.source, archive=archive, **options)
     assert found.shape == expected.shape
-    assert np.array_equal(found, expected)
+    rounding = options.get("lora_scale", 1.0) != 1.0  # a scale is multiplied within the product, in PEFT after it
+    assert np.abs(found.astype(int) - expected).max() <= rounding
     if case == "token":  # the VAE as stock diffusers has it rounds otherwise
         untouched = stock_picture(base.source, archive=archive, **options, two_dimensional_vae=False)
         assert np.abs(found.astype(int) - untouched.astype(int)).max() <= 1

@@ -17,6 +17,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from placeholder.config import config_yaml
 from placeholder.errors import Log
@@ -99,8 +100,9 @@ def run(arguments: list[str], environment: dict[str, str], error: Path, grace: f
     gc.disable()  # a collection could run any __del__ in this thread
     try:
         child = subprocess.Popen(arguments, env=environment, start_new_session=True, **pipes)
+        output = _Output(child.stdout, log)
         try:
-            code = _follow(child, error, log)
+            code = _follow(child, error, output)
         finally:
             child.stdin.close()  # first: should a second cancel interrupt this, the processes end all the same
             for number in (signal.SIGTERM, signal.SIGKILL):
@@ -109,6 +111,7 @@ def run(arguments: list[str], environment: dict[str, str], error: Path, grace: f
                 deadline = time.monotonic() + grace
                 while child.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.02)
+            output.end()  # such as the line of a last checkpoint
     finally:
         gc.enable()
     if error.exists():
@@ -116,26 +119,42 @@ def run(arguments: list[str], environment: dict[str, str], error: Path, grace: f
         if told["traceback"]:
             log(told["traceback"])
         raise (ValueError if told["kind"] == "ValueError" else RuntimeError)(told["message"])
-    if code:
+    if code := output.died or code:
         raise RuntimeError(_death(code))
 
 
-def _follow(child: subprocess.Popen, error: Path, log: Log) -> int:
-    """Hand the child's lines on until it ends, or until an error file says why it is going to."""
-    rest, died = b"", 0
+class _Output:
+    """What a child prints, handed on line by line; `died` is the signal that ended a process of several, negative, or 0."""
+
+    def __init__(self, stream: IO[bytes], log: Log):
+        self.stream, self.log, self.rest, self.died = stream, log, b"", 0
+
+    def forward(self, seconds: float) -> bool:
+        """Wait up to `seconds` for output and hand its lines on; whether there was any."""
+        readable, _, _ = select.select([self.stream], [], [], seconds)
+        if not readable or not (chunk := os.read(self.stream.fileno(), 65536)):
+            return False
+        *lines, self.rest = (self.rest + chunk).replace(b"\r", b"\n").split(b"\n")
+        for line in filter(None, lines):
+            self.log(line.decode("utf-8", "replace"))
+            if found := DIED.search(line):
+                self.died = int(found[1])
+        return True
+
+    def end(self) -> None:
+        """Hand on what is left."""
+        while self.forward(0):
+            pass
+        if self.rest:
+            self.log(self.rest.decode("utf-8", "replace"))
+
+
+def _follow(child: subprocess.Popen, error: Path, output: _Output) -> int:
+    """Hand the child's output on until it ends, or until an error file says why it is going to."""
     while True:
         ended = child.poll() is not None  # before the last look at its output
-        readable, _, _ = select.select([child.stdout], [], [], 0 if ended else POLL_SECONDS)
-        if readable and (chunk := os.read(child.stdout.fileno(), 65536)):
-            *lines, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
-            for line in filter(None, lines):
-                log(line.decode("utf-8", "replace"))
-                if found := DIED.search(line):
-                    died = int(found[1])
-        elif ended or error.exists():
-            if rest:
-                log(rest.decode("utf-8", "replace"))
-            return died or child.returncode or 0
+        if not output.forward(0 if ended else POLL_SECONDS) and (ended or error.exists()):
+            return child.returncode or 0
 
 
 def _death(code: int) -> str:

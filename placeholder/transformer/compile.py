@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch._functorch.config
-from torch import nn
+from torch import Tensor, nn
 
 from placeholder.errors import Log
 from placeholder.transformer.attention import RealRotaryAttention, real_rotations
@@ -33,11 +33,12 @@ class CompiledBlocks:
         self._processors = [block.attn.processor for block in transformer.transformer_blocks]
         for block in transformer.transformer_blocks:
             block.attn.processor = RealRotaryAttention()
-        # Nothing reads the last block's output for the text. Compiled, its LoRA would get gradients of zero instead of none.
-        self._unread = [p for p in transformer.transformer_blocks[-1].attn.to_add_out.parameters() if p.requires_grad]
-        for parameter in self._unread:
-            parameter.requires_grad_(False)
-        self._hook = transformer.pos_embed.register_forward_hook(lambda _module, _args, found: real_rotations(found))
+        # Nothing reads the last block's output for the text. Compiled, its LoRA would get gradients of zero instead of none, and
+        # weight decay with them.
+        unread = [p for p in transformer.transformer_blocks[-1].attn.to_add_out.parameters() if p.requires_grad]
+        self._hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in unread]
+        rotations = transformer.pos_embed.register_forward_hook(lambda _module, _args, found: real_rotations(found))
+        self._hooks.append(rotations)
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         if any(isinstance(module, Int8Linear) for module in transformer.modules()):
             # What a matrix product of the backward pass reads may be computed again: quantized weights would be kept
@@ -56,12 +57,15 @@ class CompiledBlocks:
 
     def undo(self) -> None:
         """The transformer as it was."""
-        self._hook.remove()
-        for parameter in self._unread:
-            parameter.requires_grad_(True)
+        for hook in self._hooks:
+            hook.remove()
         for block, processor in zip(self.transformer.transformer_blocks, self._processors, strict=True):
             block._compiled_call_impl = None
             block.attn.processor = processor
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from PIL import Image
 
 from placeholder.config import TrainConfig
 from placeholder.data.dataset import read_dataset
+from placeholder.training.context import Context
 from placeholder.training.examples import draw_sample
 from placeholder.training.flow import flow_loss
 from placeholder.training.losses import sample_losses
@@ -59,14 +60,15 @@ def test_a_masked_half_has_no_part_in_the_loss_and_the_rest_counts_as_if_alone()
 
 def test_the_training_weights_the_loss_by_the_mask(base, tmp_path):
     config = TrainConfig(steps=1, rank=4, resolution=(64,), seed=1, caption_dropout=0.0)
-    training = prepare(write_zip(tmp_path / "d.zip", entries()), config, base, lambda _: None)
-    masked, plain = training.examples
+    training = prepare(write_zip(tmp_path / "d.zip", entries()), Context(config, base, lambda _: None))
+    sampler, denoiser = training.state.sampler, training.state.denoiser
+    masked, plain = sampler.examples
     assert plain.weights is None
-    sample = draw_sample(masked, training.empty_ids, 0.0, torch.Generator().manual_seed(0))
-    other = draw_sample(plain, training.empty_ids, 0.0, torch.Generator().manual_seed(1))
+    sample = draw_sample(masked, sampler.empty_ids, 0.0, torch.Generator().manual_seed(0))
+    other = draw_sample(plain, sampler.empty_ids, 0.0, torch.Generator().manual_seed(1))
     seen: list[torch.Tensor] = []
-    training.train_state.transformer.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0]))
-    together = sample_losses(training.train_state.transformer, training.prompt_embeds, [sample, other])
+    denoiser.transformer.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0]))
+    together = sample_losses(denoiser, training.prompt_embeds, [sample, other])
     errors = (seen[0] - torch.stack([sample.noise - masked.latents, other.noise - plain.latents])).square().mean(dim=2)
     torch.testing.assert_close(together[0], errors[0][masked.weights == 1].mean())
     torch.testing.assert_close(together[1], errors[1].mean())

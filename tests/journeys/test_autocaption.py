@@ -79,7 +79,7 @@ def test_images_without_a_caption_get_prefix_description_and_suffix(described):
     assert [match[1] for match in found] == ["c.png", "d.png", "x/b.png"]
     assert len({match[2] for match in found}) == 3
     assert run.log.count("Captions: 0 of 4 lacked the token and got it in front") == 1
-    assert "Data set: 4 images, 1 captions found, 3 to be described by autocaption" in run.log
+    assert "Data set: 4 images, 1 captions found, 3 to be captioned by autocaption" in run.log
     assert (run.meta["captions_found"], run.meta["captions_described"]) == (1, 3)
     assert (run.meta["autocaption"], run.meta["autocaption_prefix"]) == (True, "a photo of [trigger], ")
 

@@ -221,7 +221,7 @@ def test_the_predictor_passes_both_archives_on(zero_prior, extra):
     predictor.generator, predictor.default_weights = Asked(), zero_prior.archive
     size = {"width": 64, "height": 64, "steps": 2, "extra_lora_scale": 2.0}
     for weights, given in ((None, None), (None, str(extra)), (str(extra), str(zero_prior.archive))):
-        predictor.predict(**DEFAULTS | size, replicate_weights=weights, extra_lora_weights=given)
+        predictor.predict(**DEFAULTS | size | {"replicate_weights": weights, "extra_lora_weights": given})
     first, second = zero_prior.archive, extra
     assert [tuple(paths) for _, *paths in asked] == [(first, None), (first, second), (second, first)]
     assert all(request.extra_lora_scale == 2.0 for request, *_ in asked)

@@ -8,7 +8,6 @@ import torch
 
 from benchmarks.full_size import RandomBase
 from placeholder.generate import ImageGenerator
-from placeholder.model import placement as placement_module
 from placeholder.model.placement import place, placement_of
 from placeholder.request import Request
 
@@ -32,7 +31,7 @@ def test_a_tenth_of_the_memory_stays_free():
 
 
 @pytest.mark.parametrize("factor", [1.5, 0.5])
-def test_offloading_changes_no_pixel(base, zero_prior, baseline, monkeypatch, factor):
+def test_offloading_changes_no_pixel(base, zero_prior, baseline, factor):
     """With room for the transformer alone, and without: base model, an archive, another one, the first again."""
 
     def images(generator: ImageGenerator) -> list[np.ndarray]:
@@ -42,9 +41,8 @@ def test_offloading_changes_no_pixel(base, zero_prior, baseline, monkeypatch, fa
 
     plain = ImageGenerator(base, log=lambda line: None)
     size = sum(parameter.nbytes for parameter in plain.pipeline.transformer.parameters())
-    monkeypatch.setattr(placement_module, "free_bytes", lambda device: round(factor * size))
     log: list[str] = []
-    offloading = ImageGenerator(base, log.append)
+    offloading = ImageGenerator(base, log.append, free=round(factor * size))
     assert log[0].count("offloaded layer by layer") == (1 if factor > 1 else 2)
     expected, found = images(plain), images(offloading)
     assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))

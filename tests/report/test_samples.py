@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from placeholder.config import TrainConfig
+from placeholder.distributed import SINGLE_PROCESS
 from placeholder.report.samples import Sampler, SamplingStopped, grid_prompts, sample_prompts, sample_side
+from placeholder.training.context import Context, Training, schedule
+from placeholder.training.loop import train_steps
 from placeholder.training.setup import prepare
 from tests.conftest import SHORT
 
@@ -46,10 +49,14 @@ def test_samples_have_the_smallest_resolution_but_no_more_than_512(resolution, s
     assert sample_side(replace(TOKEN, resolution=resolution)) == side
 
 
-def trained(dataset, base, config, steps: int = 3):
+def prepared(dataset, base, config) -> Training:
+    return prepare(dataset, Context(config, base, lambda line: None), grid_prompts)
+
+
+def trained(dataset, base, config, steps: int = 3) -> Training:
     """A training after some of its steps."""
-    training = prepare(dataset, config, base, log=lambda line: None)
-    for _ in zip(range(steps), training.steps(config), strict=False):
+    training = prepared(dataset, base, config)
+    for _ in zip(range(steps), train_steps(training.state, schedule(config), SINGLE_PROCESS), strict=False):
         pass
     return training
 
@@ -64,7 +71,7 @@ def test_the_columns_of_the_grid_are_what_they_say(dataset, base):
     sampler = Sampler(base, training, 64, lambda: False, steps=2)
     grid = sampler.grid()
     assert list(grid) == ["base model", "LoRA, token reset", "LoRA and token"]
-    prompts = list(training.prompts)
+    prompts = list(training.shown_prompts)
     assert prompts == ["a photo of <zwx>", "<zwx> in a garden", "A photo of a person named <zwx>", "a photo of"]
     for row, prompt in enumerate(prompts):
         base_model, reset, full = (images[row] for images in grid.values())
@@ -73,7 +80,7 @@ def test_the_columns_of_the_grid_are_what_they_say(dataset, base):
     assert torch.equal(training.tokens.rows, rows)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(equal(*pair) for pair in zip(sampler.sample(prompts), grid["LoRA and token"], strict=True))
-    fresh = Sampler(base, prepare(dataset, TOKEN, base, log=lambda line: None), 64, lambda: False, steps=2)
+    fresh = Sampler(base, prepared(dataset, base, TOKEN), 64, lambda: False, steps=2)
     untrained = fresh.sample(prompts)  # its LoRA is zero, its token embedding the initial one
     assert all(equal(*pair) for pair in zip(untrained, grid["base model"], strict=True))
 
@@ -87,7 +94,7 @@ def test_a_baseline_has_two_columns_and_samples_without_a_text_encoder(dataset, 
 
 def test_sampling_stops_within_a_step_once_the_training_is_asked_to(dataset, base):
     asked: list[int] = []
-    training = prepare(dataset, BASELINE, base, log=lambda line: None)
+    training = prepared(dataset, base, BASELINE)
     with pytest.raises(SamplingStopped):
-        Sampler(base, training, 64, lambda: asked.append(1) or len(asked) == 3).sample(list(training.prompts))
+        Sampler(base, training, 64, lambda: asked.append(1) or len(asked) == 3).sample(list(training.shown_prompts))
     assert len(asked) == 3

@@ -80,9 +80,8 @@ def photographs(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "data.zip", ["a photo of <zwx>", "<a/b> in a garden"])
 
 
-def train(base: BaseModel, photographs: Path, config: TrainConfig, output: Path, log, target: WandbTarget | None, seconds=60.0):
-    with WandbTracker(target, log, finish_seconds=seconds) as tracker:
-        return finetune(Job(photographs, config, output), base, log, tracker=tracker)
+def train(base: BaseModel, photographs: Path, config: TrainConfig, output: Path, log, target: WandbTarget | None):
+    return finetune(Job(photographs, config, output, tracker=target), base, log)
 
 
 def sync(folder: Path, server: WandbServer) -> Path:
@@ -108,7 +107,8 @@ def test_an_offline_run_holds_the_training_and_neither_the_photographs_nor_the_k
     run = server.runs[0]
     assert (run["project"], run["displayName"], run["entity"], run["host"]) == ("qwen-image-lora", "a name", "a-team", None)
     options = {name: found["value"] for name, found in json.loads(run["config"]).items()}
-    assert {name: options[name] for name in asdict(CONFIG)} == json.loads(json.dumps(asdict(CONFIG)))
+    resolved = json.loads(json.dumps(asdict(replace(CONFIG, torch_compile=False))))
+    assert {name: options[name] for name in resolved} == resolved
     assert options["base_model"] == "tiny-base"
 
     lines, curve = server.lines["wandb-history.jsonl"], csv.DictReader(io.StringIO(entries["report/curve.csv"].decode()))
@@ -190,16 +190,14 @@ def test_a_server_that_cannot_be_reached_is_told(monkeypatch):
         tracker.start(CONFIG, FACTS)
 
 
-def test_a_server_that_goes_away_costs_the_run_and_not_the_training(server: WandbServer, base, photographs, tmp_path):
-    lines: list[str] = []
-
-    def log(line: str) -> None:
-        lines.append(line)
-        server.gone |= " 1/2 [" in line
-
-    train(base, photographs, PLAIN, tmp_path / "w.zip", log, WandbTarget.of(KEY, None, None, None), seconds=1.0)
-    assert (tmp_path / "w.zip").exists()
-    assert lines[-1] == "Warning: W&B did not take everything within 1 seconds: the run there is incomplete"
+def test_a_server_that_goes_away_costs_the_run_and_not_the_training(server: WandbServer):
+    log: list[str] = []
+    with WandbTracker(WandbTarget.of(KEY, None, None, None), log.append, finish_seconds=1.0) as tracker:
+        tracker.start(CONFIG, FACTS)
+        server.gone = True
+        tracker.step(1, {"loss": 0.5})
+        tracker.end(1, {"loss": 0.5})
+    assert log[-1] == "Warning: W&B did not take everything within 1 seconds: the run there is incomplete"
 
 
 def test_a_client_that_dies_is_one_warning(offline):
