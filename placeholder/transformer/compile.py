@@ -33,8 +33,8 @@ class CompiledBlocks:
         self._processors = [block.attn.processor for block in transformer.transformer_blocks]
         for block in transformer.transformer_blocks:
             block.attn.processor = RealRotaryAttention()
-        # Nothing reads the last block's output for the text. Compiled, its LoRA would get gradients of zero instead of none, and
-        # weight decay with them.
+        # Nothing reads the last block's output for the text. Compiled, its LoRA would get gradients of zero instead of none,
+        # and weight decay with them.
         unread = [p for p in transformer.transformer_blocks[-1].attn.to_add_out.parameters() if p.requires_grad]
         self._hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in unread]
         rotations = transformer.pos_embed.register_forward_hook(lambda _module, _args, found: real_rotations(found))

@@ -3,11 +3,9 @@
 The measures are those of the study, on fewer images and a shorter budget.
 """
 
-import contextlib
 from dataclasses import dataclass, replace
 
 import pytest
-import torch
 
 from demo.study import ARMS, TOKEN, UNRELATED, Prompts, difference, mean_fidelity, probability
 from placeholder.config import TrainConfig
@@ -32,7 +30,7 @@ CONFIG = TrainConfig(
     placeholder_token=(TOKEN,),
     seed=0,
 )
-IMAGES = 3
+IMAGES, PROMPTS = 3, Prompts(ARMS["token, preservation"])
 
 
 @dataclass(frozen=True)
@@ -63,26 +61,28 @@ def trained(config: TrainConfig, base: BaseModel, folder) -> Training:
     return training
 
 
-def measured(training: Training, base: BaseModel, lora: bool = True, rows: torch.Tensor | None = None) -> Measures:
-    """The measures, with the LoRA off or with other rows where asked."""
-    transformer, tokens = training.state.transformer, training.tokens
-    sampler = Sampler(base, transformer, training.prompt_embeds.text_encoder, training.tokenizer, tokens)
-    prompts = Prompts(ARMS["token, preservation"])
-    with without_lora(transformer):
-        base_class, base_unrelated = sampler.sample_all(prompts.class_word, IMAGES), sampler.sample_all(UNRELATED, IMAGES)
-    with contextlib.ExitStack() as stack:
-        if rows is not None:
-            stack.enter_context(rows_as(tokens, rows))
-        share = row_share(training)
-        if not lora:
-            stack.enter_context(without_lora(transformer))
-        subject = sampler.sample_all(prompts.unseen, IMAGES)
-        class_word, unrelated = sampler.sample_all(prompts.class_word, IMAGES), sampler.sample_all(UNRELATED, IMAGES)
+def sampler_of(training: Training, base: BaseModel) -> Sampler:
+    return Sampler(base, training.state.transformer, training.prompt_embeds.text_encoder, training.tokenizer, training.tokens)
+
+
+def fidelity(training: Training, base: BaseModel) -> float:
+    return mean_fidelity(sampler_of(training, base).sample_all(PROMPTS.unseen, IMAGES), UNSEEN_BACKGROUNDS)
+
+
+def measured(training: Training, base: BaseModel) -> Measures:
+    sampler = sampler_of(training, base)
+
+    def others() -> tuple[list, list]:
+        return sampler.sample_all(PROMPTS.class_word, IMAGES), sampler.sample_all(UNRELATED, IMAGES)
+
+    with without_lora(training.state.transformer):
+        base_class, base_unrelated = others()
+    class_word, unrelated = others()
     return Measures(
-        mean_fidelity(subject, UNSEEN_BACKGROUNDS),
+        fidelity(training, base),
         probability(SUBJECT, class_word) - probability(SUBJECT, base_class),
         difference(unrelated, base_unrelated),
-        share,
+        row_share(training),
     )
 
 
@@ -101,13 +101,13 @@ def test_the_subject_is_learned_under_its_token_and_nothing_else_changes_much(he
 
 
 def test_a_row_that_is_lost_fails(healthy, small_base):
-    found = measured(healthy, small_base, rows=healthy.initial_rows)
-    assert found.fidelity < MIN_FIDELITY, found
+    with rows_as(healthy.tokens, healthy.initial_rows):
+        assert fidelity(healthy, small_base) < MIN_FIDELITY
 
 
 def test_a_lora_that_is_not_applied_fails(healthy, small_base):
-    found = measured(healthy, small_base, lora=False)
-    assert found.fidelity < MIN_FIDELITY, found
+    with without_lora(healthy.state.transformer):
+        assert fidelity(healthy, small_base) < MIN_FIDELITY
 
 
 def test_a_frozen_row_fails(small_base, tmp_path):
