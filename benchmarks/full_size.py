@@ -121,12 +121,13 @@ class StepClock:
 def train(base: BaseModel, config: TrainConfig, folder: Path) -> dict[str, Any]:
     """One training, with its losses, step time and peak memory; the archive stays in the folder."""
     clock = StepClock()
-    _reset_peak()
+    free_memory()
+    reset_peak()
     dataset = write_dataset(folder / "data.zip", config.resolution[0])
     meta = finetune(Job(dataset, config, folder / f"{config.training_mode}.zip"), base, clock)
     seconds = clock.step_seconds()
     return {
-        "loss": meta["loss"],
+        **{name: meta[name] for name in ("loss", "expected_peak_gb", "peak_gb")},
         "median_step_seconds": statistics.median(seconds) if seconds else None,
         "peak_reserved_gb": _peak_gb(),
     }
@@ -135,7 +136,8 @@ def train(base: BaseModel, config: TrainConfig, folder: Path) -> dict[str, Any]:
 def draw(base: BaseModel, archive: Path, side: int, steps: int) -> dict[str, Any]:
     """One image with an archive."""
     clock = StepClock()
-    _reset_peak()
+    free_memory()
+    reset_peak()
     generator = ImageGenerator(base, clock)
     image = generator.generate(Request("a photo of <zwx>", "", steps, 4.0, side, side, 0, 1.0, False, "png", 80), archive)
     seconds = clock.step_seconds()
@@ -214,12 +216,6 @@ def run(base: BaseModel, side: int, training_steps: int, drawing_steps: int, car
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     settings = {"side": side, "training_steps": training_steps, "drawing_steps": drawing_steps, "rank": TrainConfig.rank}
     return {"device": device, "torch": torch.__version__, **settings, **found}
-
-
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def _peak_gb() -> float | None:

@@ -1,9 +1,9 @@
 """The training step of the full-size transformer on a CUDA GPU: our loop beside that of diffusers' script.
 
 `make bench-gpu` builds the transformer with seeded random weights, since nothing has to be downloaded for a timing, and times
-the loops in turns for three resolutions and three prompt lengths. It writes benchmarks/gpu.json and benchmarks/gpu.md with
-medians, interquartile ranges, peak memory, the share of the GPU's arithmetic (MFU), the attention kernels that ran, and how
-often a step waits for the GPU.
+the loops in turns for three resolutions and three prompt lengths. It writes benchmarks/gpu.json and a table of
+docs/hardware.md with medians, interquartile ranges, peak memory, the share of the GPU's arithmetic (MFU), the attention kernels
+that ran, and how often a step waits for the GPU.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.full_size import RandomBase
 from benchmarks.scale import step_flops
 from benchmarks.step import Inputs, Script
+from checks.docs_tables import DOCS, write_table
 from placeholder.config import TrainConfig
 from placeholder.devices import free_memory, peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS
@@ -195,7 +196,7 @@ def main() -> None:
         "sizes": found,
     }
     (arguments.output / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
-    (arguments.output / "gpu.md").write_text(table(found))
+    write_table(DOCS / "hardware.md", "gpu", table(found))
     print(table(found))
 
 
