@@ -5,6 +5,7 @@ from typing import Optional
 from cog import BaseModel, Input, Path, Secret
 
 from placeholder.job import Job
+from placeholder.report.hub import HubRepository
 from placeholder.service import launch
 from placeholder.service.files import OutputFolder
 from placeholder.service.metrics import record
@@ -183,13 +184,10 @@ def train(
     """Train a LoRA, and optionally a new token, on the images; returns the weights archive."""
     inputs = dict(locals())
     inputs |= {name: inputs[name].get_secret_value() for name in ("hf_token", "wandb_api_key") if inputs[name]}
-    repository = None
     with OUTPUT.fresh() as folder:
         job = Job.of(inputs, folder / "weights.zip")
-        if hf_repo_id or hf_token:
-            from placeholder.report.hub import HubRepository  # here, because it imports torch: see launch.py
-
-            repository = HubRepository.of(hf_repo_id, inputs["hf_token"])
+        repository = HubRepository.of(hf_repo_id, inputs["hf_token"])
+        if repository:
             repository.check()
         launch.train(job, print)
         if repository:

@@ -26,22 +26,24 @@ from tests.support.samples import write_dataset
 
 COUNT, SEED = 200, 0
 READY_SECONDS, LOST_SECONDS = 2.0, 30.0
+RACE_SECONDS = 0.5  # a cancel may come while the last line of a training is on its way
 STEPS = 60  # about a second of them
 INPUTS = {"report": False, "rank": 4, "resolution": "64", "placeholder_token": "<zwx>", "seed": 1, "steps": STEPS}
 
 
 @dataclass
 class Cancels:
-    """What became of the cancels: seconds until READY, and how many came when the training was over."""
+    """What became of the cancels: seconds until READY, how many were lost, how many came when the training was over."""
 
     seconds: list[float]
-    finished: int
+    lost: int = 0
+    finished: int = 0
 
     def facts(self) -> dict[str, Any]:
         """Counts and times for a JSON file."""
         return {
             "cancelled": len(self.seconds),
-            "lost": sum(seconds > LOST_SECONDS for seconds in self.seconds),
+            "lost": self.lost,
             "finished_before": self.finished,
             "ready_seconds_median": round(statistics.median(self.seconds), 2),
             "ready_seconds_worst": round(max(self.seconds), 2),
@@ -49,24 +51,36 @@ class Cancels:
 
 
 def cancel_at(moments: Sequence[float], server: CogServer, inputs: dict[str, Any]) -> Cancels:
-    """Start a training for each moment and cancel it so many seconds later; stops at the first cancel that is lost."""
-    found = Cancels([], 0)
+    """Start a training for each moment and cancel it so many seconds later; stops where the server does not get READY.
+
+    A cancel is lost where the server does not get READY, or only once the training has written its archive.
+    """
+    found = Cancels([])
     for number, moment in enumerate(moments):
         server.start(f"cancel-{number}", inputs)
         time.sleep(moment)
-        start = time.monotonic()
+        before, start = archives(server), time.monotonic()
         try:
             server.cancel(f"cancel-{number}")
         except requests.HTTPError as error:
             if error.response.status_code != 404:
                 raise
             found.finished += 1
+            server.wait_until_ready()
+            continue
         while not (ready := server.is_ready()) and time.monotonic() - start < LOST_SECONDS:
             time.sleep(0.02)
-        found.seconds.append(time.monotonic() - start if ready else float("inf"))
+        seconds = time.monotonic() - start
+        found.seconds.append(seconds)
+        found.lost += not ready or (seconds > RACE_SECONDS and archives(server) > before)
         if not ready:
             break
     return found
+
+
+def archives(server: CogServer) -> int:
+    """How many archives the server's trainings have written so far."""
+    return server.log.read_text().count("Weights archive proved")
 
 
 def main(count: int = COUNT) -> None:

@@ -115,7 +115,8 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
 
     measures: dict = {"fidelity_by_step": {}}
     marks = {round(share * config.steps) for share in CHECKPOINTS}
-    steps = train_steps(training.state, schedule(config), SINGLE_PROCESS) if arm.trained else ()
+    plan = replace(schedule(config), prior_preservation=config.prior_preservation)
+    steps = train_steps(training.state, plan, SINGLE_PROCESS) if arm.trained else ()
     training_seconds, resumed = 0.0, time.monotonic()
     for step in steps:
         training_seconds += time.monotonic() - resumed

@@ -67,7 +67,7 @@ def readable_errors(advice: str = "use a machine with more memory") -> Iterator[
         yield
     except BaseException as error:
         sentence = None if isinstance(error, OutOfResourcesError) else _sentence(error, advice)
-        for cause in _chain(error):
+        for cause in causes(error):
             traceback.clear_frames(cause.__traceback__)
         if "torch" in sys.modules:
             from placeholder.devices import free_memory
@@ -80,7 +80,7 @@ def readable_errors(advice: str = "use a machine with more memory") -> Iterator[
 
 def _sentence(error: BaseException, advice: str) -> str | None:
     """The sentence for an error, or for one that was being handled when it was raised: libraries fail while they clean up."""
-    for cause in _chain(error):
+    for cause in causes(error):
         text = str(cause)
         if isinstance(cause, MemoryError) or any(words in text for words in MEMORY_WORDS):
             return f"out of memory: {advice}"
@@ -89,7 +89,8 @@ def _sentence(error: BaseException, advice: str) -> str | None:
     return None
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that it was raised from or while they were handled."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -60,6 +60,7 @@ def finetune(
     """
     stop = stop or Stop()
     context, shared = resolve(job, base, log, processes)
+    started = {"started_from": content_digest(job.resume_from)} if isinstance(context.start, Weights) else {}
     config, first = context.config, processes.rank == 0
     with ExitStack() as stack:
         tracker = stack.enter_context(WandbTracker(job.tracker if first else None, log))
@@ -76,14 +77,13 @@ def finetune(
         if job.checkpoints and first:
             made_by = partial(checkpoint_facts, training, config, progress, shared)
             observers.append(CheckpointWriter(job.checkpoints, training.state, made_by, log, stop))
-            stop.heeded = True
+        stop.heeded = job.checkpoints is not None  # in every process: the last checkpoint needs all of them for its step
         train(training, context, progress, observers)
         stop.heeded = False
         if not first:
             return None
         meta, diagnostics = results(training, context, progress, shared)
-        if isinstance(context.start, Weights):
-            meta["started_from"] = content_digest(job.resume_from)
+        meta |= started
         if report:
             report.end()
         grid = ("\n".join(training.shown_prompts), report.grid) if report and report.grid else None

@@ -56,7 +56,9 @@ def _opened(content: bytes) -> Image.Image:
 def _converted(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grays; Pillow's own conversion clips instead of scaling
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image if image.mode == "RGBA" else image.convert("RGBA")  # which would copy it
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white

@@ -70,12 +70,13 @@ def load_lora(transformer: nn.Module, state: dict[str, Tensor], adapter: str = A
         transformer.load_lora_adapter(prefixed, prefix=PREFIX.removesuffix("."), adapter_name=adapter)
     _maybe_remove_and_reapply_group_offloading(transformer)  # so that the LoRA of an offloaded transformer is offloaded too
     applied = get_peft_model_state_dict(transformer, adapter_name=adapter)
-    equal = applied.keys() == state.keys() and all(
-        torch.equal(value.cpu(), state[key].to(value.dtype).cpu()) for key, value in applied.items()
-    )
-    if not equal:
+    wrong = applied.keys() ^ state.keys()
+    for key in applied.keys() & state.keys():
+        if not torch.equal(applied[key].cpu(), state[key].to(applied[key].dtype).cpu()):
+            wrong.add(key)
+    if wrong:
         unload_lora(transformer)
-        raise RuntimeError(f"PEFT holds other LoRA weights than it was given, {len(applied)} instead of {len(state)} tensors")
+        raise RuntimeError(f"{len(wrong)} LoRA weights were not applied, among them {quoted(min(wrong))}")
 
 
 def check_lora(transformer: nn.Module, state: dict[str, Tensor]) -> None:

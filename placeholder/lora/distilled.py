@@ -11,7 +11,7 @@ from torch import Tensor
 
 from placeholder.errors import Log, label
 from placeholder.lora.adapter import check_lora
-from placeholder.lora.formats import read_lora
+from placeholder.lora.formats import read_lora_file
 from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.download import URL_SCHEMES, fetch_file, local_file
 from placeholder.model.loading import transformer_shell
@@ -49,15 +49,18 @@ def load_fast_lora(base: BaseModel, log: Log, fetch: Callable[..., Path] = fetch
     """The LoRA that QWEN_IMAGE_FAST_LORA names (a path, a URL, or owner/name/file.safetensors@revision on the hub), checked.
 
     Unset, it is the published one for Qwen/Qwen-Image. None, and the log says why, for another base model, for `none`, and
-    where the published one cannot be fetched. Raises ValueError, one sentence, where the named one cannot be used. Of the base
-    model only the configuration is read.
+    where the published one cannot be fetched. QWEN_IMAGE_FAST_STEPS is the number of steps where its name does not tell. Raises
+    ValueError, one sentence, where the named one or that number cannot be used. Of the base model only the configuration is
+    read.
     """
     source = os.environ.get(FAST_VARIABLE, "")
     if source == NONE or not (source or base.source == QWEN_IMAGE.repository):
         log(f"go_fast: no step-distilled LoRA ({FAST_VARIABLE} is {source or 'not set'}), so it is the first-block cache")
         return None
+    given = os.environ.get(STEPS_VARIABLE)
+    steps = whole(STEPS_VARIABLE, given, 1, MAX_STEPS) if given else None
     try:
-        fast = _load(source or QWEN_IMAGE.distilled_lora, base, log, fetch)
+        fast = _load(source or QWEN_IMAGE.distilled_lora, steps, base, log, fetch)
     except ValueError as error:
         if source:
             raise ValueError(f"{FAST_VARIABLE} cannot be used: {error}") from error
@@ -67,26 +70,24 @@ def load_fast_lora(base: BaseModel, log: Log, fetch: Callable[..., Path] = fetch
     return fast
 
 
-def _load(source: str, base: BaseModel, log: Log, fetch: Callable[..., Path]) -> FastLora:
+def _load(source: str, steps: int | None, base: BaseModel, log: Log, fetch: Callable[..., Path]) -> FastLora:
     on_the_hub = None if Path(source).is_file() else ON_THE_HUB.fullmatch(source)
     at = on_the_hub[2] if on_the_hub else unquote(urlsplit(source).path) if source.startswith(URL_SCHEMES) else source
     name = label(at.rsplit("/", 1)[-1])
-    steps = steps_of(name)
+    steps = steps or steps_of(name)
     with local_file(str(fetch(*on_the_hub.groups(), log)) if on_the_hub else source) as path:
         if not path.is_file():
             raise ValueError(f"{label(source)} is neither a file nor a URL nor owner/name/file.safetensors@revision")
-        lora = read_lora(name, path.read_bytes())
+        lora = read_lora_file(name, path)
     check_lora(transformer_shell(base), lora)
     return FastLora(name, steps, {key: value.to(base.dtype) for key, value in lora.items()})
 
 
 def steps_of(name: str) -> int:
-    """QWEN_IMAGE_FAST_STEPS, or the number of steps in a file's name, such as 8 in `...-8steps-V2.0.safetensors`.
+    """The number of steps in a file's name, such as 8 in `...-8steps-V2.0.safetensors`.
 
     Raises ValueError for a name without just one such number.
     """
-    if given := os.environ.get(STEPS_VARIABLE):
-        return whole(STEPS_VARIABLE, given, 1, MAX_STEPS)
     found = set(re.findall(r"(?<![0-9])([0-9]{1,3})[-_ ]?steps?(?![a-z])", name.lower()))
     if len(found) != 1:
         raise ValueError(

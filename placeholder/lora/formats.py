@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from placeholder.errors import quoted, shown
 from placeholder.lora.adapter import DTYPES, PREFIX, A, B
 from placeholder.lora.safetensors import read_tensors
 
+MAX_FILE_BYTES = 2 * 1024**3
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the PEFT configuration in the safetensors header
 FLAT_PREFIX = "lora_unet_"  # kohya's and musubi-tuner's: the dots of the layer's name are underscores
 PREFIXES = (PREFIX, "diffusion_model.", "pipe.dit.", FLAT_PREFIX)  # a key with none of them is bare
@@ -57,6 +59,22 @@ FLAT_BLOCK = re.compile(r"transformer_blocks_([0-9]+)_(\w+)")
 def read_lora(name: str, content: bytes) -> dict[str, Tensor]:
     """The LoRA in a safetensors file, see `plain_lora`."""
     return plain_lora(name, *read_tensors(name, content))
+
+
+def read_lora_file(name: str, path: Path) -> dict[str, Tensor]:
+    """The LoRA in a safetensors file of its own, without tokens; the file is not read where it is too large for one."""
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise ValueError(f"{name} is {size} bytes: a LoRA has at most {MAX_FILE_BYTES}, is it a base model?")
+    return lora_alone(name, path.read_bytes())
+
+
+def lora_alone(name: str, content: bytes) -> dict[str, Tensor]:
+    """The LoRA in a safetensors file; it comes without tokens, and therefore has to change something itself."""
+    lora = read_lora(name, content)
+    for part in (A, B):
+        if not any(value.any() for key, value in lora.items() if key.endswith(part)):
+            raise ValueError(f"{name} changes nothing: there is no {part} in it that is not zero")
+    return lora
 
 
 def plain_lora(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, Tensor]:
@@ -127,13 +145,6 @@ def _scale(module: str, rank: int, metadata: dict[str, Any], alphas: Mapping[str
         if module == name or module.endswith("." + name):
             alpha = own
     return alpha / (rank**0.5 if metadata.get("use_rslora") else rank)
-
-
-def check_effect(name: str, lora: dict[str, Tensor]) -> None:
-    """Raise ValueError for a LoRA that changes nothing, because lora_A or lora_B is zero everywhere."""
-    for part in (A, B):
-        if not any(value.any() for key, value in lora.items() if key.endswith(part)):
-            raise ValueError(f"{name} changes nothing: there is no {part} in it that is not zero")
 
 
 def _check_method(name: str, key: str) -> None:

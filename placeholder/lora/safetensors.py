@@ -29,9 +29,12 @@ def read_tensors(name: str, content: bytes) -> tuple[dict[str, Tensor], dict[str
         )
     try:
         header = json.loads(content[8 : 8 + length])
-        _check_shapes(name, header)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not a safetensors file ({reason(error)}): train it again or pack it again") from error
+    _check_shapes(name, header)
+    try:
         return load(content), header.get("__metadata__") or {}
-    except (safetensors.SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError) as error:
+    except (safetensors.SafetensorError, KeyError) as error:
         raise ValueError(f"{name} is not a safetensors file ({reason(error)}): train it again or pack it again") from error
 
 

@@ -17,9 +17,9 @@ MAX_INPUT_IDS = 1536  # of an image, the instruction and the caption, generously
 # The chat template of Qwen2.5-VL for one image and one text; the repository of Qwen-Image has neither it nor a processor.
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>TEXT<|im_end|>\n<|im_start|>assistant\n"
 )
-IMAGE_TOKEN, END_TOKENS = "<|image_pad|>", ("<|im_end|>", "<|endoftext|>")
+TEXT, IMAGE_TOKEN, END_TOKENS = "TEXT", "<|image_pad|>", ("<|im_end|>", "<|endoftext|>")
 # What models begin with although they were told not to.
 OPENING = re.compile(
     r"(in )?(the|this) (image|picture|photo|photograph) (shows|depicts|features|captures|displays|is of) ", re.IGNORECASE
@@ -78,9 +78,12 @@ def vlm_inputs(tokenizer: PreTrainedTokenizerBase, image: Image.Image, text: str
     processor = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     vision = processor(images=[image], return_tensors="pt")
     image_tokens = int(vision["image_grid_thw"].prod()) // processor.merge_size**2
-    words = tokenizer(CHAT.format(image=IMAGE_TOKEN * image_tokens, text=text), return_tensors="pt")
-    is_image = words["input_ids"] == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    return {**words, **vision, "mm_token_type_ids": is_image.long()}
+    before, after = CHAT.format(image=IMAGE_TOKEN * image_tokens).split(TEXT)
+    text_ids = tokenizer(text, split_special_tokens=True).input_ids  # a user's words are text, whatever they are
+    input_ids = torch.tensor([tokenizer(before).input_ids + text_ids + tokenizer(after).input_ids])
+    is_image = input_ids == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    masks = {"attention_mask": torch.ones_like(input_ids), "mm_token_type_ids": is_image.long()}
+    return {"input_ids": input_ids, **masks, **vision}
 
 
 @torch.no_grad()

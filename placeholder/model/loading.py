@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -16,8 +17,9 @@ from placeholder.model.vae import as_single_frame
 from placeholder.transformer.modulations import tabulate
 
 
+@lru_cache(maxsize=2)
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
-    """The tokenizer alone; no weights are read."""
+    """The tokenizer alone; no weights are read. It takes a second and nothing changes it, so that its users share it."""
     collecting = gc.isenabled()
     gc.disable()  # it would look through the growing vocabulary over and over, for half of the time
     try:

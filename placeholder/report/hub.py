@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from placeholder.errors import Log
-from placeholder.weights.archive import EMBEDDINGS_FOLDER, LORA_NAME, META_NAME, embedding_name
+from placeholder.weights.layout import EMBEDDINGS_FOLDER, LORA_NAME, META_NAME, embedding_name
 
 CARD = Path(__file__).with_name("model_card.md.jinja")
 GRID, CURVE = "report/grid.jpg", "report/curve.png"

@@ -4,6 +4,7 @@ The photographs of the data set and the report's page, which holds them, are nev
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -41,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "x_save_requirements": False,
     "finish_timeout_raises": True,
 }
+URL_VARIABLE, MAX_REASON = "WANDB_BASE_URL", 400
 INIT_SECONDS, FINISH_SECONDS = 30.0, 60.0  # to reach the server; to upload what is left at the end
 
 
@@ -67,14 +69,14 @@ class WandbTracker:
         """
         if self.target is None:
             return
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own reports of its errors, with tracebacks
-        import wandb  # here, because it takes a second and most trainings have no run
-
-        target, url = self.target, os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+        target, url = self.target, re.sub("//[^/]*@", "//", os.environ.get(URL_VARIABLE) or "https://api.wandb.ai")
         temporary = self._closing.enter_context(
             tempfile.TemporaryDirectory(prefix="placeholder-wandb-", ignore_cleanup_errors=True)
         )
+        self._closing.enter_context(_own_environment(temporary))
         folder = target.offline or Path(temporary)
+        import wandb  # here, because it takes a second and most trainings have no run
+
         settings = wandb.Settings(
             mode="offline" if target.offline else "online",
             api_key=target.key,
@@ -140,8 +142,25 @@ class WandbTracker:
 
     def _reason(self, error: Exception) -> str:
         """The first line of an error, without the API key; what follows is advice on wandb's own settings."""
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        first = str(error).strip().partition("\n")[0][:MAX_REASON] or type(error).__name__
         return first.replace(self.target.key, "...") if self.target.key else first
+
+
+@contextmanager
+def _own_environment(folder: str) -> Iterator[None]:
+    """Of the variables for W&B, which may be those of other work, the server's address alone; its folders are `folder`."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    own = {f"WANDB_{kind}_DIR": folder for kind in ("CONFIG", "CACHE", "DATA", "ARTIFACT")}
+    for name in before.keys() - {URL_VARIABLE}:
+        del os.environ[name]
+    # The client's own reports of its errors, with tracebacks, are off.
+    os.environ.update(own, WANDB_ERROR_REPORTING="false")
+    try:
+        yield
+    finally:
+        for name in (*own, "WANDB_ERROR_REPORTING"):
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 @dataclass(frozen=True)

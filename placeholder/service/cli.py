@@ -115,7 +115,7 @@ def train(given: dict[str, Any], console: Console, launch: Callable[[Job, Log], 
         written = launch(job, console)
     except (KeyboardInterrupt, SystemExit):
         folder = job.checkpoints.path if job.checkpoints else None
-        if folder is not None and folder.is_dir() and any(folder.iterdir()):
+        if folder is not None and any(folder.glob("checkpoint-*.safetensors")):
             console.end(f"--resume-from {shlex.quote(str(folder))} resumes from the last checkpoint")
         raise
     if written and repository:

@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from placeholder.config import config_yaml
 from placeholder.errors import Log
 from placeholder.job import Job
@@ -40,7 +42,7 @@ def train(job: Job, log: Log) -> bool:
     if "RANK" in os.environ or ERROR_VARIABLE in os.environ:
         return train_here(job, log)
     count = process_count()
-    with tempfile.TemporaryDirectory(prefix="placeholder-job-") as folder:
+    with tempfile.TemporaryDirectory(prefix="placeholder-job-", ignore_cleanup_errors=True) as folder:
         config, error = Path(folder) / "config.yaml", Path(folder) / "error.json"
         config.write_text(config_yaml(job.config), encoding="utf-8")
         environment = {
@@ -105,12 +107,7 @@ def run(arguments: list[str], environment: dict[str, str], error: Path, grace: f
             code = _follow(child, error, output)
         finally:
             child.stdin.close()  # first: should a second cancel interrupt this, the processes end all the same
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                with suppress(ProcessLookupError):
-                    os.killpg(child.pid, number)
-                deadline = time.monotonic() + grace
-                while child.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.02)
+            _end(child, grace)
             output.end()  # such as the line of a last checkpoint
     finally:
         gc.enable()
@@ -121,6 +118,30 @@ def run(arguments: list[str], environment: dict[str, str], error: Path, grace: f
         raise (ValueError if told["kind"] == "ValueError" else RuntimeError)(told["message"])
     if code := output.died or code:
         raise RuntimeError(_death(code))
+
+
+def _end(child: subprocess.Popen, grace: float) -> None:
+    """End the processes of a training; torchrun's workers and W&B's client have sessions of their own."""
+    family: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(child.pid).children(recursive=True)
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    while (child.poll() is None or any(map(_runs, family))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in filter(_runs, family):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 class _Output:

@@ -116,8 +116,8 @@ def _fail(error: Exception) -> NoReturn:
     """Write the error to the error file and wait for launch.py to end this process; without such a file say it on stderr."""
     from placeholder.distributed import LostProcessError
 
-    _handle(signal.SIG_IGN)
     lost = isinstance(error, LostProcessError)
+    _handle(signal.SIG_DFL if lost else signal.SIG_IGN)  # torchrun reports the process that was lost once the others have ended
     plain = lost or isinstance(error, ValueError | StoppedError | OutOfResourcesError)
     trace = "" if plain else traceback.format_exc()
     message = str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"

@@ -78,6 +78,7 @@ def checkpoint_facts(training: Training, config: TrainConfig, progress: Progress
         "progress": progress.state_dict(),
         "dataset_digest": training.data.digest,
         "transformer_storage": training.plan.chosen.quantization,
+        "modulations_tabled": training.plan.chosen.tabled,
         "descriptions": training.data.descriptions,
         **shared,
     }

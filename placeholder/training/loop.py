@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from placeholder.devices import free_memory
 from placeholder.distributed import Processes
+from placeholder.errors import causes
 from placeholder.training.examples import BatchSampler, Sample, grouped
 from placeholder.training.losses import Denoiser, PromptEmbeds, preservation_losses, sample_losses
 from placeholder.training.optimizers import TokenOptimizer
@@ -154,14 +155,15 @@ def _computed(compute: Callable[[], list[Tensor]], state: TrainState, processes:
             outcome = processes.all_reduce_max(DONE)
             if outcome == DONE:
                 return found
-        except torch.OutOfMemoryError:
-            outcome = processes.all_reduce_max(HOPELESS if state.checkpointing.all_checkpointed else OUT_OF_MEMORY)
-            if outcome == HOPELESS:
-                raise
         except RuntimeError as error:
-            if state.compiled is None or not state.compiled.failed(error):
+            if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes(error)):  # the compiler's errors wrap it
+                outcome = processes.all_reduce_max(HOPELESS if state.checkpointing.all_checkpointed else OUT_OF_MEMORY)
+                if outcome == HOPELESS:
+                    raise
+            elif state.compiled is not None and state.compiled.failed(error):
+                continue
+            else:
                 raise
-            continue
         if outcome == HOPELESS:
             raise torch.OutOfMemoryError("out of memory in another process, with every block checkpointed")
         state.checkpointing.checkpoint_more()

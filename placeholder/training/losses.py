@@ -9,6 +9,7 @@ from placeholder.devices import stack_on, to_device
 from placeholder.lora.adapter import without_lora
 from placeholder.training.examples import Sample
 from placeholder.training.flow import add_noise, flow_loss, velocity_target
+from placeholder.transformer.compile import uncompiled
 from placeholder.transformer.modulations import timesteps_on_cpu
 
 PromptEmbeds = Callable[[Sequence[tuple[int, ...]]], Tensor]
@@ -55,7 +56,7 @@ def preservation_losses(
     latents, noise, sigmas = _stacked(group, denoiser.device)
     noisy, grid = add_noise(latents, noise, to_device(sigmas, latents.device)), group[0].example.grid
     embeds = prompt_embeds(prompts)  # (B, T, D)
-    with torch.no_grad(), without_lora(denoiser.transformer):
+    with torch.no_grad(), without_lora(denoiser.transformer), uncompiled():
         target = denoiser(noisy, sigmas, embeds, grid)
     return flow_loss(denoiser(noisy, sigmas, embeds, grid), target)
 

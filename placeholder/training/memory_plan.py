@@ -52,6 +52,11 @@ class Need:
         """How many blocks have to be checkpointed to fit into `free` bytes; all, if that is not enough."""
         return self.footprint.blocks_to_checkpoint(free - self.transformer - self.text_encoder - self.lora)
 
+    @property
+    def least(self) -> int:
+        """Peak memory with all blocks checkpointed."""
+        return self.peak(self.footprint.blocks)
+
     def peak(self, checkpointed: int) -> int:
         """Peak memory of the whole training."""
         step = self.transformer + self.text_encoder + self.lora + self.footprint.total(checkpointed)
@@ -91,11 +96,19 @@ class Plan:
         return lines + [f"  {name:<28}" + "".join(f"{cell:>13}" for cell in cells) for name, cells in rows]
 
 
-def plan_memory(base: BaseModel, config: TrainConfig, grid: tuple[int, int], ids: int, free: int) -> Plan:
+def plan_memory(
+    base: BaseModel,
+    config: TrainConfig,
+    grid: tuple[int, int],
+    ids: int,
+    free: int,
+    stored: tuple[Quantization, bool] | None = None,
+) -> Plan:
     """Choose the transformer's quantization (with `quantize` the best that fits) and whether its modulations become a table.
 
     `grid` is the height and width in image tokens of the largest crop, `ids` the length of the longest prompt with its
-    template, `free` the free bytes of the device. Raises ValueError where nothing fits.
+    template, `free` the free bytes of the device, `stored` what the checkpoint to resume from was made with, which is kept.
+    Raises ValueError where nothing fits.
     """
     usable = round((1 - KEPT_FREE) * free)
     needs = memory_needs(base, config, grid, ids)
@@ -104,17 +117,25 @@ def plan_memory(base: BaseModel, config: TrainConfig, grid: tuple[int, int], ids
     token = "with a token" if config.tokens else "without a token"
     title = f"training at {side} pixels, batch {config.batch_size}, rank {config.rank}, {token}"
     allowed = [need for need in needs if (need.quantization != "none") == config.quantize]
-    fitting = [need for need in allowed if need.peak(need.footprint.blocks) <= usable]
+    if stored is not None:
+        allowed = [need for need in needs if (need.quantization, need.tabled) == stored]
+        if not allowed:
+            raise ValueError("the checkpoint was made on another kind of device: resume where it was made, on a GPU or a CPU")
+    fitting = [need for need in allowed if need.least <= usable]
     if not fitting:
-        least = allowed[-1].peak(allowed[-1].footprint.blocks)
-        levers = [] if config.quantize else ["set quantize to true"]
-        levers += ["give a smaller resolution"]
-        levers += (
-            ["train without the token, so that the text encoder need not stay"] if config.tokens else ["take a larger GPU"]
-        )
-        raise ValueError(f"{title} needs {_gb(least)} GB, {_gb(usable)} GB may be used: {', or '.join(levers)}")
+        levers = ", or ".join(_levers(config, needs, allowed[-1], usable))
+        raise ValueError(f"{title} needs {_gb(allowed[-1].least)} GB, {_gb(usable)} GB may be used: {levers}")
     alike = [need for need in fitting if need.quantization == fitting[0].quantization]
     return Plan(title, needs, usable, min(alike, key=lambda need: need.checkpointed(usable)))
+
+
+def _levers(config: TrainConfig, needs: tuple[Need, ...], need: Need, usable: int) -> list[str]:
+    """What to change about a training that does not fit, though with the smallest `need` that its options allow."""
+    if config.autocaption and need.encoding > usable:
+        return ["set autocaption to false and write the captions", "take a larger GPU"]
+    quantized = not config.quantize and any(other.least <= usable for other in needs if other.quantization != "none")
+    last = "train without the token, so that the text encoder need not stay" if config.tokens else "take a larger GPU"
+    return ["set quantize to true"] * quantized + ["give a smaller resolution", last]
 
 
 def memory_needs(base: BaseModel, config: TrainConfig, grid: tuple[int, int], ids: int) -> tuple[Need, ...]:
@@ -183,22 +204,11 @@ def fake_step(
     example = Example(torch.zeros(grid[0] * grid[1], channels), grid, 0.0, prompt)
     batch = [draw_sample(example, (), 0.0, torch.Generator().manual_seed(0))] * batch_size
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _fill_with_fakes([transformer, text_encoder] if names else [transformer])
+        for module in [transformer, text_encoder] if names else [transformer]:
+            module.to_empty(device="cpu")  # FakeTensors that claim to be there: their attention keeps what a GPU's keeps
         cached = torch.zeros(1, ids - prompt_template()[2], width)  # the embeddings of a prompt without a token, computed once
         prompt_embeds = PromptEncoder(text_encoder, tokens) if names else lambda prompts: cached.expand(len(prompts), -1, -1)
         yield lambda: sample_losses(Denoiser(transformer), prompt_embeds, batch).sum()
-
-
-def _fill_with_fakes(modules: list[nn.Module]) -> None:
-    """Give every parameter and buffer on the meta device a fake one on the CPU, whose attention keeps what a GPU's keeps."""
-    for module in (part for whole in modules for part in whole.modules()):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
 def _gb(number: int) -> str:

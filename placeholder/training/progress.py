@@ -89,7 +89,9 @@ class Progress:
             self._line(step.number)
 
     def _line(self, number: int) -> None:
+        start = time.monotonic()
         self.loss, preservation = _mean(self.losses), _mean(self.preservations)
+        self.own_seconds += time.monotonic() - start  # in which a GPU ends the steps that were queued
         self.losses, self.preservations = [], []
         if not math.isfinite(self.loss + (preservation or 0.0)):
             raise RuntimeError(

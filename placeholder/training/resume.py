@@ -88,13 +88,11 @@ def check_dataset(start: Start, digest: str) -> None:
         raise ValueError(_other_dataset(start))
 
 
-def check_quantization(start: Start, quantization: str) -> None:
-    """Raise ValueError where a checkpoint was made with another quantization, which `quantize` leaves to the free memory."""
-    if isinstance(start, Checkpoint) and (stored := start.facts.get("transformer_storage")) != quantization:
-        raise ValueError(
-            f"{start.name} was made with the transformer's quantization {shown(stored)}, the memory that is free here makes it "
-            f"{quantization}: resume where as much memory is free as there, or leave resume_from out"
-        )
+def stored_need(start: Start) -> tuple[Any, Any] | None:
+    """The quantization that a checkpoint was made with, and whether its modulations were a table; None without a checkpoint."""
+    if not isinstance(start, Checkpoint):
+        return None
+    return start.facts.get("transformer_storage"), start.facts.get("modulations_tabled")
 
 
 def apply_start(start: Checkpoint | Weights, state: TrainState, tokens: PlaceholderTokens) -> str:

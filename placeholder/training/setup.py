@@ -28,7 +28,7 @@ from placeholder.training.loop import TrainState
 from placeholder.training.losses import Denoiser
 from placeholder.training.memory_plan import Plan, plan_memory
 from placeholder.training.optimizers import TokenOptimizer, lora_optimizer, token_rms_limit
-from placeholder.training.resume import apply_start, check_dataset, check_quantization, stored_descriptions
+from placeholder.training.resume import apply_start, check_dataset, stored_descriptions, stored_need
 
 THUMBNAILS, THUMBNAIL_SIDE = 64, 128  # how many of the data set's images the report shows, and their pixels
 
@@ -59,8 +59,6 @@ def prepare(
     captions = trained_captions(photos, config, log, descriptions)
     texts = [caption.text for caption in captions]
     digest = dataset_digest(photos, texts)
-    context.processes.check_same("a data set", digest)
-    check_dataset(context.start, digest)
     prompts = prompts_of(texts, config, tokenizer, tokens, log)
     shown = {text: prompt_ids(tokenizer, tokens, text) for text in shown_prompts(config, texts)}
     thumbnails = [thumbnail(photo, THUMBNAIL_SIDE) for photo in photos[:THUMBNAILS] if config.report]
@@ -102,15 +100,21 @@ def plan_photos(
     context: Context,
     planned: Callable[..., Plan],
 ) -> Plan:
-    """The memory plan for the largest crop and the longest prompt; captions still to be written count at their longest."""
+    """The memory plan for the largest crop and the longest prompt; captions still to be written count at their longest.
+
+    Checks first that all processes, and the training that is resumed, have this data set.
+    """
     config = context.config
     drafts = [draft(config)] * len(undescribed(photos, config)) if descriptions is None else descriptions
     texts = [caption.text for caption in trained_captions(photos, config, _silent, drafts)]
+    digest = dataset_digest(photos, texts)
+    context.processes.check_same("a data set", digest)
+    check_dataset(context.start, digest)
     longest = max(map(len, prompts_of(texts, config, tokenizer, tokens, _silent).all))
     largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
     free = context.processes.all_reduce_min(context.base.free_bytes())
-    plan = planned(context.base, replace(config, autocaption=descriptions is None), largest, longest, free)
-    check_quantization(context.start, plan.chosen.quantization)
+    config = replace(config, autocaption=descriptions is None)
+    plan = planned(context.base, config, largest, longest, free, stored_need(context.start))
     for line in plan.lines():
         context.log(line)
     return plan

@@ -1,10 +1,11 @@
 """Regional compilation of the transformer's blocks, by diffusers' compile_repeated_blocks, in the steps of a training."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 import torch._functorch.config
+import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from placeholder.errors import Log
@@ -29,22 +30,21 @@ class CompiledBlocks:
     """A transformer whose blocks compile when they first run; they go on uncompiled where that fails."""
 
     def __init__(self, transformer: nn.Module, log: Log, backend: str = "inductor"):
-        self.transformer, self.log = transformer, log
+        self.transformer, self.log, self._undo = transformer, log, ExitStack()
+        for setting in _settings(any(isinstance(module, Int8Linear) for module in transformer.modules())):
+            self._undo.enter_context(setting)
         self._processors = [block.attn.processor for block in transformer.transformer_blocks]
         for block in transformer.transformer_blocks:
             block.attn.processor = RealRotaryAttention()
         # Nothing reads the last block's output for the text. Compiled, its LoRA would get gradients of zero instead of none,
         # and weight decay with them.
         unread = [p for p in transformer.transformer_blocks[-1].attn.to_add_out.parameters() if p.requires_grad]
-        self._hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in unread]
-        rotations = transformer.pos_embed.register_forward_hook(lambda _module, _args, found: real_rotations(found))
-        self._hooks.append(rotations)
-        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-        if any(isinstance(module, Int8Linear) for module in transformer.modules()):
-            # What a matrix product of the backward pass reads may be computed again: quantized weights would be kept
-            # dequantized.
-            torch._functorch.config.ban_recompute_materialized_backward = False
-        transformer.compile_repeated_blocks(fullgraph=True, backend=backend, options=OPTIONS)
+        hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in unread]
+        hooks.append(transformer.pos_embed.register_forward_hook(lambda _module, _args, found: real_rotations(found)))
+        for hook in hooks:
+            self._undo.callback(hook.remove)
+        options = OPTIONS | ({"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {})
+        transformer.compile_repeated_blocks(fullgraph=True, backend=backend, options=options)
 
     def failed(self, error: RuntimeError) -> bool:
         """Whether `error` comes from the compiler; the blocks are uncompiled then, and the log has a warning."""
@@ -56,12 +56,20 @@ class CompiledBlocks:
         return True
 
     def undo(self) -> None:
-        """The transformer as it was."""
-        for hook in self._hooks:
-            hook.remove()
+        """The transformer and PyTorch's settings as they were."""
+        self._undo.close()
         for block, processor in zip(self.transformer.transformer_blocks, self._processors, strict=True):
             block._compiled_call_impl = None
             block.attn.processor = processor
+
+
+def _settings(int8: bool) -> Iterator[AbstractContextManager]:
+    """What is set while blocks are compiled."""
+    yield torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)
+    yield torch.fx.experimental._config.patch(use_duck_shape=False)  # sizes that happen to be equal need not stay so
+    if int8:
+        # What a matrix product of the backward pass reads may be computed again: quantized weights would be kept dequantized.
+        yield torch._functorch.config.patch(ban_recompute_materialized_backward=False)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -6,7 +6,6 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from safetensors.torch import save
@@ -14,17 +13,15 @@ from torch import Tensor
 
 from placeholder.config import MAX_VECTORS
 from placeholder.data.archive import Archive, open_archive
-from placeholder.data.entries import MAX_ENTRY_BYTES, is_clutter
+from placeholder.data.entries import is_clutter
 from placeholder.errors import label, quoted, reason, shown
 from placeholder.lora.adapter import DTYPES, PREFIX
-from placeholder.lora.formats import METADATA_KEY, check_effect, read_lora
+from placeholder.lora.formats import METADATA_KEY, lora_alone, read_lora, read_lora_file
 from placeholder.lora.safetensors import looks_like_safetensors, read_tensors
 from placeholder.model.base import QWEN_IMAGE
 from placeholder.tokens.vocabulary import MAX_TOKENS, check_word
+from placeholder.weights.layout import EMBEDDINGS_FOLDER, LORA_NAME, META_NAME, embedding_name
 
-META_NAME = "meta.json"
-LORA_NAME = "lora/lora_weights.safetensors"
-EMBEDDINGS_FOLDER = "embeddings"
 EMBEDDING_KEY = QWEN_IMAGE.embedding_key
 HEADER_MULTIPLE = 8  # the tensors behind the header are aligned to so many bytes (the format's description)
 MAX_META_BYTES = 1024 * 1024
@@ -40,12 +37,6 @@ class Weights:
     lora: dict[str, Tensor]
     embeddings: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
-
-
-def embedding_name(token: str) -> str:
-    """Where the rows of a token are stored: `<zwx>` in embeddings/zwx.safetensors; unusual characters are percent-encoded."""
-    bare = token[1:-1] if len(token) > 2 and token.startswith("<") and token.endswith(">") else token
-    return f"{EMBEDDINGS_FOLDER}/{quote(bare, safe='').replace('.', '%2E')}.safetensors"
 
 
 def write_weights(path: Path, weights: Weights, lora_metadata: dict[str, Any], header: dict[str, str] | None = None) -> None:
@@ -93,9 +84,7 @@ def read_weights(path: Path | str) -> Weights:
     """
     path = _existing(path)
     if _is_safetensors(path):
-        if (size := path.stat().st_size) > MAX_ENTRY_BYTES:
-            raise ValueError(f"{label(path.name)} is {size} bytes: a LoRA has at most {MAX_ENTRY_BYTES}, is it a base model?")
-        return Weights(_lora_alone(label(path.name), path.read_bytes()))
+        return Weights(read_lora_file(label(path.name), path))
     with open_archive(path) as archive:
         if not any(name in (META_NAME, LORA_NAME) or name.startswith(EMBEDDINGS_FOLDER + "/") for name in archive.names):
             return Weights(_foreign(archive))
@@ -128,13 +117,6 @@ def _is_safetensors(path: Path) -> bool:
         return looks_like_safetensors(file.read(9))
 
 
-def _lora_alone(name: str, content: bytes) -> dict[str, Tensor]:
-    """A LoRA without tokens, which therefore has to change something itself."""
-    lora = read_lora(name, content)
-    check_effect(name, lora)
-    return lora
-
-
 def _foreign(archive: Archive) -> dict[str, Tensor]:
     """The LoRA in an archive of another trainer: its only safetensors file, at the root (the hosted trainer's layout)."""
     files = [name for name in archive.names if name.lower().endswith(".safetensors") and not is_clutter(name)]
@@ -143,7 +125,7 @@ def _foreign(archive: Archive) -> dict[str, Tensor]:
         raise ValueError(
             f"LoRA weights not found in {archive.name}: expected {LORA_NAME}, or a single LoRA at the root, found {found}"
         )
-    return _lora_alone(f"{archive.name}: {label(files[0])}", archive.read(files[0]))
+    return lora_alone(f"{archive.name}: {label(files[0])}", archive.read(files[0]))
 
 
 def _meta(archive: Archive) -> dict[str, Any]:
@@ -153,7 +135,7 @@ def _meta(archive: Archive) -> dict[str, Any]:
         raise ValueError(f"{name}: {META_NAME} is {size} bytes: it has at most {MAX_META_BYTES}")
     try:
         meta = json.loads(archive.read(META_NAME).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: {META_NAME} is not JSON ({reason(error)}): {advice}") from error
     token_ids = meta.get("placeholder_token_ids", {}) if isinstance(meta, dict) else None
     if not isinstance(token_ids, dict):
@@ -177,7 +159,7 @@ def _embeddings(archive: Archive, meta: dict[str, Any]) -> dict[str, Tensor]:
         other = expected.setdefault(embedding_name(token), token)
         if other != token:
             raise ValueError(f"{archive.name} names {other!r} and {token!r}, which have the same file: train with one of them")
-    stored = {name for name in archive.names if name.startswith(EMBEDDINGS_FOLDER + "/")}
+    stored = {name for name in archive.names if name.startswith(EMBEDDINGS_FOLDER + "/") and not is_clutter(name)}
     if missing := sorted(expected.keys() - stored):
         raise ValueError(
             f"the learned embedding of {expected[missing[0]]!r} was not found in {archive.name}: expected {missing[0]}"

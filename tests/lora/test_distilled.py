@@ -228,14 +228,16 @@ def test_a_hubs_file_and_a_url_are_read(base, published, site, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["lora.safetensors", "4steps-or-8steps.safetensors", "8stepson.safetensors", "1000steps"])
-def test_a_number_of_steps_that_a_name_does_not_tell_is_asked_for(name, monkeypatch):
+def test_a_number_of_steps_that_a_name_does_not_tell_is_asked_for(name):
     with pytest.raises(ValueError, match=f"{name} does not say for how many steps .* or set {STEPS_VARIABLE}$"):
         steps_of(name)
-    monkeypatch.setenv(STEPS_VARIABLE, "6")
-    assert steps_of(name) == 6
+
+
+def test_a_number_of_steps_that_is_none_stops_the_start_whatever_the_lora(base, monkeypatch):
     monkeypatch.setenv(STEPS_VARIABLE, "many")
-    with pytest.raises(ValueError, match=f"{STEPS_VARIABLE} is 'many': give a whole number from 1 to 200"):
-        steps_of(name)
+    published = replace(base, source=QWEN_IMAGE.repository)
+    with pytest.raises(ValueError, match=f"^{STEPS_VARIABLE} is 'many': give a whole number from 1 to 200"):
+        load_fast_lora(published, print, lambda *_: pytest.fail("it was fetched"))
 
 
 def test_the_published_names_say_their_steps():

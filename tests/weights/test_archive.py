@@ -11,7 +11,6 @@ from safetensors.torch import load, save
 from placeholder.lora.adapter import A, B
 from placeholder.lora.safetensors import read_tensors
 from placeholder.tokens.vocabulary import check_tokens
-from placeholder.weights import archive as weights_module
 from placeholder.weights.archive import LORA_NAME, Weights, add_files, embedding_name, read_weights, write_weights
 from tests.support.samples import read_zip, write_tar, write_zip
 
@@ -278,7 +277,7 @@ def test_a_file_that_is_damaged_or_of_another_kind_gets_its_sentence(content, se
 def test_a_base_model_given_as_a_lora_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     path.write_bytes(GOOD[LORA_NAME])
-    monkeypatch.setattr(weights_module, "MAX_ENTRY_BYTES", 100)
+    monkeypatch.setattr("placeholder.lora.formats.MAX_FILE_BYTES", 100)
     monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=r"model\.safetensors is \d+ bytes: a LoRA has at most 100, is it a base model\?"):
         read_weights(path)
