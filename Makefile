@@ -21,9 +21,9 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python -m demo.run
 
-# Two processes with a thread each; the tests of a file stay together.
+# Two processes with a thread each; the tests of a file stay together, the files keep their order.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Read thousands of mutated archives, data sets and configuration files; takes about a minute.
 fuzz: setup

@@ -338,7 +338,7 @@ def test_an_interrupted_training_unwinds_and_says_how_to_resume(number, code, si
             signal.raise_signal(number)
         finally:
             job.checkpoints.path.mkdir()
-            (job.checkpoints.path / "step-7").write_text("a last checkpoint")
+            (job.checkpoints.path / "checkpoint-000007.safetensors").write_text("a last checkpoint")
 
     arguments = ["train", "d.zip", "-o", str(tmp_path / "w.zip"), "--checkpoint-folder", str(tmp_path / "my folder")]
     assert exit_code(arguments, {"train": partial(command_line.train, launch=interrupted)}) == code
