@@ -1,5 +1,6 @@
 """What the tests share: the small base model, its tokenizer, a data set, and one trained archive of each mode."""
 
+import gc
 import os
 
 # Before torch is imported: one thread, since the small base model is too small to share; and no look-ups on a hub.
@@ -24,6 +25,7 @@ from tests.support.samples import Run, train, write_dataset
 from tests.support.vision_base import build_vision_base
 
 torch.set_num_threads(1)
+gc.freeze()  # what was imported stays: trainings collect garbage several times, and would look through it each time
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 The libraries that take seconds to import are imported once the process can be asked to end.
 """
 
+import gc
 import json
 import os
 import select
@@ -50,10 +51,14 @@ def train_here(job: Job, log: Log) -> bool:
 
 def _train(job: Job, log: Log, stop: Stop) -> bool:
     """Train in the group of this process; whether it is the first one."""
+    gc.disable()  # it would look through what is imported over and over, for a fifth of the time, and in each later round again
     from accelerate import PartialState
 
+    import placeholder.finetune  # noqa: F401 - imported here for its time
     from placeholder.distributed import Processes
 
+    gc.freeze()
+    gc.enable()
     processes = Processes.from_environment()
     finetune_here(job, log, processes, stop)
     processes.barrier()  # no machine is done before the archive is there

@@ -21,7 +21,7 @@ from standin.subject import UNSEEN_BACKGROUNDS, named, write_dataset
 from standin.world import SUBJECT
 
 CONFIG = TrainConfig(
-    steps=300,
+    steps=240,
     rank=8,
     learning_rate=1e-3,
     batch_size=4,
