@@ -18,7 +18,7 @@ from placeholder.generate import ImageGenerator
 from placeholder.job import Job
 from placeholder.lora.adapter import ADAPTER, load_lora, unload_lora
 from placeholder.model.base import BaseModel
-from placeholder.model.loading import load_transformer
+from placeholder.model.loading import load_tokenizer, load_transformer
 from placeholder.training.losses import Denoiser
 from placeholder.transformer.layers import fuse_lora_addition
 from placeholder.weights.archive import read_weights
@@ -64,6 +64,7 @@ def measure(base: BaseModel, archives: list[Path]) -> dict[str, float]:
         started.append(ImageGenerator(base, silent))
         started[0].load(one)
 
+    load_tokenizer.cache_clear()  # the trainings have loaded it
     cold = seconds(cold_start)
     generator = started[0]
     first = seconds(generator.load, other)
