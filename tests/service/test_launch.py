@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from demo.server import ROOT
 from placeholder.config import TrainConfig
 from placeholder.distributed import Processes
-from placeholder.job import Job, WandbTarget
+from placeholder.job import CheckpointFolder, Job, WandbTarget
 from placeholder.model.base import MODEL_VARIABLE
 from placeholder.service import launch
 from placeholder.service.worker import ERROR_VARIABLE
+from placeholder.training.checkpoint import stored_checkpoints
 from placeholder.weights.archive import read_weights
 from tests.support.parallel_steps import CONFIG, trained
 from tests.support.samples import write_dataset
@@ -158,10 +159,14 @@ def test_a_cancelled_training_ends_its_processes_and_the_one_run_on_wandb(two_pr
         monkeypatch.setattr(tempfile, "tempdir", folder)
         target = WandbTarget.of(key, "subjects", "-named", None)
         with pytest.raises(KeyboardInterrupt):
-            launch.train(Job(dataset, replace(SHORT, steps=1000), tmp_path / "weights.zip", tracker=target), cancelled)
+            checkpoints = CheckpointFolder(tmp_path / "checkpoints", 1000)
+            config = replace(SHORT, steps=1000)
+            launch.train(Job(dataset, config, tmp_path / "weights.zip", None, checkpoints, target), cancelled)
         assert all_ended(before)
         assert not list(Path(folder).glob("placeholder-*"))
     assert not (tmp_path / "weights.zip").exists()
+    (last,) = stored_checkpoints(tmp_path / "checkpoints")  # for whose step all processes were needed
+    assert f"Checkpoint: step {int(last.stem[-6:])}" in log
     assert {run["name"] for run in server.runs} == {server.runs[0]["name"]} and server.runs[0]["displayName"] == "-named"
     assert server.lines["wandb-history.jsonl"][0]["_step"] == 1
     assert server.exit_codes == [1]

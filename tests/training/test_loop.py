@@ -19,6 +19,7 @@ from placeholder.training.loop import LORA_MAX_GRAD_NORM, Schedule, TrainState, 
 from placeholder.training.losses import Denoiser, preservation_losses, sample_losses
 from placeholder.training.optimizers import TokenOptimizer, lora_optimizer
 from placeholder.transformer.checkpointing import BlockCheckpointing
+from tests.support.parallel_steps import RunningOut
 from tests.support.peak import PeakBytes
 from tests.support.samples import picture
 
@@ -418,20 +419,6 @@ def test_gradient_checkpointing_changes_no_gradient(base, tokenizer, text_encode
         gradients.append([parameter.grad for parameter in (*parts.lora, parts.tokens.rows)])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(checkpointed, plain)
-
-
-class RunningOut(Denoiser):
-    """Runs out of GPU memory in some of its calls."""
-
-    def __init__(self, transformer, calls):
-        super().__init__(transformer)
-        self.calls, self.count = calls, 0
-
-    def __call__(self, *args):
-        self.count += 1
-        if self.count in self.calls:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().__call__(*args)
 
 
 def test_a_step_that_runs_out_of_memory_is_repeated_with_more_checkpointed_blocks(parts):

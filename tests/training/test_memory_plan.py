@@ -138,6 +138,13 @@ def test_the_whole_text_encoder_is_counted_as_it_is_published():
     assert weights < vlm_bytes(SEEING) < 1.05 * weights
 
 
+def test_a_resumed_training_keeps_what_its_checkpoint_was_made_with():
+    """Batches of several images are equal with and without the table only up to rounding."""
+    for stored in (("none", False), ("none", True)):
+        plan = plan_memory(FULL_SIZE, WITH, GRID, PROMPT, 80 * 10**9, stored)
+        assert (plan.chosen.quantization, plan.chosen.tabled) == stored
+
+
 def test_captioning_is_planned():
     without, with_it = (memory_needs(SEEING, replace(WITHOUT, autocaption=flag), GRID, PROMPT)[0] for flag in (False, True))
     assert with_it.peak(0) >= with_it.encoding == vlm_bytes(SEEING) > without.encoding
