@@ -63,11 +63,11 @@ class Predictor(BasePredictor):
             description="Size where width and height are not given: about 1.6 megapixels for quality, 0.6 to 1 for speed.",
         ),
         seed: Optional[int] = Input(
-            default=None, ge=0, le=4294967295, description="Seed of the noise. Blank: one is drawn and logged."
+            default=None, ge=-1, le=4294967295, description="Seed of the noise. Blank or -1: one is drawn and logged."
         ),
         lora_scale: float = Input(
             default=1.0,
-            ge=0.0,
+            ge=-3.0,
             le=3.0,
             description="Strength of the trained LoRA. At 0 only the token embedding is left.",
         ),
@@ -81,9 +81,13 @@ class Predictor(BasePredictor):
         ),
         extra_lora_scale: float = Input(
             default=1.0,
-            ge=0.0,
+            ge=-3.0,
             le=3.0,
             description="Strength of the LoRA in extra_lora_weights.",
+        ),
+        extra_placeholder_token: Optional[str] = Input(
+            default=None,
+            description="Another name for the token of extra_lora_weights in the prompt, such as <second>, where both use one.",
         ),
         enhance_prompt: bool = Input(
             default=False,

@@ -44,7 +44,7 @@ def train(
     ),
     default_caption: str = Input(
         default="A photo of a person named <>",
-        description="Caption of images without one. With a placeholder token, <> and [trigger] in captions become the token.",
+        description="Caption of images without one. In captions <>, [trigger] and [name] become the placeholder token.",
     ),
     autocaption: bool = Input(
         default=False,
@@ -126,9 +126,9 @@ def train(
     log_prompt_ids: bool = Input(default=False, description="Log the token ids of every caption."),
     seed: Optional[int] = Input(
         default=None,
-        ge=0,
+        ge=-1,
         le=4294967295,
-        description="Random seed. Blank: one is drawn, logged and stored in the archive.",
+        description="Random seed. Blank or -1: one is drawn, logged and stored in the archive.",
     ),
     report: bool = Input(
         default=True,

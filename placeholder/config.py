@@ -8,14 +8,18 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from placeholder.options import (
+    DRAWN,
     MAX_SEED,
     NUMERIC,
+    TOKENS,
     Flag,
     Number,
     Option,
     Text,
+    Tokens,
     Whole,
     checked,
+    is_blank,
     option,
     options_class,
     options_of,
@@ -28,20 +32,15 @@ MAX_STEPS = 20_000
 MAX_VECTORS = 64  # embedding vectors of one token
 MIN_SIDE, MAX_SIDE = 64, 2048  # pixels
 DEFAULT_PLACEHOLDER = "<zwx>"
+DEFAULT_CAPTION, PLAIN_DEFAULT_CAPTION = "A photo of a person named <>", "A photo of a person"  # the latter without a token
 MAX_SAMPLE_PROMPTS, MAX_SAMPLE_ROUNDS = 8, 200  # all samples travel in the archive
 # The headings of --help.
 LORA, TOKEN, CAPTIONS, SPEED, REPORT = "LoRA", "placeholder token", "captions", "memory and speed", "report"
-BLANK = (None, "", [], ())
 
 
 def _sides(value: Any) -> Any:
     """`"512,768,1024"`, a number, or a list of numbers, as a list."""
     return value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-
-
-def _tokens(value: Any) -> Any:
-    """Tokens separated by commas, as a list."""
-    return [token.strip(" ") for token in value.split(",")] if isinstance(value, str) else value or ()
 
 
 def _few_lines(value: str) -> str:
@@ -56,7 +55,6 @@ Sides = Annotated[
 ]
 SIDES = f"give whole numbers from {MIN_SIDE} to {MAX_SIDE}, separated by commas"
 Words = Annotated[Text | None, AfterValidator(lambda text: text if text and text.strip() else None)]
-Tokens = Annotated[tuple[Text, ...], BeforeValidator(_tokens)]
 Prompts = Annotated[Text, AfterValidator(_few_lines)]
 PROMPTS = f"give at most {MAX_SAMPLE_PROMPTS} prompts, one a line"
 
@@ -79,8 +77,8 @@ class TrainConfig:
     """Images per step, on each GPU."""
     resolution: Annotated[Sides, option(LORA, "train", accepts=SIDES)] = (512, 768, 1024)
     """Sides in pixels of the areas to train at, 64 to 2048, comma-separated. Images keep their aspect ratio."""
-    default_caption: Annotated[Text, option(CAPTIONS, "train")] = "A photo of a person named <>"
-    """Caption of images without one. With a placeholder token, <> and [trigger] in captions become the token."""
+    default_caption: Annotated[Text, option(CAPTIONS, "train")] = DEFAULT_CAPTION
+    """Caption of images without one. In captions <>, [trigger] and [name] become the placeholder token."""
     autocaption: Annotated[Flag, option(CAPTIONS, "train")] = False
     """Describe images without a caption with the base model's text encoder, instead of default_caption."""
     autocaption_prefix: Annotated[Words, option(CAPTIONS, "train")] = None
@@ -91,7 +89,7 @@ class TrainConfig:
     """Share of the samples that are trained with an empty prompt."""
     train_placeholder_token: Annotated[Flag, option(TOKEN, "train", blank=True)] = False
     """Train a zero-prior placeholder token with the LoRA. Blank: on when placeholder_token is given."""
-    placeholder_token: Annotated[Tokens, option(TOKEN, "train", accepts="give text, tokens separated by commas")] = ()
+    placeholder_token: Annotated[Tokens, option(TOKEN, "train", accepts=TOKENS)] = ()
     """Placeholder token, such as <zwx>; several are separated by commas. Blank: <zwx> where one is trained."""
     placeholder_vectors: Annotated[Whole, option(TOKEN, "train", ge=1, le=MAX_VECTORS)] = 1
     """Embedding vectors per token: more hold more of a subject and take more of the prompt's 512 tokens."""
@@ -119,8 +117,8 @@ class TrainConfig:
     """Use deterministic GPU algorithms alone: the same seed gives the same weights on the same GPU. Slower."""
     log_prompt_ids: Annotated[Flag, option(CAPTIONS, "debug", resume_may_change=True)] = False
     """Log the token ids of every caption."""
-    seed: Annotated[Whole | None, option(LORA, "train", ge=0, le=MAX_SEED)] = None
-    """Random seed. Blank: one is drawn, logged and stored in the archive."""
+    seed: Annotated[Whole | None, option(LORA, "train", ge=-1, le=MAX_SEED), DRAWN] = None
+    """Random seed. Blank or -1: one is drawn, logged and stored in the archive."""
     report: Annotated[Flag, option(REPORT, "train", resume_may_change=True)] = True
     """Put a report into the archive: curves, images before and after, the data set, the configuration."""
     sample_every: Annotated[Whole, option(REPORT, "train", ge=0, le=MAX_STEPS, resume_may_change=True)] = 0
@@ -163,13 +161,14 @@ def train_config(inputs: dict[str, Any], config_file: Path | str | None = None) 
     blank, where `placeholder_token` is given. Raises ValueError, one sentence, for any value that is not accepted.
     """
     from_file = read_sections(config_file, YAML_SECTIONS) if config_file else {}
-    options = inputs | ({"lora_rank": None} if "rank" in from_file else {}) | from_file
-    lora_rank = options.pop("lora_rank", None)
-    if lora_rank not in BLANK:
-        options["rank"] = lora_rank
-    named = options.get("placeholder_token") not in BLANK
-    if options.get("train_placeholder_token") in BLANK:
-        options["train_placeholder_token"] = named
+    options: dict[str, Any] = {}
+    for source in (inputs, from_file):
+        given = {name: value for name, value in source.items() if not is_blank(value)}
+        if "lora_rank" in given:
+            given["rank"] = given.pop("lora_rank")
+        options |= given
+    named = bool(options.get("placeholder_token"))
+    options.setdefault("train_placeholder_token", named)
     if options["train_placeholder_token"] and not named:
         options["placeholder_token"] = DEFAULT_PLACEHOLDER
     config = checked(TrainConfig, options)

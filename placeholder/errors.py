@@ -4,7 +4,7 @@ import errno
 import reprlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 Log = Callable[[str], None]  # takes one line of the log
@@ -45,6 +45,12 @@ def reason(error: BaseException) -> str:
     """The message of a library's error on one printable line, for use within a sentence of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
     return _cut("".join(character if character.isprintable() else "?" for character in text), MAX_REASON)
+
+
+def listed(items: Sequence[str], most: int = 5) -> str:
+    """The first `most` items, and how many more there are."""
+    more = len(items) - most
+    return "; ".join(items[:most]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _cut(text: str, limit: int) -> str:

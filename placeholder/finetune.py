@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from placeholder.config import TrainConfig
+from placeholder.config import DEFAULT_PLACEHOLDER, TrainConfig
 from placeholder.devices import deterministic, peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.errors import Log
@@ -110,6 +110,11 @@ def resolve(job: Job, base: BaseModel, log: Log, processes: Processes) -> tuple[
     if job.checkpoints is not None and processes.rank == 0:
         prepare_folder(job.checkpoints, source)
         log(f"Checkpoints: every {job.checkpoints.every} steps")
+    if DEFAULT_PLACEHOLDER in config.tokens:
+        log(
+            f"Placeholder token: {DEFAULT_PLACEHOLDER} is the default name. A prediction with two archives that both use it "
+            "needs another name for one of them, given as extra_placeholder_token"
+        )
     if config.placeholder_token and not config.tokens:
         log(f"Placeholder token '{','.join(config.placeholder_token)}' is not used: train_placeholder_token is false")
     return Context(config, base, log, processes, start), shared

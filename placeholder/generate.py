@@ -20,7 +20,7 @@ from placeholder.model.offloading import cache_first_block, stop_caching
 from placeholder.model.placement import placement_of
 from placeholder.options import MAX_SEED
 from placeholder.request import Request
-from placeholder.tokens.prompt_encoder import encode_prompts, pipeline_inputs, prompt_ids
+from placeholder.tokens.prompt_encoder import encode_prompts, pipeline_inputs, prompt_ids, tokenized
 from placeholder.weights.applied import Applied, AppliedWeights
 
 PROMPTS_KEPT = 32  # prompt_embeds, on the device; one takes about a megabyte
@@ -71,24 +71,28 @@ class ImageGenerator:
         reason, also an interruption, does not affect the next one.
         """
         fast = self.fast if request.go_fast else None
-        self.load(weights, extra, fast)
+        self.load(weights, extra, fast, request.extra_placeholder_token)
         self.weights.scale(request.lora_scale, request.extra_lora_scale, fast is not None)
-        for warning in self.weights.unnamed(request.prompt):
-            self.log(warning)
         if request.go_fast:
             self.log(line_of(fast))
         if fast is None:
             return self._render(request, self.schedulers[request.steps == 1], request.go_fast)
         return self._render(fast.adapt(request), self.fast_scheduler)
 
-    def load(self, weights: Path | None, extra: Path | None = None, fast: FastLora | None = None) -> None:
-        """Apply the archives at these paths and the step-distilled LoRA, and nothing else."""
-        self.weights.apply(weights, extra, fast.lora if fast else None)
+    def load(
+        self, weights: Path | None, extra: Path | None = None, fast: FastLora | None = None, extra_names: tuple[str, ...] = ()
+    ) -> None:
+        """Apply the archives at these paths and the step-distilled LoRA, and nothing else.
+
+        `extra_names` are what the prompt calls the extra archive's tokens; empty: as they were trained.
+        """
+        self.weights.apply(weights, extra, fast.lora if fast else None, extra_names)
 
     def _render(self, request: Request, scheduler: object, first_block_cache: bool = False) -> Image.Image:
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         self.log(f"Seed: {seed}{' (drawn)' if request.seed is None else ''}, size: {request.width}x{request.height}")
         applied = self.weights.applied
+        self._warn(request)
         negative = self.prompt_embeds(request.negative_prompt, applied) if request.guidance > 1 else None
         prompts = pipeline_inputs(self.prompt_embeds(request.prompt, applied), negative)
         start = time.monotonic()
@@ -108,6 +112,19 @@ class ImageGenerator:
                 generator=torch.Generator().manual_seed(seed),
                 callback_on_step_end=progress,
             ).images[0]
+
+    def _warn(self, request: Request) -> None:
+        """Log what is left out of the prompts, and which archives' tokens the prompt does not name."""
+        tokens, prompts = self.weights.tokens, {"prompt": request.prompt}
+        if request.guidance > 1:
+            prompts["negative prompt"] = request.negative_prompt
+        found = {what: tokenized(self.tokenizer, tokens, text) for what, text in prompts.items()}
+        for what, prompt in found.items():
+            if prompt.left_out:
+                self.log(f"Warning: of the {what} {prompt.cut(tokens)}")
+        prompt = found["prompt"]
+        for warning in self.weights.unnamed(tokens.named(prompt.ids).union(prompt.lost(tokens))):
+            self.log(warning)
 
     def _encode(self, prompt: str, _applied: Applied) -> Tensor:
         """Prompt embeddings (1, T, D) with the tokens of the archives that are applied."""

@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, SecretStr, StrictBool, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SecretStr, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
@@ -34,11 +34,19 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) else value
 
 
+def _tokens(value: Any) -> Any:
+    """Tokens separated by commas, as a list."""
+    return [token.strip(" ") for token in value.split(",")] if isinstance(value, str) else value or ()
+
+
 NUMERIC = BeforeValidator(_number)
 Whole = Annotated[int, NUMERIC]
 Number = Annotated[float, NUMERIC]
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARACTERS)]
 Flag = StrictBool
+Tokens = Annotated[tuple[Text, ...], BeforeValidator(_tokens)]
+TOKENS = "give text, tokens separated by commas"
+DRAWN = AfterValidator(lambda seed: None if seed == -1 else seed)  # a seed of -1 counts as blank, as in other tools
 
 
 def option(heading: str, section: str | None = None, accepts: str = "", **field: Any) -> FieldInfo:
@@ -93,17 +101,22 @@ def options_of(model: type) -> dict[str, Option]:
 
 
 def checked(model: type[Model], values: dict[str, Any]) -> Model:
-    """The dataclass with these values; "" counts as blank where an option may be blank.
+    """The dataclass with these values; a blank one counts as not given, unless the option is required.
 
     Raises ValueError, one sentence, for the first value that is not accepted.
     """
-    options = options_of(model)
-    blank = {name: None for name, value in values.items() if value == "" and options[name].blank}
+    options, fields = options_of(model), model.__pydantic_fields__
+    given = {name: value for name, value in values.items() if fields[name].is_required() or not is_blank(value)}
     try:
-        return model(**values | blank)
+        return model(**given)
     except ValidationError as error:
         name = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0]
         raise ValueError(_sentence(name, values.get(name), options[name].accepts)) from None
+
+
+def is_blank(value: Any) -> bool:
+    """Whether an input was left empty: None, or text of nothing but white space."""
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def number(name: str, value: Any, low: float, high: float) -> float:

@@ -9,11 +9,13 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
+from placeholder.errors import quoted
 from placeholder.lora.adapter import ADAPTER, load_lora, scale_lora, unload_lora
 from placeholder.model.download import local_file
 from placeholder.options import number
+from placeholder.request import MAX_SCALE
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
-from placeholder.tokens.prompt_encoder import prompt_ids
+from placeholder.tokens.prompt_encoder import tokenized
 from placeholder.tokens.vocabulary import archive_tokens
 from placeholder.weights.archive import Weights, read_weights
 
@@ -54,8 +56,10 @@ class LoadedArchive:
 
     def _encode(self, prompt: str, device: torch.device) -> Tensor:
         """The embeddings (T, D) of one prompt, by the pipeline's whole text encoder, which has the hooks of offloading."""
-        text_encoder = self.pipe.text_encoder
-        input_ids = torch.tensor([prompt_ids(self.pipe.tokenizer, self.tokens, prompt)], device=device)  # (1, T)
+        text_encoder, found = self.pipe.text_encoder, tokenized(self.pipe.tokenizer, self.tokens, prompt)
+        if found.left_out:
+            warnings.warn(f"of the prompt {quoted(prompt)} {found.cut(self.tokens)}", stacklevel=2)
+        input_ids = torch.tensor([found.ids], device=device)  # (1, T)
         with learned_rows(text_encoder.get_input_embeddings(), self.tokens):
             encoded = text_encoder(
                 input_ids=input_ids, attention_mask=torch.ones_like(input_ids), output_hidden_states=True, use_cache=False
@@ -92,7 +96,7 @@ def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0) 
     """
     earlier = _loaded(pipe)
     _check(pipe, earlier)
-    lora_scale = number("lora_scale", lora_scale, 0.0, 3.0)
+    lora_scale = number("lora_scale", lora_scale, -MAX_SCALE, MAX_SCALE)
     with local_file(str(weights)) as path:
         found = read_weights(path)
     width = pipe.text_encoder.get_input_embeddings().embedding_dim

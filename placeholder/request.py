@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from placeholder.options import MAX_SEED, Flag, Number, Text, Whole, checked, option, options_class
+from placeholder.options import DRAWN, MAX_SEED, TOKENS, Flag, Number, Text, Tokens, Whole, checked, option, options_class
 
 # The sizes of the hosted qwen/qwen-image-lora, in pixels, width first.
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
@@ -62,16 +62,18 @@ class PredictInputs:
     """Aspect ratio of the image where width and height are not given."""
     image_size: Annotated[Literal[*SIZES], option(SIZE)] = "optimize_for_quality"
     """Size where width and height are not given: about 1.6 megapixels for quality, 0.6 to 1 for speed."""
-    seed: Annotated[Whole | None, option(SAMPLING, ge=0, le=MAX_SEED)] = None
-    """Seed of the noise. Blank: one is drawn and logged."""
-    lora_scale: Annotated[Number, option(WEIGHTS, ge=0.0, le=MAX_SCALE)] = 1.0
+    seed: Annotated[Whole | None, option(SAMPLING, ge=-1, le=MAX_SEED), DRAWN] = None
+    """Seed of the noise. Blank or -1: one is drawn and logged."""
+    lora_scale: Annotated[Number, option(WEIGHTS, ge=-MAX_SCALE, le=MAX_SCALE)] = 1.0
     """Strength of the trained LoRA. At 0 only the token embedding is left."""
     replicate_weights: Annotated[Path | None, option(WEIGHTS)] = None
     """The weights.zip of a training, or another LoRA. Overrides the weights the model was started with."""
     extra_lora_weights: Annotated[Path | None, option(WEIGHTS)] = None
     """A second weights.zip or LoRA, applied together with the first, with its own tokens."""
-    extra_lora_scale: Annotated[Number, option(WEIGHTS, ge=0.0, le=MAX_SCALE)] = 1.0
+    extra_lora_scale: Annotated[Number, option(WEIGHTS, ge=-MAX_SCALE, le=MAX_SCALE)] = 1.0
     """Strength of the LoRA in extra_lora_weights."""
+    extra_placeholder_token: Annotated[Tokens, option(WEIGHTS, accepts=TOKENS)] = ()
+    """Another name for the token of extra_lora_weights in the prompt, such as <second>, where both use one."""
     enhance_prompt: Annotated[Flag, option(SAMPLING)] = False
     """Append the quality words of Qwen-Image's model card: Ultra HD, 4K, cinematic composition."""
     go_fast: Annotated[Flag, option(SAMPLING)] = False
@@ -98,6 +100,7 @@ class Request:
     output_format: str
     output_quality: int
     extra_lora_scale: float = 1.0
+    extra_placeholder_token: tuple[str, ...] = ()
 
 
 def image_request(inputs: dict[str, Any]) -> Request:
@@ -115,8 +118,8 @@ def image_request(inputs: dict[str, Any]) -> Request:
         guidance=given.guidance if given.guidance_scale is None else given.guidance_scale,
         width=width,
         height=height,
-        **{name: getattr(given, name) for name in ("negative_prompt", "seed", "lora_scale", "extra_lora_scale")},
-        **{name: getattr(given, name) for name in ("go_fast", "output_format", "output_quality")},
+        **{name: getattr(given, name) for name in ("negative_prompt", "seed", "go_fast", "output_format", "output_quality")},
+        **{name: getattr(given, name) for name in ("lora_scale", "extra_lora_scale", "extra_placeholder_token")},
     )
 
 

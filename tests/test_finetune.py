@@ -31,7 +31,7 @@ from placeholder.weights.archive import LORA_NAME, Weights, read_weights
 from placeholder.weights.metadata import MEASURED, TIME_VARIABLE
 from tests.conftest import SHORT
 from tests.support.bases import WatchedBase
-from tests.support.samples import Run, read_zip, train, write_dataset, write_zip
+from tests.support.samples import Run, WithoutWeights, read_zip, train, write_dataset, write_zip
 
 ROW_NAME = "embeddings/zwx.safetensors"
 ZERO_PRIOR = TrainConfig(**SHORT, train_placeholder_token=True, placeholder_token=("<zwx>",))
@@ -270,6 +270,20 @@ def test_several_tokens_of_several_vectors_are_trained_and_come_back(base, tmp_p
 def test_several_tokens_need_captions_that_name_them(dataset, base, tmp_path):
     with pytest.raises(ValueError, match=r"the caption of 2\.png names none of <zwx>, <qrs>"):
         train(dataset, replace(ZERO_PRIOR, placeholder_token=("<zwx>", "<qrs>")), tmp_path / "weights.zip", base)
+
+
+def test_a_caption_that_is_cut_before_its_token_is_refused_before_any_weight_is_loaded(base, tmp_path):
+    late = "a harbor at dusk, " + "with many small boats, " * 110
+    dataset = write_dataset(tmp_path / "data.zip", ["<zwx>", f"{late} in the style of <zwx>"])
+    with pytest.raises(ValueError, match=r"the caption of 1\.png: 49 of 561 tokens are left out, among them <zwx> .*shorten"):
+        train(dataset, ZERO_PRIOR, tmp_path / "weights.zip", WithoutWeights(base.source, base.device, base.dtype))
+    dataset = write_dataset(tmp_path / "data.zip", ["<zwx>", f"<zwx>, {late}"])
+    run = train(dataset, replace(ZERO_PRIOR, log_prompt_ids=True), tmp_path / "weights.zip", base)
+    warning = "Warning: 1 of 2 captions are cut, 1.png: 45 of 557 tokens are left out (a prompt is cut after 512)"
+    assert run.log.count(warning) == 1
+    (ids,) = (line.split(" tokenized to: ")[1] for line in run.log if line.startswith("Prompt '<zwx>, a harbor"))
+    assert len(json.loads(ids)) == 512
+    assert sum(line.startswith("Placeholder token: <zwx> is the default name.") for line in run.log) == 1
 
 
 def test_a_row_that_starts_at_exact_zero_learns_and_captions_without_the_token_get_it_in_front(base, tmp_path):

@@ -195,6 +195,19 @@ def test_a_prompt_that_does_not_name_the_token_is_warned_about(generate, zero_pr
     assert not generate.warnings()
 
 
+def test_what_is_left_out_of_a_prompt_is_said(generate, zero_prior):
+    late = "a harbor at dusk, " + "with many small boats, " * 110 + "in the style of <zwx>"
+    cut = replace(NAMED, prompt=late, negative_prompt="no " * 600, guidance=2.0)
+    image = generate(cut, zero_prior.archive)
+    assert generate.warnings() == [
+        "Warning: of the prompt 49 of 561 tokens are left out, among them <zwx> (a prompt is cut after 512)",
+        "Warning: of the negative prompt 89 of 601 tokens are left out (a prompt is cut after 512)",
+    ]
+    assert np.array_equal(generate(replace(cut, prompt=late.replace("<zwx>", "it")), zero_prior.archive), image)
+    generate(replace(cut, prompt=f"in the style of <zwx>, {late}", guidance=1.0), zero_prior.archive)
+    assert generate.warnings() == ["Warning: of the prompt 56 of 568 tokens are left out (a prompt is cut after 512)"]
+
+
 def test_weights_of_another_base_model_are_warned_about(generate, zero_prior, zipped):
     meta = zero_prior.meta | {"base_model": "some/other"}
     generate(NAMED, zipped({"meta.json": json.dumps(meta).encode()}))

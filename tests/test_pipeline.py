@@ -196,7 +196,7 @@ def test_bad_weights_leave_the_pipeline_as_it_was(loaded, pipe, zero_prior, tmp_
         with pytest.raises(ValueError, match=sentence):
             placeholder.load(pipe, path)
         assert np.array_equal(images(pipe), before), sentence
-    with pytest.raises(ValueError, match="lora_scale is nan: give a number from 0.0 to 3.0"):
+    with pytest.raises(ValueError, match="lora_scale is nan: give a number from -3.0 to 3.0"):
         placeholder.load(pipe, zero_prior.archive, lora_scale=float("nan"))
     assert np.array_equal(images(pipe), before)
 

@@ -49,6 +49,17 @@ def test_an_alias_counts_where_it_is_given(name, alias):
     assert getattr(request(**{name: 7, alias: 3}), name) == 3
 
 
+@pytest.mark.parametrize("blank", ["", "  ", None])
+def test_every_optional_input_may_be_left_blank(blank):
+    assert image_request(dict.fromkeys(DEFAULTS, blank) | {"prompt": "a cat"}) == request(prompt="a cat")
+
+
+def test_minus_one_draws_a_seed_and_scales_may_be_negative():
+    assert request(seed=-1).seed is None
+    found = request(lora_scale=-3, extra_lora_scale=-0.5, extra_placeholder_token="<a>, <b>")
+    assert (found.lora_scale, found.extra_lora_scale, found.extra_placeholder_token) == (-3.0, -0.5, ("<a>", "<b>"))
+
+
 def test_zero_is_a_seed_and_a_guidance():
     assert request(seed=0).seed == 0
     assert request(guidance_scale=0).guidance == 0
@@ -66,7 +77,6 @@ def test_enhance_prompt_appends_the_model_cards_words():
         ({"prompt": " \n"}, "prompt is empty"),
         ({"prompt": None}, "prompt is None: give text"),
         ({"prompt": "x" * 20_001}, "prompt is 20001 characters long"),
-        ({"negative_prompt": None}, "negative_prompt is None: give text"),
         ({"steps": 0}, "steps is 0: give a whole number from 1 to 200"),
         ({"num_inference_steps": 201}, "num_inference_steps is 201: give a whole number from 1 to 200"),
         ({"guidance": -1}, "guidance is -1: give a number from 0"),
@@ -77,9 +87,9 @@ def test_enhance_prompt_appends_the_model_cards_words():
         ({"width": 64, "height": 2049}, "height is 2049: give a whole number from 64 to 2048"),
         ({"aspect_ratio": "5:4"}, "aspect_ratio is '5:4': choose one of 1:1, 16:9"),
         ({"image_size": "big"}, "image_size is 'big': choose one of optimize_for_quality, optimize_for_speed"),
-        ({"seed": -1}, "seed is -1: give a whole number from 0 to 4294967295"),
-        ({"lora_scale": 3.1}, "lora_scale is 3.1: give a number from 0"),
-        ({"extra_lora_scale": -0.1}, "extra_lora_scale is -0.1: give a number from 0"),
+        ({"seed": -2}, "seed is -2: give a whole number from -1 to 4294967295"),
+        ({"lora_scale": 3.1}, "lora_scale is 3.1: give a number from -3.0 to 3.0"),
+        ({"extra_lora_scale": -3.1}, "extra_lora_scale is -3.1: give a number from -3.0 to 3.0"),
         ({"go_fast": "yes"}, "go_fast is 'yes': give true or false"),
         ({"enhance_prompt": 1}, "enhance_prompt is 1: give true or false"),
         ({"output_format": "gif"}, "output_format is 'gif': choose one of webp, jpg, png"),

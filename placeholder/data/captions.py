@@ -1,34 +1,19 @@
 """The captions of a training as text: where each comes from, with the token in its place, and as files."""
 
+import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from placeholder.config import TrainConfig
-from placeholder.data.buckets import to_image
+from placeholder.config import DEFAULT_CAPTION, DEFAULT_PLACEHOLDER, PLAIN_DEFAULT_CAPTION, TrainConfig
 from placeholder.data.dataset import Photo
-from placeholder.distributed import Processes
-from placeholder.errors import Log, label
-from placeholder.model.captioner import MAX_NEW_TOKENS, describe
+from placeholder.errors import Log, label, quoted
 
 Source = Literal["file", "default", "auto"]
 MAX_FILES = 10_000  # the archive may hold twice as many
-DRAFT_WORDS, DRAFT_MENTIONS = " a" * MAX_NEW_TOKENS, 3  # one id a word; about as often a token is named in two sentences
-PROGRESS_LINES = 10
-# Instructions for the captioning model; docs/captions.md quotes them.
-SENTENCES = (
-    "Describe the setting, the light and the framing. Name only what can be seen. Answer with one or two plain sentences and "
-    "begin with the description itself, without words such as 'The image shows'."
-)
-INSTRUCTION = f"Write a caption for this image: what it shows and what happens in it. {SENTENCES}"
-SUBJECT_INSTRUCTION = (
-    "Write a caption for this image. {subject} is called {name}: write {name} wherever you mention it, and say nothing of "
-    "what {name} itself looks like. Describe what may be different in another image of {name}: the pose, what {name} does, "
-    f"clothing, other things around. {SENTENCES}"
-)
+SIGNS = r"<>|\[trigger\]|\[name\]"  # the places of the token; those in square brackets are ai-toolkit's
+BRACKETED = rf"{SIGNS}|<[^<>\s]+>"
 
 
 class Caption(NamedTuple):
@@ -55,6 +40,8 @@ def trained_captions(photos: list[Photo], config: TrainConfig, log: Log, descrip
         placed = [place_token(caption.text, config.tokens, caption.name) for caption in captions]
         log(f"Captions: {sum(in_front for _, in_front in placed)} of {len(placed)} lacked the token and got it in front")
         captions = [caption._replace(text=text) for caption, (text, _) in zip(captions, placed, strict=True)]
+    for warning in plain_text_warnings(captions, config):
+        log(warning)
     if descriptions:
         for caption in captions:
             log(f"Caption of {caption.name} ({caption.source}): {caption.text}")
@@ -68,17 +55,23 @@ def _caption(photo: Photo, config: TrainConfig, descriptions: Iterator[str]) -> 
         parts = (config.autocaption_prefix or "", next(descriptions), config.autocaption_suffix or "")
         if text := " ".join(" ".join(parts).split()):
             return Caption(photo.name, text, "auto", photo.file)
-    return Caption(photo.name, config.default_caption, "default", photo.file)
+    plain = not config.tokens and config.default_caption == DEFAULT_CAPTION
+    return Caption(photo.name, PLAIN_DEFAULT_CAPTION if plain else config.default_caption, "default", photo.file)
+
+
+def with_token(text: str, token: str) -> str:
+    """The text with the token in the places that `<>`, `[trigger]` and `[name]`, in any case, mark."""
+    return re.sub(SIGNS, lambda _sign: token, text, flags=re.IGNORECASE)
 
 
 def place_token(caption: str, tokens: tuple[str, ...], name: str) -> tuple[str, bool]:
     """The caption with its token, and whether the token had to be put in front.
 
-    `<>` and `[trigger]` become the token. With several tokens a caption has to name one itself, because nothing says which
-    is meant; one that does not raises ValueError with the image's `name`.
+    With several tokens a caption has to name one itself, because nothing says which is meant; one that does not raises
+    ValueError with the image's `name`.
     """
     if len(tokens) == 1:
-        caption = caption.replace("<>", tokens[0]).replace("[trigger]", tokens[0])
+        caption = with_token(caption, tokens[0])
     if any(token in caption for token in tokens):
         return caption, False
     if len(tokens) > 1:
@@ -86,6 +79,22 @@ def place_token(caption: str, tokens: tuple[str, ...], name: str) -> tuple[str, 
             f"the caption of {name} names none of {', '.join(tokens)}: with several tokens each caption says which"
         )
     return f"{tokens[0]} {caption}".rstrip(), True
+
+
+def plain_text_warnings(captions: list[Caption], config: TrainConfig) -> list[str]:
+    """A warning for each spelling that only looks like the token: a sign, another case, the word without its brackets."""
+    bare = filter(None, (token.strip("<>") for token in config.placeholder_token or (DEFAULT_PLACEHOLDER,)))
+    pattern = re.compile("|".join([BRACKETED, *(rf"(?<!\w){re.escape(word)}(?!\w)" for word in bare)]), re.IGNORECASE)
+    examples: dict[str, list[Caption]] = {}
+    for caption in captions:
+        for sign in set(pattern.findall(without_token(caption.text, config.tokens, " "))) - {config.class_word}:
+            examples.setdefault(sign, []).append(caption)
+    advice = f"write {' or '.join(config.tokens)} where the subject is meant" if config.tokens else "no token is trained"
+    return [
+        f"Warning: {quoted(sign)} is plain text in {len(found)} of {len(captions)} captions, such as that of {found[0].name}: "
+        f"{quoted(found[0].text)}; {advice}"
+        for sign, found in sorted(examples.items())
+    ]
 
 
 def without_token(caption: str, tokens: tuple[str, ...], class_word: str) -> str:
@@ -115,7 +124,7 @@ def caption_files(captions: list[Caption]) -> dict[str, bytes]:
     names: list[str | None] = []
     taken: set[str] = set()
     for caption in captions[:MAX_FILES]:
-        name = caption.file[: caption.file.rindex(".")] + ".txt"
+        name = str(PurePosixPath(caption.file).with_suffix(".txt"))
         key = unicodedata.normalize("NFC", name).casefold()
         names.append(name if label(caption.file) == caption.file and key not in taken else None)
         taken.add(key)
@@ -128,64 +137,3 @@ def caption_files(captions: list[Caption]) -> dict[str, bytes]:
             taken.add(name)
         files[name] = f"{caption.text}\n".encode()
     return files
-
-
-def undescribed(photos: list[Photo], config: TrainConfig) -> list[Photo]:
-    """The images that autocaption is to describe."""
-    return [photo for photo in photos if photo.caption is None] if config.autocaption else []
-
-
-def draft(config: TrainConfig) -> str:
-    """The longest description there may be, for the memory plan and for checks before the descriptions are made."""
-    return " ".join(config.tokens[:1] * DRAFT_MENTIONS) + DRAFT_WORDS
-
-
-def check_autocaption(config: TrainConfig) -> None:
-    """Raise ValueError where nothing says which of several tokens an image without a caption shows."""
-    if len(config.tokens) > 1 and not _named_around(config):
-        raise ValueError(
-            f"autocaption cannot tell which of {', '.join(config.tokens)} an image shows: name one in autocaption_prefix or "
-            "autocaption_suffix, or write a .txt caption next to each image"
-        )
-
-
-def _named_around(config: TrainConfig) -> list[str]:
-    """The tokens that autocaption_prefix or autocaption_suffix names."""
-    around = f"{config.autocaption_prefix or ''} {config.autocaption_suffix or ''}"
-    return [token for token in config.tokens if token in around]
-
-
-def instruction(config: TrainConfig) -> str:
-    """The instruction to the captioning model: with a token, describe what varies, and call the subject by the token.
-
-    Of several tokens that is the first one that autocaption_prefix or autocaption_suffix names.
-    """
-    named = config.tokens if len(config.tokens) == 1 else _named_around(config)
-    if not named:
-        return INSTRUCTION
-    class_word = " ".join(config.class_word.split())
-    subject = f"Its main subject, a {class_word}," if class_word else "Its main subject"
-    return SUBJECT_INSTRUCTION.format(subject=subject, name=named[0])
-
-
-def describe_photos(
-    vlm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    photos: list[Photo],
-    config: TrainConfig,
-    processes: Processes,
-    log: Log,
-    describe: Callable[..., str] = describe,
-) -> list[str]:
-    """A description of each image, made from its largest crop; several processes share the work, and all get all of it."""
-    text = instruction(config)
-    log(f"Autocaption: {len(photos)} images are described; the instruction: {text}")
-    share = processes.shard(list(enumerate(photos)))
-    every, found = max(1, -(-len(share) // PROGRESS_LINES)), []
-    by = " by this process" if processes.world_size > 1 else ""
-    for done, (number, photo) in enumerate(share, 1):
-        image = to_image(max(photo.crops, key=Tensor.numel))
-        found.append((number, describe(vlm, tokenizer, image, text)))
-        if done % every == 0 or done == len(share):
-            log(f"Autocaption: {done} of {len(share)} images described{by}")
-    return [description for _, description in sorted(processes.all_gather(found))]

@@ -126,7 +126,7 @@ def _download(url: str, target: Path) -> None:
             shutil.copyfileobj(response, file)
     except (OSError, ValueError, http.client.HTTPException) as error:
         # Without a cause: what urllib says may quote the URL.
-        raise ValueError(f"the weights could not be fetched from {shown} ({_reason(error)}): check the URL") from None
+        raise ValueError(f"the file could not be fetched from {shown} ({_reason(error)}): check the URL") from None
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
 from placeholder.config import TrainConfig
-from placeholder.data.captions import without_token
+from placeholder.data.captions import with_token, without_token
 from placeholder.devices import free_memory
 from placeholder.lora.adapter import without_lora
 from placeholder.model.base import QWEN_IMAGE, BaseModel
@@ -37,7 +37,7 @@ def sample_prompts(config: TrainConfig, captions: Sequence[str]) -> list[str]:
         return []
     given = [line.strip() for line in config.sample_prompts.splitlines() if line.strip()]
     if len(config.tokens) == 1:
-        given = [line.replace("<>", config.tokens[0]).replace("[trigger]", config.tokens[0]) for line in given]
+        given = [with_token(line, config.tokens[0]) for line in given]
     count = min(CAPTIONS, max(1, config.steps // STEPS_A_CAPTION))
     return list(dict.fromkeys(given)) or list(dict.fromkeys(captions))[:count]
 

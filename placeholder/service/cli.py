@@ -8,8 +8,9 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,6 +55,18 @@ def inputs_of(command: str, given: dict[str, Any]) -> dict[str, Any]:
 def _path(value: str) -> Path | str:
     """Absolute, because the processes of a training run in another folder; a URL as it is."""
     return value if value.startswith(("http://", "https://")) else Path(value).absolute()
+
+
+@contextmanager
+def fetched(inputs: dict[str, Any], *names: str) -> Iterator[dict[str, Path]]:
+    """A local file, while this lasts, for each of these inputs that is a URL."""
+    urls = {name: inputs[name] for name in names if isinstance(inputs[name], str)}
+    with ExitStack() as kept:
+        if urls:
+            from placeholder.model.download import local_file
+
+            urls = {name: kept.enter_context(local_file(url)) for name, url in urls.items()}
+        yield urls
 
 
 def output_path(value: str, overwrite: bool) -> Path:
@@ -103,7 +116,8 @@ def train(given: dict[str, Any], console: Console, launch: Callable[[Job, Log], 
     if not first:
         inputs |= dict.fromkeys(("wandb_api_key", *WANDB_NAMES, "hf_repo_id", "hf_token"))
     path, overwrite = given.get("output", "weights.zip"), given.get("overwrite", False)
-    job = Job.of(inputs, output_path(path, overwrite) if first else Path(path).absolute())
+    with fetched(inputs, "config") as files:
+        job = Job.of(inputs | files, output_path(path, overwrite) if first else Path(path).absolute())
     repository = None
     if inputs["hf_repo_id"]:
         from placeholder.report.hub import HubRepository
@@ -112,7 +126,8 @@ def train(given: dict[str, Any], console: Console, launch: Callable[[Job, Log], 
         repository.check()
     _make_model_path_absolute()
     try:
-        written = launch(job, console)
+        with fetched(inputs, "dataset", "resume_from") as files:
+            written = launch(replace(job, **files), console)
     except (KeyboardInterrupt, SystemExit):
         folder = job.checkpoints.path if job.checkpoints else None
         if folder is not None and any(folder.glob("checkpoint-*.safetensors")):
@@ -134,18 +149,18 @@ def predict(given: dict[str, Any], console: Console) -> Path:
     """A whole prediction; returns the path of the image."""
     found = output_format(given)
     inputs = inputs_of("predict", given | ({"output_format": found} if found else {}))
-    paths = [inputs.pop(name) for name in ("replicate_weights", "extra_lora_weights")]
-    request = image_request(inputs)
+    names = ("replicate_weights", "extra_lora_weights")
+    request = image_request({name: value for name, value in inputs.items() if name not in names})
     output = output_path(given.get("output", f"output.{request.output_format}"), given.get("overwrite", False))
 
     from placeholder.generate import ImageGenerator, save_image
     from placeholder.lora.distilled import load_fast_lora
     from placeholder.model.base import BaseModel
-    from placeholder.model.download import local_file
     from placeholder.weights.archive import read_weights
 
     with ExitStack() as kept:
-        archives = [kept.enter_context(local_file(str(path))) if path else None for path in paths]
+        files = inputs | kept.enter_context(fetched(inputs, *names))
+        archives = [files[name] for name in names]
         for archive in filter(None, archives):
             read_weights(archive)  # its errors come before the base model is loaded
         base = BaseModel.from_environment()

@@ -5,6 +5,7 @@ they are, and the new ids are inserted between them; at a new id, its learned em
 """
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,10 @@ class PlaceholderTokens(nn.Module):
     def contains(self, input_ids: list[int]) -> bool:
         """Whether any of the ids is a placeholder's."""
         return any(self.first_id <= token_id < self.first_id + len(self.rows) for token_id in input_ids)
+
+    def named(self, input_ids: Sequence[int]) -> set[str]:
+        """The tokens that a prompt of these ids names."""
+        return {token for token, ids in self.ids.items() if {*ids} <= {*input_ids}}
 
     def embed(self, embed_tokens: nn.Embedding, input_ids: Tensor) -> Tensor:
         """Input embeddings (B, T, D) of ids (B, T): the vocabulary's rows, and the learned rows at the placeholders' ids.

@@ -1,6 +1,7 @@
 """From prompts to prompt_embeds, in one way for training and prediction: ids inside the template, then the text encoder."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,42 @@ def prompt_template() -> tuple[str, str, int]:
     return QWEN_IMAGE.prompt_prefix, QWEN_IMAGE.prompt_suffix, QWEN_IMAGE.dropped_tokens
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, prompt: str) -> tuple[int, ...]:
+class TokenizedPrompt(NamedTuple):
+    """A prompt as ids: `ids` inside the template, as they are encoded; of the prompt itself the `used` and the `left_out`."""
+
+    ids: tuple[int, ...]
+    used: tuple[int, ...]
+    left_out: tuple[int, ...]
+
+    def lost(self, tokens: PlaceholderTokens) -> list[str]:
+        """The tokens that the prompt names where it is left out."""
+        return [token for token, ids in tokens.ids.items() if {*ids} & {*self.left_out} and not {*ids} <= {*self.used}]
+
+    def cut(self, tokens: PlaceholderTokens) -> str:
+        """What is left out, in words; empty where nothing is."""
+        if not self.left_out:
+            return ""
+        count, lost = len(self.left_out), self.lost(tokens)
+        return (
+            f"{count} of {len(self.used) + count} tokens are left out{', among them ' if lost else ''}{', '.join(lost)} "
+            f"(a prompt is cut after {QWEN_IMAGE.max_prompt_tokens})"
+        )
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, prompt: str) -> TokenizedPrompt:
     """The ids of a prompt inside the template, with the placeholders' ids in their places.
 
-    Truncated after the most tokens of a prompt that the pipeline takes. An empty prompt counts as EMPTY_PROMPT.
+    Cut after the most tokens that the pipeline takes, as it does it. An empty prompt counts as EMPTY_PROMPT.
     """
     prefix, suffix, dropped = prompt_template()
-    return tuple(tokens.tokenize(tokenizer, prompt or EMPTY_PROMPT, prefix, suffix)[: dropped + QWEN_IMAGE.max_prompt_tokens])
+    ids = tuple(tokens.tokenize(tokenizer, prompt or EMPTY_PROMPT, prefix, suffix))
+    own, most = ids[dropped : len(ids) - len(tokenizer(suffix).input_ids)], QWEN_IMAGE.max_prompt_tokens
+    return TokenizedPrompt(ids[: dropped + most], own[:most], own[most:])
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, prompt: str) -> tuple[int, ...]:
+    """The ids of a prompt as they are encoded, see `tokenized`."""
+    return tokenized(tokenizer, tokens, prompt).ids
 
 
 def encode_prompts(text_encoder: nn.Module, tokens: PlaceholderTokens, input_ids: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Diagnostics:
     """Mean losses on the same noise, and each token's nearest vocabulary entries with their cosines.
 
     `loss`: trained embeddings and LoRA. `loss_row_reset`: the embeddings as before training, with the LoRA. `loss_lora_off`:
-    the trained embeddings alone. `loss_base`: neither.
+    the trained embeddings alone. `loss_base`: neither. `unchanged`: the tokens whose embeddings are still those of the start.
     """
 
     loss: float
@@ -33,6 +33,7 @@ class Diagnostics:
     loss_lora_off: float
     loss_base: float
     nearest_tokens: dict[str, list[list]]
+    unchanged: list[str]
 
     @property
     def row_share(self) -> float:
@@ -48,9 +49,14 @@ class Diagnostics:
         ]
         for token, nearest in self.nearest_tokens.items():
             lines.append(f"Nearest to {token}: " + ", ".join(f"{entry!r} {cosine:.2f}" for entry, cosine in nearest))
+        if self.unchanged:
+            lines.append(
+                f"Warning: the embedding of {', '.join(self.unchanged)} is as it was before training: no step had a prompt "
+                "with the token in it, or placeholder_learning_rate is 0"
+            )
         if self.loss >= self.loss_base:
             lines.append("Warning: the training did not lower the loss: train for longer, or change learning_rate")
-        elif self.row_share < IGNORED_SHARE:
+        elif self.row_share < IGNORED_SHARE and len(self.unchanged) < len(self.nearest_tokens):
             lines.append(
                 f"Warning: the token was ignored: with its embedding reset only {max(self.row_share, 0):.0%} of what training "
                 "gained is lost; train for longer, raise placeholder_learning_rate or placeholder_warmup_fraction, or lower "
@@ -87,7 +93,10 @@ def diagnose(training: Training) -> Diagnostics:
 
     (trained, row_reset), (lora_off, base) = both(lora_off=False), both(lora_off=True)
     vocabulary = training.prompt_embeds.text_encoder.embed_tokens.weight
-    return Diagnostics(trained, row_reset, lora_off, base, nearest_tokens(tokens, vocabulary, training.tokenizer))
+    with rows_as(tokens, training.initial_rows):
+        initial = tokens.embeddings()
+    unchanged = [token for token, rows in tokens.embeddings().items() if torch.equal(rows, initial[token])]
+    return Diagnostics(trained, row_reset, lora_off, base, nearest_tokens(tokens, vocabulary, training.tokenizer), unchanged)
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.config import TrainConfig
-from placeholder.data.captions import preserved_prompts
-from placeholder.errors import Log
+from placeholder.data.captions import Caption, preserved_prompts
+from placeholder.errors import Log, listed
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
-from placeholder.tokens.prompt_encoder import prompt_ids
+from placeholder.tokens.prompt_encoder import prompt_ids, tokenized
 from placeholder.training.flow import sample_sigma
 
 MAX_NOISE_SEED = 2**63 - 1
@@ -49,18 +49,27 @@ class Prompts:
 
 
 def prompts_of(
-    captions: list[str], config: TrainConfig, tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, log: Log
+    captions: list[Caption], config: TrainConfig, tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, log: Log
 ) -> Prompts:
-    """The ids of the captions, and of what is to be preserved beside them."""
-    ids = [prompt_ids(tokenizer, tokens, caption) for caption in captions]
+    """The ids of the captions, and of what is to be preserved beside them; logs which captions are cut.
+
+    Raises ValueError where a caption's token is left out, because nothing would be learned of it.
+    """
+    tokenized_captions = {caption: tokenized(tokenizer, tokens, caption.text) for caption in captions}
+    cut = [f"{caption.name}: {words}" for caption, prompt in tokenized_captions.items() if (words := prompt.cut(tokens))]
+    lost = [f"{caption.name}: {prompt.cut(tokens)}" for caption, prompt in tokenized_captions.items() if prompt.lost(tokens)]
+    if lost:
+        raise ValueError(f"the caption of {lost[0]}: shorten it, or name the token earlier")
+    if cut:
+        log(f"Warning: {len(cut)} of {len(captions)} captions are cut, {listed(cut)}")
     preserved = [
         tuple(prompt_ids(tokenizer, tokens, prompt) for prompt in prompts)
-        for prompts in preserved_prompts(captions, config, log)
+        for prompts in preserved_prompts([caption.text for caption in captions], config, log)
     ]
     if config.log_prompt_ids:
-        for caption in dict.fromkeys(captions):
-            log(f"Prompt '{caption}' tokenized to: {tokens.tokenize(tokenizer, caption)}")
-    return Prompts(ids, preserved)
+        for text, used in {caption.text: prompt.used for caption, prompt in tokenized_captions.items()}.items():
+            log(f"Prompt '{text}' tokenized to: {list(used)}")
+    return Prompts([tokenized_captions[caption].ids for caption in captions], preserved)
 
 
 @dataclass(frozen=True)

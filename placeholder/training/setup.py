@@ -10,16 +10,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.config import TrainConfig
-from placeholder.data.captions import check_autocaption, describe_photos, draft, trained_captions, undescribed
+from placeholder.data.autocaption import check_autocaption, describe_photos, draft, undescribed
+from placeholder.data.captions import trained_captions
 from placeholder.data.dataset import DatasetReport, Photo, dataset_digest, read_dataset, thumbnail
 from placeholder.devices import free_memory
+from placeholder.errors import Log, quoted
 from placeholder.lora.adapter import add_lora
 from placeholder.model.base import QWEN_IMAGE
 from placeholder.model.captioner import check_vision_tower, load_vlm
 from placeholder.model.loading import load_text_encoder, load_tokenizer, load_transformer, load_vae, shift_constants, text_width
 from placeholder.model.vae import encode_image
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, fresh_tokens
-from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, PromptEncoder, prompt_ids
+from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, PromptEncoder, prompt_ids, tokenized
 from placeholder.tokens.vocabulary import check_tokens
 from placeholder.training.context import Context, Training, TrainingData
 from placeholder.training.examples import BatchSampler, Example, Prompts, prompts_of
@@ -59,8 +61,10 @@ def prepare(
     captions = trained_captions(photos, config, log, descriptions)
     texts = [caption.text for caption in captions]
     digest = dataset_digest(photos, texts)
-    prompts = prompts_of(texts, config, tokenizer, tokens, log)
-    shown = {text: prompt_ids(tokenizer, tokens, text) for text in shown_prompts(config, texts)}
+    prompts = prompts_of(captions, config, tokenizer, tokens, log)
+    shown = {
+        text: sample_ids(text, tokenizer, tokens, _silent if text in texts else log) for text in shown_prompts(config, texts)
+    }
     thumbnails = [thumbnail(photo, THUMBNAIL_SIDE) for photo in photos[:THUMBNAILS] if config.report]
     data = TrainingData(report, captions, descriptions, digest, thumbnails)
     empty_ids = prompt_ids(tokenizer, tokens, EMPTY_PROMPT)
@@ -106,11 +110,11 @@ def plan_photos(
     """
     config = context.config
     drafts = [draft(config)] * len(undescribed(photos, config)) if descriptions is None else descriptions
-    texts = [caption.text for caption in trained_captions(photos, config, _silent, drafts)]
-    digest = dataset_digest(photos, texts)
+    captions = trained_captions(photos, config, _silent, drafts)
+    digest = dataset_digest(photos, [caption.text for caption in captions])
     context.processes.check_same("a data set", digest)
     check_dataset(context.start, digest)
-    longest = max(map(len, prompts_of(texts, config, tokenizer, tokens, _silent).all))
+    longest = max(map(len, prompts_of(captions, config, tokenizer, tokens, _silent).all))
     largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
     free = context.processes.all_reduce_min(context.base.free_bytes())
     config = replace(config, autocaption=descriptions is None)
@@ -149,6 +153,14 @@ def encode_photos(photos: list[Photo], prompts: Prompts, context: Context) -> li
                 examples.append(Example(latents, _grid(pixels), mu, input_ids, preserved, weights))
     context.log(f"Latents: {len(examples)} crops cached")
     return examples
+
+
+def sample_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, log: Log) -> tuple[int, ...]:
+    """The ids of a prompt of the report's images; logs what is left out of it."""
+    found = tokenized(tokenizer, tokens, prompt)
+    if found.left_out:
+        log(f"Warning: of the sample prompt {quoted(prompt)} {found.cut(tokens)}")
+    return found.ids
 
 
 def encode_text(

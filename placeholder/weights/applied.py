@@ -15,8 +15,8 @@ from placeholder.tokens.vocabulary import archive_tokens, check_tokens
 from placeholder.transformer.layers import fuse_lora_addition
 from placeholder.weights.archive import Weights, content_digest, read_weights
 
-Applied = tuple[tuple[str, str], ...]  # adapters and the digests of their archives
-INCOMPLETE: Applied = (("incomplete", ""),)
+Applied = tuple[tuple[str, str, tuple[str, ...]], ...]  # adapters, the digests of their archives, and their tokens' other names
+INCOMPLETE: Applied = (("incomplete", "", ()),)
 ARCHIVES_KEPT = 4  # read and checked, in the host's memory; one of rank 32 takes 0.2 GB
 
 
@@ -41,17 +41,27 @@ class AppliedWeights:
         self.archives: OrderedDict[str, Weights] = OrderedDict()  # by digest, the least recently used first
         self._reset()
 
-    def apply(self, path: Path | None, extra: Path | None = None, fast: dict[str, Tensor] | None = None) -> None:
+    def apply(
+        self,
+        path: Path | None,
+        extra: Path | None = None,
+        fast: dict[str, Tensor] | None = None,
+        extra_names: tuple[str, ...] = (),
+    ) -> None:
         """Apply an archive, and an extra one, unless those applied have the same content; nothing of earlier ones remains.
 
+        `extra_names` are other names for the tokens of the extra one, in their order; empty: as they were trained.
         The step-distilled LoRA `fast` is added to them. It stays, inactive, until the archives' layers change or no archive is
         asked for. Raises ValueError for weights that cannot be used.
         """
+        if extra_names and not extra:
+            raise ValueError("extra_placeholder_token renames the token of extra_lora_weights, which are not given")
         paths = {adapter: given for adapter, given in ((ADAPTER, path), (EXTRA_ADAPTER, extra)) if given}
         if not paths and not fast:
             self.remove()
             return
-        wanted = tuple((adapter, content_digest(given)) for adapter, given in paths.items())
+        names = {EXTRA_ADAPTER: extra_names}
+        wanted = tuple((adapter, content_digest(given), names.get(adapter, ())) for adapter, given in paths.items())
         if wanted != self.applied:
             self._switch(paths, wanted)
         if fast and not self.has_fast:
@@ -76,13 +86,13 @@ class AppliedWeights:
     def scale(self, scale: float, extra_scale: float, fast: bool) -> None:
         """Set the strengths of the archives' LoRAs, and whether the step-distilled LoRA is active."""
         scales = {ADAPTER: scale, EXTRA_ADAPTER: extra_scale}
-        active = {adapter: scales[adapter] for adapter, _ in self.applied} | ({FAST_ADAPTER: 1.0} if fast else {})
+        active = {adapter: scales[adapter] for adapter, *_ in self.applied} | ({FAST_ADAPTER: 1.0} if fast else {})
         if active:
             scale_loras(self.transformer, active)
 
-    def unnamed(self, prompt: str) -> list[str]:
-        """A warning for each archive none of whose tokens the prompt names."""
-        missing = [names for names in self.names if names and not any(token in prompt for token in names)]
+    def unnamed(self, named: set[str]) -> list[str]:
+        """A warning for each archive none of whose tokens is among those that the prompt names."""
+        missing = [names for names in self.names if names and not named.intersection(names)]
         return [
             f"Warning: the prompt does not name {' or '.join(names)}, so the trained subject may not appear"
             for names in missing
@@ -93,7 +103,7 @@ class AppliedWeights:
         self.applied: Applied = ()  # last: an interruption before leaves INCOMPLETE
 
     def _switch(self, paths: dict[str, Path], wanted: Applied) -> None:
-        parts = [self._read(paths[adapter], digest) for adapter, digest in wanted]
+        parts = [self._read(paths[adapter], digest).renamed(names) for adapter, digest, names in wanted]
         tokens = self._tokens(parts)
         if not self._overwrite(wanted, parts):
             self.remove()
@@ -126,7 +136,8 @@ class AppliedWeights:
             archive_tokens(part.embeddings, part.meta.get("placeholder_token_ids", {}), self.tokenizer, self.width)
             if shared := sorted(embeddings.keys() & part.embeddings.keys()):
                 raise ValueError(
-                    f"replicate_weights and extra_lora_weights both use the token {shared[0]!r}: train one of them with another"
+                    f"replicate_weights and extra_lora_weights both use the token {shared[0]!r}: give extra_placeholder_token, "
+                    "another name for that of extra_lora_weights, such as <second>"
                 )
             for name, here in (("base_model", self.base.source), ("base_model_revision", self.base.commit)):
                 if (trained_on := part.meta.get(name, here)) != here:
@@ -137,7 +148,7 @@ class AppliedWeights:
 
     def _overwrite(self, wanted: Applied, parts: list[Weights]) -> bool:
         """Copy the one LoRA that is wanted into the layers of the one that is applied, if these are the same layers."""
-        if self.offloaded or [adapter for adapter, _ in self.applied] != [adapter for adapter, _ in wanted] or len(parts) > 1:
+        if self.offloaded or [adapter for adapter, *_ in self.applied] != [adapter for adapter, *_ in wanted] or len(parts) > 1:
             return False
         before, self.applied = self.applied, INCOMPLETE
         if overwrite_lora(self.transformer, parts[0].lora):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,17 @@ class Weights:
     lora: dict[str, Tensor]
     embeddings: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def renamed(self, names: tuple[str, ...]) -> "Weights":
+        """The same with other names for its tokens, in their order; ValueError for another number of them."""
+        if not names:
+            return self
+        if len(names) != len(self.embeddings):
+            known = ", ".join(self.embeddings) or "no token"
+            raise ValueError(f"extra_placeholder_token gives {len(names)} names, extra_lora_weights have {known}: one for each")
+        ids = dict(zip(names, self.meta["placeholder_token_ids"].values(), strict=True))
+        embeddings = dict(zip(names, self.embeddings.values(), strict=True))
+        return replace(self, embeddings=embeddings, meta=self.meta | {"placeholder_token_ids": ids})
 
 
 def write_weights(path: Path, weights: Weights, lora_metadata: dict[str, Any], header: dict[str, str] | None = None) -> None:

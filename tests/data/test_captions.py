@@ -1,31 +1,23 @@
-"""Captions as text: the token in its place, what is preserved, descriptions by autocaption, and captions as files."""
+"""Captions as text: the token in its place, spellings that are none, what is preserved, and captions as files."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
-from PIL import Image
 
-from demo.server import ROOT
 from placeholder.config import TrainConfig
-from placeholder.data import captions as captions_module
 from placeholder.data.captions import (
     Caption,
     caption_files,
-    check_autocaption,
-    describe_photos,
-    instruction,
     place_token,
+    plain_text_warnings,
     preserved_prompts,
     trained_captions,
     without_token,
 )
-from placeholder.data.dataset import Photo, read_dataset
-from placeholder.distributed import Processes
-from tests.support.samples import write_dataset
+from placeholder.data.dataset import Photo
 
 TOKEN = TrainConfig(train_placeholder_token=True, placeholder_token=("<zwx>",))
 AUTO = replace(TOKEN, autocaption=True, autocaption_prefix="a photo of [trigger], ", autocaption_suffix=" 35mm")
-TWO = replace(TOKEN, placeholder_token=("<a>", "<b>"), autocaption=True)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +26,7 @@ TWO = replace(TOKEN, placeholder_token=("<a>", "<b>"), autocaption=True)
         ("a photo of <zwx>", "a photo of <zwx>", False),
         ("a photo of <>", "a photo of <zwx>", False),
         ("<> and [trigger] and <zwx>", "<zwx> and <zwx> and <zwx>", False),
+        ("a [TRIGGER] dog beside [Name]", "a <zwx> dog beside <zwx>", False),
         ("a photo of a cat", "<zwx> a photo of a cat", True),
         ("<ZWX> in capitals", "<zwx> <ZWX> in capitals", True),
         ("", "<zwx>", True),
@@ -64,6 +57,44 @@ def test_a_caption_without_its_token_has_the_class_word_instead(caption, class_w
     assert without_token(caption, ("<zwx>", "<qrs>"), class_word) == plain
 
 
+@pytest.mark.parametrize(
+    ("config", "captions", "found"),
+    [
+        (TOKEN, ["a <zwx> dog", "<zwx>", "a zwxy dog"], []),
+        (TOKEN, ["a <ZWX>", "a zwx dog", "the Zwx", "one more zwx"], [("<ZWX>", 1), ("Zwx", 1), ("zwx", 2)]),
+        (TOKEN, ["<zwx> and zwx, zwx", "<qrs>"], [("<qrs>", 1), ("zwx", 1)]),
+        (replace(TOKEN, placeholder_token=("<dog>",), class_word="dog"), ["a <dog> dog"], []),
+        (replace(TOKEN, placeholder_token=("zwx",)), ["a zwx", "a ZWX"], [("ZWX", 1)]),
+        (replace(TOKEN, placeholder_token=("<a>", "<b>")), ["<a> and [name]"], [("[name]", 1)]),
+        (TrainConfig(), ["a <>", "[Trigger] dog", "zwx", "a cat"], [("<>", 1), ("[Trigger]", 1), ("zwx", 1)]),
+        (replace(TOKEN, train_placeholder_token=False), ["a photo of <zwx>"] * 2, [("<zwx>", 2)]),
+    ],
+)
+def test_what_only_looks_like_the_token_gets_a_warning_with_its_count(config, captions, found):
+    given = [Caption(f"{number}.png", text, "file") for number, text in enumerate(captions)]
+    warnings = plain_text_warnings(given, config)
+    assert [warning.split(" captions, such as ")[0] for warning in warnings] == [
+        f"Warning: {sign!r} is plain text in {count} of {len(captions)}" for sign, count in found
+    ]
+
+
+def test_a_warning_of_plain_text_has_an_example_and_says_what_to_do():
+    warning = "Warning: '<ZWX>' is plain text in 1 of 1 captions, such as that of a.png: 'a photo of <ZWX>'; "
+    given = [Caption("a.png", "a photo of <ZWX>", "file")]
+    assert plain_text_warnings(given, TOKEN) == [warning + "write <zwx> where the subject is meant"]
+    assert plain_text_warnings(given, TrainConfig()) == [warning + "no token is trained"]
+
+
+def test_without_a_token_the_default_caption_makes_sense_by_itself():
+    log: list[str] = []
+    photos = [Photo("0.png", None, ())]
+    (caption,) = trained_captions(photos, TrainConfig(), log.append)
+    assert (caption.text, log) == ("A photo of a person", [])
+    (caption,) = trained_captions(photos, replace(TrainConfig(), default_caption="my <>"), log.append)
+    assert caption.text == "my <>"
+    assert log[0].startswith("Warning: '<>' is plain text in 1 of 1 captions")
+
+
 def test_preserved_prompts_are_the_caption_without_the_token_and_the_empty_one():
     log: list[str] = []
     found = preserved_prompts(["a <zwx> in a garden"], replace(TOKEN, class_word="dog"), log.append)
@@ -91,7 +122,8 @@ def test_a_description_without_the_token_gets_it_in_front():
 def test_in_the_baseline_captions_are_taken_literally():
     (caption,), log = described(replace(AUTO, train_placeholder_token=False), "It sits.")
     assert caption.text == "a photo of [trigger], It sits. 35mm"
-    assert log == [f"Caption of 0.png (auto): {caption.text}"]
+    assert log[0].startswith("Warning: '[trigger]' is plain text in 1 of 1 captions, such as that of 0.png: ")
+    assert log[1:] == [f"Caption of 0.png (auto): {caption.text}"]
 
 
 def test_an_empty_description_leaves_prefix_and_suffix_or_else_the_default():
@@ -101,64 +133,6 @@ def test_an_empty_description_leaves_prefix_and_suffix_or_else_the_default():
     assert captions[0][1:3] == ("A photo of a person named <zwx>", "default")
     assert captions[1][1:3] == ("<zwx> It sits.", "auto")
     assert "Caption of 0.png (default): A photo of a person named <zwx>" in log
-
-
-def test_of_several_tokens_prefix_or_suffix_has_to_name_one():
-    sentence = "autocaption cannot tell which of <a>, <b> an image shows: name one in autocaption_prefix or autocaption_suffix"
-    with pytest.raises(ValueError, match=sentence):
-        check_autocaption(TWO)
-    named = replace(TWO, autocaption_suffix="<b>")
-    check_autocaption(named)
-    (caption,), _ = described(named, "It sits.")
-    assert caption.text == "It sits. <b>"
-
-
-def test_the_instruction_asks_for_what_varies_and_calls_the_subject_by_its_token():
-    assert "zwx" not in instruction(TrainConfig())
-    assert instruction(TrainConfig(placeholder_token=("<zwx>",))) == instruction(TrainConfig())
-    text = instruction(replace(TOKEN, class_word=" young\ndog {x}"))
-    assert "Its main subject, a young dog {x}, is called <zwx>: write <zwx>" in text
-    assert "say nothing of what <zwx> itself looks like" in text
-    assert "Its main subject is called <zwx>" in instruction(TOKEN)
-    assert "is called <b>" in instruction(replace(TWO, autocaption_suffix="with <b>"))
-
-
-def test_the_documentation_quotes_the_instruction():
-    text = (ROOT / "docs" / "captions.md").read_text(encoding="utf-8").replace("\n> ", " ")
-    assert captions_module.INSTRUCTION in text
-    assert captions_module.SUBJECT_INSTRUCTION in text
-
-
-@dataclass(frozen=True)
-class OneOfTwo(Processes):
-    """One of two processes, without the other; keeps the part that it gathers."""
-
-    world_size: int = 2
-    gathered: list = field(default_factory=list)
-
-    def all_gather(self, part):
-        self.gathered.extend(part)
-        return part
-
-
-def test_each_image_is_described_by_its_largest_crop_and_processes_share_the_work(tmp_path):
-    photos, _ = read_dataset(write_dataset(tmp_path / "data.zip", [None] * 3), (32, 64))
-    log: list[str] = []
-
-    def describe(_vlm, _tokenizer, image: Image.Image, text: str) -> str:
-        assert text == instruction(TOKEN)
-        return f"{image.size} {image.getpixel((0, 0))}"
-
-    found = describe_photos(None, None, photos, TOKEN, Processes(), log.append, describe)
-    assert [words.split(") ")[0] for words in found] == ["(64, 64", "(80, 48", "(64, 64"]
-    assert len(set(found)) == 3
-    assert log[0] == f"Autocaption: 3 images are described; the instruction: {instruction(TOKEN)}"
-    assert log[1:] == [f"Autocaption: {number} of 3 images described" for number in (1, 2, 3)]
-    processes = [OneOfTwo(rank=rank) for rank in range(2)]
-    for each in processes:
-        describe_photos(None, None, photos, TOKEN, each, log.append, describe)
-    assert [len(each.gathered) for each in processes] == [2, 1]
-    assert [words for _, words in sorted(processes[1].gathered + processes[0].gathered)] == found
 
 
 def test_caption_files_have_the_images_names_where_these_are_valid():

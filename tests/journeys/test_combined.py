@@ -156,6 +156,33 @@ def test_neither_is_read_nor_is_a_prompt_encoded_again(generate, zero_prior, ext
         assert np.array_equal(generate(BOTH, zero_prior.archive, extra), first) and len(done) == 6
 
 
+def test_the_extra_archives_token_may_be_called_otherwise(generate, zero_prior, extra, tmp_path):
+    """Two subjects that were both trained as <zwx> give the image of the same archives with different names."""
+    expected = generate(BOTH, zero_prior.archive, extra)
+    same_name = write_zip(tmp_path / "same.zip", with_token(extra, "<zwx>", [151665, 151666]))
+    second = replace(BOTH, prompt="a photo of <zwx> beside <second>", extra_placeholder_token=("<second>",))
+    assert np.array_equal(generate(second, zero_prior.archive, same_name), expected)
+    assert not generate.warnings()
+    third = replace(second, prompt="a photo of <zwx> beside <third>", extra_placeholder_token=("<third>",))
+    assert np.array_equal(generate(third, zero_prior.archive, same_name), expected)
+    assert not np.array_equal(generate(replace(third, prompt=second.prompt), zero_prior.archive, same_name), expected)
+    assert len(generate.warnings()) == 1  # <second> is plain text now
+
+
+@pytest.mark.parametrize(
+    ("names", "with_extra", "sentence"),
+    [
+        (("<a>", "<b>"), True, "extra_placeholder_token gives 2 names, extra_lora_weights have <qrs>: one for each"),
+        (("<zwx>",), True, "both use the token '<zwx>'"),
+        (("two words",), True, "placeholder_token 'two words' is empty or holds white space"),
+        (("<a>",), False, "extra_placeholder_token renames the token of extra_lora_weights, which are not given"),
+    ],
+)
+def test_names_that_cannot_be_given_get_their_sentence(names, with_extra, sentence, generate, zero_prior, extra):
+    with pytest.raises(ValueError, match=sentence):
+        generate(replace(BOTH, extra_placeholder_token=names), zero_prior.archive, extra if with_extra else None)
+
+
 def with_token(extra: Path, token: str, ids: list[int]) -> dict[str, bytes]:
     """The entries of the extra archive with its token called otherwise."""
     entries = read_zip(extra)
@@ -166,7 +193,10 @@ def with_token(extra: Path, token: str, ids: list[int]) -> dict[str, bytes]:
 
 def test_tokens_that_do_not_go_together_get_their_sentence(generate, zero_prior, extra, tmp_path, alone):
     cases = {
-        "replicate_weights and extra_lora_weights both use the token '<zwx>': train one": ("<zwx>", [151665, 151666]),
+        "replicate_weights and extra_lora_weights both use the token '<zwx>': give extra_placeholder_token": (
+            "<zwx>",
+            [151665, 151666],
+        ),
         "placeholder_token '<zwx>' overlaps with 'zwx': give tokens that do not": ("zwx", [151665, 151666]),
         "the token ids of the archive are .*151667.*, here they are .*151665.*: it was": ("<qrs>", [151666, 151667]),
     }

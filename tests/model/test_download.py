@@ -177,7 +177,7 @@ def test_a_url_is_fetched_and_removed_afterwards(site, temporary):
 def test_a_url_that_cannot_be_had_gets_its_sentence_without_its_query(name, site, temporary):
     address = site[0] + name if name else "http://127.0.0.1:9/weights.zip?key=secret"
     with (
-        pytest.raises(ValueError, match="the weights could not be fetched from http.*: check the URL") as raised,
+        pytest.raises(ValueError, match="the file could not be fetched from http.*: check the URL") as raised,
         download.local_file(address),
     ):
         pass
@@ -232,7 +232,7 @@ def whole(error: BaseException) -> str:
 )
 def test_no_part_of_a_url_that_may_be_secret_is_shown(url, temporary):
     with (
-        pytest.raises(ValueError, match="the weights could not be fetched from http.*: check the URL") as raised,
+        pytest.raises(ValueError, match="the file could not be fetched from http.*: check the URL") as raised,
         download.local_file(url),
     ):
         pass

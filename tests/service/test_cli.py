@@ -148,6 +148,30 @@ def test_a_training_is_the_job_that_the_options_ask_for(sigterm, tmp_path, monke
     assert capsys.readouterr().out == f"{tmp_path / 'w.zip'}\n"
 
 
+def test_every_file_of_a_training_may_be_a_url_and_is_fetched_after_the_options_are_checked(sigterm, tmp_path, site, capsys):
+    address, folder = site
+    contents = {"my data.zip": b"images", "start.zip": b"weights", "c.yaml": b"train: {steps: 7}"}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    seen = []
+
+    def launch(job: Job, log) -> bool:
+        seen.append((job.dataset.read_bytes(), job.resume_from.read_bytes(), job.config.steps, job.dataset))
+        return True
+
+    files = ["--resume-from", f"{address}/start.zip", "--config", f"{address}/c.yaml"]
+    arguments = ["train", f"{address}/my%20data.zip", "-o", str(tmp_path / "w.zip"), *files]
+    assert main(arguments, {"train": partial(command_line.train, launch=launch)}) == 0
+    assert seen[0][:3] == (b"images", b"weights", 7)
+    assert not seen[0][3].exists()
+    (folder / "my data.zip").unlink()
+    capsys.readouterr()
+    assert refused([*arguments, "--rank", "0"], capsys) == (2, "error: rank is 0: give a whole number from 1 to 256")
+    code, line = refused(arguments, capsys)
+    assert code == 2
+    assert line.endswith(f"could not be fetched from {address}/my%20data.zip (HTTP status 404): check the URL")
+
+
 def test_a_key_of_wandb_alone_makes_no_run(sigterm, tmp_path, monkeypatch):
     jobs = []
     monkeypatch.setenv("WANDB_API_KEY", "a key")

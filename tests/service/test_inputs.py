@@ -76,7 +76,8 @@ def test_an_input_is_declared_as_the_schema_generator_can_read_it(option, annota
     assert annotation.removeprefix("Optional[").removesuffix("]") in KINDS
     assert set(keywords) <= KEYWORDS
     for name in keywords.keys() & {"ge", "le", "default", "description", "deprecated"}:
-        assert isinstance(keywords[name], ast.Constant), f"{name}: an expression is dropped, or makes the input required"
+        value = keywords[name].operand if isinstance(keywords[name], ast.UnaryOp) and name in ("ge", "le") else keywords[name]
+        assert isinstance(value, ast.Constant), f"{name}: an expression is dropped, or makes the input required"
     if "choices" in keywords:
         assert isinstance(keywords["choices"], ast.List)
         assert all(isinstance(choice, ast.Constant) for choice in keywords["choices"].elts)
@@ -126,6 +127,7 @@ OTHER_REQUESTS = {
     "seed": 0,
     "lora_scale": 0.5,
     "extra_lora_scale": 0.5,
+    "extra_placeholder_token": "<second>",
     "enhance_prompt": True,
     "go_fast": True,
     "output_format": "png",

@@ -5,7 +5,7 @@ import torch
 
 from placeholder.model.loading import load_text_encoder
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
-from placeholder.tokens.prompt_encoder import PromptEncoder, encode_prompts, prompt_ids, prompt_template
+from placeholder.tokens.prompt_encoder import PromptEncoder, encode_prompts, prompt_ids, prompt_template, tokenized
 from tests.support.stock import stock_pipeline
 
 NO_TOKENS = PlaceholderTokens(151665, {}, 32)
@@ -62,6 +62,31 @@ def test_prompt_ids_hold_the_token_between_prefix_and_suffix(tokenizer):
 def test_a_prompt_is_cut_at_512_tokens_and_an_empty_one_is_a_space(tokenizer):
     assert len(prompt_ids(tokenizer, NO_TOKENS, LONG)) == 34 + 512
     assert prompt_ids(tokenizer, NO_TOKENS, "") == prompt_ids(tokenizer, NO_TOKENS, " ")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "used", "left_out", "lost"),
+    [
+        ("a photo of <zwx>", 5, 0, []),
+        (" a" * 512, 512, 0, []),
+        (" a" * 513, 512, 1, []),
+        (" a" * 511 + " <zwx>", 512, 1, ["<zwx>"]),  # the space before the token is the last that fits
+        (" a" * 510 + " <zwx>", 512, 0, []),
+        ("<zwx>" + " a" * 600 + "<zwx>", 512, 90, []),
+        (" a" * 511 + "<qrs>", 512, 1, ["<qrs>"]),  # its first vector fits, its second does not
+        (LONG + "<zwx> and <qrs>", 512, 394, ["<zwx>", "<qrs>"]),
+    ],
+    ids=lambda p: p[-20:] if isinstance(p, str) else None,
+)
+def test_a_prompt_says_what_is_left_out_of_it_and_which_tokens_are(prompt, used, left_out, lost, tokenizer):
+    tokens = PlaceholderTokens(151665, {"<zwx>": torch.zeros(1, 32), "<qrs>": torch.zeros(2, 32)}, 32)
+    found = tokenized(tokenizer, tokens, prompt)
+    assert (len(found.used), len(found.left_out), found.lost(tokens)) == (used, left_out, lost)
+    assert found.ids[34 : 34 + used] == found.used
+    assert tokens.named(found.ids).isdisjoint(lost)
+    among = f", among them {', '.join(lost)}" if lost else ""
+    words = f"{left_out} of {used + left_out} tokens are left out{among} (a prompt is cut after 512)" if left_out else ""
+    assert found.cut(tokens) == words
 
 
 def test_only_prompts_without_a_token_are_cached_and_the_others_follow_the_row(text_encoder, tokenizer):

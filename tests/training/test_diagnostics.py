@@ -15,7 +15,9 @@ from placeholder.training.loop import Schedule, train_steps
 from placeholder.training.setup import prepare
 from tests.conftest import SHORT
 
-FOUND = Diagnostics(loss=1.0, loss_row_reset=1.5, loss_lora_off=1.6, loss_base=2.0, nearest_tokens={"<zwx>": [["cat", 0.5]]})
+FOUND = Diagnostics(
+    1.0, loss_row_reset=1.5, loss_lora_off=1.6, loss_base=2.0, nearest_tokens={"<zwx>": [["cat", 0.5]]}, unchanged=[]
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +30,13 @@ def training(dataset, base):
 def test_the_four_losses_are_those_of_the_trained_and_the_untrained_parts(training):
     before = diagnose(training)
     assert before.loss == before.loss_row_reset == before.loss_lora_off == before.loss_base
+    assert before.unchanged == ["<zwx>"]
     list(train_steps(training.state, Schedule(SHORT["steps"]), SINGLE_PROCESS))
     after = diagnose(training)
     assert after.loss_base == before.loss_base
     assert len({after.loss, after.loss_row_reset, after.loss_lora_off, after.loss_base}) == 4
     assert after.loss < after.loss_base
+    assert after.unchanged == []
     with without_lora(training.state.transformer), rows_as(training.tokens, training.initial_rows):
         assert diagnose(training).loss == after.loss_base
     assert diagnose(training) == after
@@ -53,6 +57,15 @@ def test_a_token_that_makes_no_difference_is_warned_of(row_reset, ignored):
     assert any(line.startswith("Warning: the token was ignored") for line in lines) == ignored
 
 
+def test_an_embedding_that_never_changed_is_warned_of_as_that():
+    lines = replace(FOUND, loss_row_reset=1.0, unchanged=["<zwx>"]).lines()
+    assert lines[2] == (
+        "Warning: the embedding of <zwx> is as it was before training: no step had a prompt with the token in it, or "
+        "placeholder_learning_rate is 0"
+    )
+    assert len(lines) == 3
+
+
 def test_a_training_that_gained_nothing_is_warned_of_as_that():
     lines = replace(FOUND, loss=2.0, loss_row_reset=2.0).lines()
     assert lines[-1] == "Warning: the training did not lower the loss: train for longer, or change learning_rate"
@@ -71,7 +84,7 @@ def test_the_lines_name_the_losses_and_the_nearest_entries():
 
 def test_a_zero_prior_training_logs_and_stores_its_diagnostics(zero_prior, baseline):
     found = zero_prior.meta["diagnostics"]
-    assert set(found) == {"loss", "loss_row_reset", "loss_lora_off", "loss_base", "nearest_tokens", "row_share"}
+    assert set(found) == {"loss", "loss_row_reset", "loss_lora_off", "loss_base", "nearest_tokens", "unchanged", "row_share"}
     assert len(found["nearest_tokens"]["<zwx>"]) == 5
     assert sum(line.startswith("Loss on fixed noise: ") for line in zero_prior.log) == 1
     assert "diagnostics" not in baseline.meta
