@@ -19,7 +19,7 @@ class TrainingOutput(BaseModel):
 
 def train(
     dataset: Path = Input(
-        description="Zip or tar of jpg, png or webp images, optionally with captions in .txt files of the same names.",
+        description="Zip or tar of images, optionally with captions in .txt files of the same names or in metadata.jsonl.",
     ),
     steps: int = Input(default=1000, ge=1, le=20000, description="Training steps."),
     rank: int = Input(

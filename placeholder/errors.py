@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 Log = Callable[[str], None]  # takes one line of the log
 
+HEAD_BYTES = 256  # of a file, in which it is seen what a download really is
 MAX_SHOWN = 120  # characters of a name
 MAX_REASON = 400
 # PyTorch on CUDA and on a CPU, cuBLAS and cuDNN, and the operating system; many of them raise a bare RuntimeError.
@@ -45,6 +46,15 @@ def reason(error: BaseException) -> str:
     """The message of a library's error on one printable line, for use within a sentence of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
     return _cut("".join(character if character.isprintable() else "?" for character in text), MAX_REASON)
+
+
+def check_download(name: str, head: bytes) -> None:
+    """ValueError for the first HEAD_BYTES of what a browser, a login or git put in a file's place, or of a pickle."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<script")):
+        raise ValueError(f"{name} is a web page, not the file: give a direct link")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{name} is a Git LFS pointer, not the file itself: give a direct link, or run git lfs pull")
 
 
 def listed(items: Sequence[str], most: int = 5) -> str:

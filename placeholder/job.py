@@ -24,7 +24,7 @@ class JobInputs:
     """The inputs of a training that are no options of TrainConfig: files, and where results go."""
 
     dataset: Annotated[Path, option(LORA)]
-    """Zip or tar of jpg, png or webp images, optionally with captions in .txt files of the same names."""
+    """Zip or tar of images, optionally with captions in .txt files of the same names or in metadata.jsonl."""
     resume_from: Annotated[Path | None, option(CHECKPOINTING)] = None
     """Checkpoint to resume from, a folder of them for the newest, or an earlier weights.zip to start from."""
     checkpoint_folder: Annotated[Text | None, option(CHECKPOINTING)] = None
@@ -146,7 +146,7 @@ class Job:
         Raises ValueError, one sentence, for any value that is not accepted.
         """
         if not inputs.get("dataset"):
-            raise ValueError("dataset is missing: give a zip or tar of jpg, png or webp images")
+            raise ValueError("dataset is missing: give a zip or tar of images")
         given = checked(JobInputs, {name: value for name, value in inputs.items() if name not in OPTIONS})
         config = train_config({name: value for name, value in inputs.items() if name in OPTIONS}, given.config)
         checkpoints = CheckpointFolder.of(given.checkpoint_folder, given.checkpoint_every, config.steps)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from placeholder.data.entries import LIMITS, BoundedFile, Entry, Limits, OverrunError, Tally, inner_archive, plain_names
-from placeholder.errors import label, quoted, reason
+from placeholder.data.zip_names import zip_names
+from placeholder.errors import HEAD_BYTES, check_download, label, quoted, reason
 
 BLOCK_BYTES = 1024**2
 MAGIC_BYTES = 6
@@ -62,7 +63,7 @@ class Archive:
 
 @contextmanager
 def open_archive(path: Path | str, limits: Limits = LIMITS) -> Iterator[Archive]:
-    """Open a zip or a (gzipped) tar for reading.
+    """Open a zip, a (gzipped) tar or a folder for reading.
 
     Folders are left out, and a backslash in a name counts as `/`, because PowerShell writes it so. Raises ValueError for
     anything else, for entries that are no plain files, that leave the archive, that are encrypted or stored twice, for damage,
@@ -70,9 +71,14 @@ def open_archive(path: Path | str, limits: Limits = LIMITS) -> Iterator[Archive]
     """
     path = Path(path)
     name = label(path.name or str(path))
+    if path.is_dir():
+        yield _folder(path, name, limits)
+        return
     if not path.is_file():
         raise ValueError(f"{name} is not a file: give a zip or tar archive")
     with path.open("rb") as file:
+        check_download(name, file.read(HEAD_BYTES))
+        file.seek(0)
         magic = file.read(MAGIC_BYTES)
         for start, kind in OTHER_MAGIC.items():
             if magic.startswith(start):
@@ -86,6 +92,17 @@ def open_archive(path: Path | str, limits: Limits = LIMITS) -> Iterator[Archive]
             yield archive
 
 
+def _folder(path: Path, name: str, limits: Limits) -> Archive:
+    """The files of a folder and of the folders in it. What links to a file counts as one."""
+    tally = Tally(name, limits.total, limits)
+    files = []
+    for found in sorted(path.rglob("*")):
+        if found.is_file():
+            files.append(Entry(found.relative_to(path).as_posix(), found.stat().st_size, None, found))
+            tally.add(files[-1])
+    return _archive(name, files, lambda found: found.open("rb"))
+
+
 @contextmanager
 def _zip(file: BinaryIO, tally: Tally) -> Iterator[Archive]:
     bounded = BoundedFile(file, tally.limits.directory)
@@ -93,16 +110,17 @@ def _zip(file: BinaryIO, tally: Tally) -> Iterator[Archive]:
         opened = zipfile.ZipFile(bounded)
     bounded.left = None  # from here on all reading is in blocks
     with opened:
-        files = [entry for info in opened.infolist() if (entry := _zip_entry(info, tally))]
+        infos = opened.infolist()
+        tally.check_count(len(infos))
+        files = [entry for info, name in zip(infos, zip_names(infos), strict=True) if (entry := _zip_entry(info, name, tally))]
         yield _archive(tally.archive, files, opened.open)
 
 
-def _zip_entry(info: zipfile.ZipInfo, tally: Tally) -> Entry | None:
+def _zip_entry(info: zipfile.ZipInfo, name: str, tally: Tally) -> Entry | None:
     """The entry, checked; None for a folder."""
-    name = _zip_name(info)
     entry = Entry(name, info.file_size, info.compress_size, info)
     tally.add(entry)
-    if name.endswith(("/", "\\")):
+    if name.endswith("/"):
         return None
     if info.flag_bits & 0x41:  # APPNOTE.TXT 4.4.4, bits 0 and 6
         raise ValueError(f"{tally.archive}: {quoted(name)} is encrypted: pack it without a password")
@@ -114,16 +132,6 @@ def _zip_entry(info: zipfile.ZipInfo, tally: Tally) -> Entry | None:
     if not 0 <= info.header_offset <= tally.archive_bytes:
         raise ValueError(f"{tally.archive} is a damaged archive ({quoted(name)} lies outside of it): pack it again")
     return entry
-
-
-def _zip_name(info: zipfile.ZipInfo) -> str:
-    """The name in UTF-8 where it is valid, also without the flag for it; otherwise in the zip format's cp437."""
-    if info.flag_bits & 0x800:  # APPNOTE.TXT 4.4.4, bit 11
-        return info.orig_filename
-    try:
-        return info.orig_filename.encode("cp437").decode("utf-8")
-    except UnicodeError:
-        return info.orig_filename
 
 
 @contextmanager
@@ -155,7 +163,7 @@ def _tar_entries(opened: tarfile.TarFile, bounded: BoundedFile, tally: Tally) ->
         bounded.left = limits.header
         info.pax_headers = {}  # each entry has a copy of all that is global
         opened.pax_headers.clear()
-        entry = Entry(info.name, info.size, None, info)
+        entry = Entry(info.name.replace("\\", "/"), info.size, None, info)
         tally.add(entry)
         if info.isdir():
             continue

@@ -4,20 +4,24 @@ import hashlib
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 from torch import Tensor
 
 from placeholder.data.archive import Archive, open_archive
 from placeholder.data.buckets import buckets_of, crop, to_image
+from placeholder.data.caption_files import CaptionFiles, is_caption_file, read_captions
 from placeholder.data.entries import is_clutter
-from placeholder.data.images import UNREADABLE, to_rgb
+from placeholder.data.images import FORMAT_NAMES, UNREADABLE, NotAnImageError, to_rgb
 from placeholder.data.masks import is_mask, masks_by_image, token_weights
-from placeholder.errors import label, reason
+from placeholder.errors import Log, label, listed, reason
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MAX_CAPTION_BYTES = 64 * 1024
+# A file of such a name is meant as an image, whatever is in it. What is an image is told by its content.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"),
+    *(".jxl", ".psd", ".svg", ".dng", ".cr2", ".nef"),  # which are not read
+)
 MAX_IMAGE_BYTES = 128 * 1024**2  # as a file
 MAX_CROPS_BYTES = 16 * 1024**3  # of all images together, decoded: they stay in memory until they are encoded
 
@@ -39,7 +43,10 @@ class Photo:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What was found: counts, crops per bucket ("1024x768", width first), and what was skipped with the reason."""
+    """What was found: counts, crops per bucket ("1024x768", width first), and what was skipped with the reason.
+
+    `left_out` are the images among what was skipped; `notes` are lines on what else did not go as the files ask for.
+    """
 
     images: int
     captions_found: int
@@ -47,6 +54,8 @@ class DatasetReport:
     masks: int
     buckets: dict[str, int]
     skipped: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def lines(self, filled: str = "filled in with default_caption") -> list[str]:
         """The report as log lines; `filled` says where the missing captions come from."""
@@ -55,7 +64,10 @@ class DatasetReport:
             + (f", {self.masks} masks" if self.masks else ""),
             "Buckets: " + ", ".join(f"{bucket}: {count}" for bucket, count in self.buckets.items()),
         ]
-        return found + [f"Skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        if self.left_out:
+            reasons = listed([f"{name}: {self.skipped[name]}" for name in self.left_out], 3)
+            found.append(f"Warning: {len(self.left_out)} of {self.images + len(self.left_out)} images left out: {reasons}")
+        return [*found, *self.notes, *(f"Skipped {name}: {reason}" for name, reason in self.skipped.items())]
 
 
 def read_dataset(
@@ -64,20 +76,25 @@ def read_dataset(
     max_image_bytes: int = MAX_IMAGE_BYTES,
     max_crops_bytes: int = MAX_CROPS_BYTES,
 ) -> tuple[list[Photo], DatasetReport]:
-    """The images of a zip or tar archive with their captions, sorted by name, and the report on them.
+    """The images of a zip, a tar or a folder with their captions, sorted by name, and the report on them.
 
     `resolutions` are sides of squares in pixels; every image is cropped to one bucket of each area. A photo.mask.png next to
-    photo.jpg weights the loss. Raises ValueError when the archive cannot be read, a caption is not UTF-8, a mask does not fit,
-    or no image is usable.
+    photo.jpg weights the loss. Raises ValueError when the archive or a caption cannot be read, a mask does not fit, or no image
+    is usable.
     """
     photos: list[Photo] = []
     crops_bytes = 0
     with open_archive(path) as archive:
         images, captions, masks, skipped = _contents(archive)
-        for name in sorted(images):
-            image = _image(archive, name, max_image_bytes)
-            if isinstance(image, str):
-                skipped[name] = image
+        left_out, notes = [], captions.warnings()
+        for name in images:
+            try:
+                image = _image(archive, name, max_image_bytes, lambda line, name=name: notes.append(f"{label(name)}: {line}"))
+            except UnusableImageError as error:
+                meant = name.lower().endswith(IMAGE_SUFFIXES) or not isinstance(error.__cause__, NotAnImageError | None)
+                other = isinstance(error.__cause__, NotAnImageError) and not meant
+                skipped[name] = f"not an image ({FORMAT_NAMES})" if other else str(error)
+                left_out += [label(name)] if meant else []
                 continue
             stem, buckets = _stem(name), buckets_of(image.size, resolutions)
             crops = tuple(crop(image, bucket) for bucket in buckets)
@@ -87,15 +104,14 @@ def read_dataset(
                     f"the images of {archive.name} take more than {max_crops_bytes} bytes when cropped to "
                     f"{', '.join(map(str, resolutions))} pixels: give fewer images or resolutions"
                 )
-            caption = _caption(archive, captions[stem]) if stem in captions else None
             mask = masks.get(stem)
             weights = mask and token_weights(_mask(archive, mask, max_image_bytes), image.size, buckets, label(mask))
-            photos.append(Photo(label(name), caption, crops, weights, name))
+            photos.append(Photo(label(name), captions.texts.get(name), crops, weights, name))
     skipped = {label(name): why for name, why in sorted(skipped.items())}
     if not photos:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3]) or "it holds no file"
-        raise ValueError(f"the data set holds no usable image ({reasons}): give a zip of jpg, png or webp files")
-    return photos, _report(photos, skipped)
+        reasons = listed([f"{name}: {why}" for name, why in skipped.items()], 3) or "it holds no file"
+        raise ValueError(f"the data set holds no usable image ({reasons}): give a zip of {FORMAT_NAMES} files")
+    return photos, _report(photos, skipped, left_out, notes)
 
 
 def dataset_digest(photos: list[Photo], captions: list[str]) -> str:
@@ -111,22 +127,19 @@ def dataset_digest(photos: list[Photo], captions: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _contents(archive: Archive) -> tuple[list[str], dict[str, str], dict[str, str], dict[str, str]]:
-    """The names of the images, of captions and masks by the stem of their image, and of what is skipped, with the reason.
+def _contents(archive: Archive) -> tuple[list[str], CaptionFiles, dict[str, str], dict[str, str]]:
+    """The names of what may be images, the captions, masks by the stem of their image, and what is skipped, with the reason.
 
     Files that tools leave behind are ignored silently.
     """
-    names = [name for name in archive.names if not is_clutter(name)]
-    _refuse_collisions(archive.name, names)
-    texts = {name: _stem(name) for name in names if name.lower().endswith(".txt")}
-    pictured = {name: _stem(name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)}
+    names = sorted(name for name in archive.names if not is_clutter(name))
+    pictured = {name: _stem(name) for name in names if not is_caption_file(name)}
     images = {name: stem for name, stem in pictured.items() if not is_mask(stem)}
     masks = masks_by_image({name: stem for name, stem in pictured.items() if is_mask(stem)})
+    captions = read_captions(archive, [name for name in names if is_caption_file(name)], list(images))
     stems = set(images.values())
-    skipped = dict.fromkeys(set(names) - texts.keys() - pictured.keys(), "not a jpg, png or webp image")
-    skipped |= {name: "a caption without an image of that name" for name, stem in texts.items() if stem not in stems}
-    skipped |= {name: "a mask without an image of that name" for stem, name in masks.items() if stem not in stems}
-    return list(images), {stem: name for name, stem in texts.items()}, masks, skipped
+    skipped = {name: "a mask without an image of that name" for stem, name in masks.items() if stem not in stems}
+    return list(images), captions, masks, captions.skipped | skipped
 
 
 def thumbnail(photo: Photo, side: int) -> Image.Image:
@@ -136,58 +149,37 @@ def thumbnail(photo: Photo, side: int) -> Image.Image:
     return image
 
 
-def _image(archive: Archive, name: str, max_bytes: int) -> Image.Image | str:
-    """The image, or why it cannot be used."""
+class UnusableImageError(Exception):
+    """Why an image cannot be used, in words; its cause is what decoding it raised."""
+
+
+def _image(archive: Archive, name: str, max_bytes: int, note: Log | None = None) -> Image.Image:
+    """The image, or UnusableImageError. Without `note` it is a mask, whose numbers are no colors."""
     if (size := archive.size(name)) > max_bytes:
-        return f"it is {size} bytes: an image has at most {max_bytes}"
+        raise UnusableImageError(f"it is {size} bytes: an image has at most {max_bytes}")
     content = archive.read(name)  # not tried: where the archive is damaged, nothing of it is used
     try:
-        return to_rgb(content)
+        return to_rgb(content, note=note)
     except UNREADABLE as error:
-        return reason(error)
+        raise UnusableImageError(reason(error)) from error
 
 
 def _mask(archive: Archive, name: str, max_bytes: int) -> Image.Image:
     """The image of a mask; ValueError where it cannot be read, because without it too much would be learned."""
-    image = _image(archive, name, max_bytes)
-    if isinstance(image, str):
-        raise ValueError(f"mask {label(name)} cannot be read ({image}): save it again, or leave it out")
-    return image
+    try:
+        return _image(archive, name, max_bytes)
+    except UnusableImageError as error:
+        raise ValueError(f"mask {label(name)} cannot be read ({error}): save it again, or leave it out") from error
 
 
 def _stem(name: str) -> str:
     """The name without its suffix; composed, because macOS decomposes accents in the names of files."""
-    return unicodedata.normalize("NFC", name[: name.rindex(".")])
+    return unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
 
 
-def _refuse_collisions(archive: str, names: list[str]) -> None:
-    """ValueError for two names that are one file where case or the composition of accents does not count."""
-    known: dict[str, str] = {}
-    for name in names:
-        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
-        if other != name:
-            raise ValueError(
-                f"{archive} holds {ascii(other)} and {ascii(name)}, which are one file on some systems: rename one of them"
-            )
-
-
-def _caption(archive: Archive, name: str) -> str | None:
-    """The caption in a text file on one line, or None where the file is empty."""
-    shown = label(name)
-    if (size := archive.size(name)) > MAX_CAPTION_BYTES:
-        raise ValueError(f"caption {shown} is {size} bytes: a caption has at most {MAX_CAPTION_BYTES}")
-    try:
-        text = " ".join(archive.read(name).decode("utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"caption {shown} is not UTF-8 text: save it as UTF-8") from error
-    if any(unicodedata.category(character) == "Cc" for character in text):
-        raise ValueError(f"caption {shown} holds control characters: save it as plain text in UTF-8")
-    return text or None
-
-
-def _report(photos: list[Photo], skipped: dict[str, str]) -> DatasetReport:
+def _report(photos: list[Photo], skipped: dict[str, str], left_out: list[str], notes: list[str]) -> DatasetReport:
     found = sum(photo.caption is not None for photo in photos)
     sizes = Counter((pixels.shape[2], pixels.shape[1]) for photo in photos for pixels in photo.crops)
     buckets = {f"{width}x{height}": count for (width, height), count in sorted(sizes.items())}
     masks = sum(photo.weights is not None for photo in photos)
-    return DatasetReport(len(photos), found, len(photos) - found, masks, buckets, skipped)
+    return DatasetReport(len(photos), found, len(photos) - found, masks, buckets, skipped, left_out, notes)

@@ -9,6 +9,7 @@ from typing import BinaryIO, NamedTuple
 from placeholder.errors import quoted
 
 MAX_ENTRY_BYTES = 2 * 1024**3
+FOLDER_SETTINGS = ("desktop.ini", "thumbs.db")  # of Windows Explorer
 ARCHIVE_NAME = re.compile(r"\.(zip|tar|t?gz|tbz2?|txz|7z|rar|bz2|xz|zst)$", re.IGNORECASE)
 
 
@@ -45,14 +46,18 @@ class Tally:
         self.archive, self.archive_bytes, self.limits = archive, archive_bytes, limits
         self.count = self.total = self.packed = 0
 
+    def check_count(self, count: int) -> None:
+        """ValueError for more files and folders than are read."""
+        if count > self.limits.entries:
+            raise ValueError(f"{self.archive} holds more than {self.limits.entries} files and folders: pack fewer")
+
     def add(self, entry: Entry) -> None:
         """Count one more file or folder; ValueError where that is too much."""
         archive, limits = self.archive, self.limits
         self.count += 1
         self.total += entry.size
         self.packed += entry.packed or 0
-        if self.count > limits.entries:
-            raise ValueError(f"{archive} holds more than {limits.entries} files and folders: pack fewer")
+        self.check_count(self.count)
         if entry.size > limits.entry:
             raise ValueError(f"{archive}: {quoted(entry.name)} is {entry.size} bytes: a file has at most {limits.entry}")
         if self.total > limits.total:
@@ -106,7 +111,7 @@ def plain_names(archive: str, entries: Iterable[Entry]) -> dict[str, Entry]:
     for entry in entries:
         if "\0" in entry.name:
             raise ValueError(f"{archive}: the name {quoted(entry.name)} holds a NUL: pack the files under plain names")
-        name = PurePosixPath(entry.name.replace("\\", "/")).as_posix()
+        name = PurePosixPath(entry.name).as_posix()
         if PureWindowsPath(name).anchor or ".." in PurePosixPath(name).parts or name == ".":
             raise ValueError(f"{archive}: the name {quoted(entry.name)} leaves the archive: pack the files under plain names")
         if name in found:
@@ -116,8 +121,9 @@ def plain_names(archive: str, entries: Iterable[Entry]) -> dict[str, Entry]:
 
 
 def is_clutter(name: str) -> bool:
-    """Whether macOS or another tool left the file behind: a dot file, or anything in __MACOSX."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    """Whether macOS, Windows or another tool left the file behind: a dot file, anything in __MACOSX, folder settings."""
+    parts = PurePosixPath(name).parts
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1].lower() in FOLDER_SETTINGS
 
 
 def inner_archive(names: Iterable[str]) -> str | None:

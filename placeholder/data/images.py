@@ -1,15 +1,21 @@
-"""Decoding images from strangers to 8-bit RGB, with checks of their size before anything is decoded."""
+"""Decoding images from strangers to 8-bit sRGB, with checks of their size before anything is decoded."""
 
 import io
 import struct
 import warnings
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+import pillow_heif
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from PIL.Image import Transpose
+
+from placeholder.errors import Log
 
 MIN_SIDE = 32  # pixels: two image tokens
 MAX_PIXELS = 100_000_000  # Pillow keeps four bytes of each, in at most four copies while it converts
+MAX_PROFILE_BYTES = 4 * 1024**2  # profiles of printing presses have one or two million bytes
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
+FORMAT_NAMES = "jpg, png, webp, bmp, tiff, gif, avif or heic"
 # How an image is turned upright from its orientation, 2 to 8: EXIF 2.3, tag 274.
 UPRIGHT = {
     **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE},
@@ -17,16 +23,26 @@ UPRIGHT = {
 }
 # What Pillow raises for files that are no images, are damaged, or are truncated.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What littlecms and Pillow raise for a profile that is damaged or made for another kind of image.
+BAD_PROFILE = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
+SRGB = ImageCms.createProfile("sRGB")
+
+pillow_heif.register_heif_opener(thumbnails=False)
 
 
-def to_rgb(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An encoded image as 8-bit RGB: upright by its EXIF orientation, transparency on white, 16-bit scaled down.
+class NotAnImageError(ValueError):
+    """The content is of none of the formats."""
 
-    Of an animation it is the first frame. Raises one of UNREADABLE when the content is no jpg, png or webp image, is
-    truncated, is smaller than MIN_SIDE or larger than `max_pixels`.
+
+def to_rgb(content: bytes, max_pixels: int = MAX_PIXELS, note: Log | None = None) -> Image.Image:
+    """An encoded image as 8-bit sRGB: upright by its EXIF orientation, transparency on white, 16-bit scaled down.
+
+    Of an animation or of several pages it is the first. An embedded ICC profile is applied, and `note` is told where that
+    cannot be done; without `note` there are no colors to manage, and the numbers stay as they are. Raises NotAnImageError for
+    another format, and one of UNREADABLE for an image that is truncated, smaller than MIN_SIDE or larger than `max_pixels`.
     """
     if not content:
-        raise ValueError("the file is empty")
+        raise NotAnImageError("the file is empty")
     with _opened(content) as image:
         width, height = image.size
         if min(width, height) < MIN_SIDE:
@@ -40,17 +56,40 @@ def to_rgb(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise ValueError("its EXIF data or its color profile is damaged: save it again") from error
         if image.mode == "P" and image.palette is None:
             raise ValueError("its palette is missing: save it again")
-        image = _converted(image)
+        if image.mode == "F":
+            raise ValueError("its colors are 32-bit floats: save it with 8 or 16 bits")
+        profile = image.info.get("icc_profile")
+        image = _managed(image, profile, note) if profile and note else _converted(image)
     return image if turn is None else image.transpose(turn)
 
 
 def _opened(content: bytes) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of a size below MAX_PIXELS
+        warnings.simplefilter("ignore")  # of a size below MAX_PIXELS, and of metadata that are not used
         try:
-            return Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
+            return Image.open(io.BytesIO(content), formats=FORMATS)
         except UnidentifiedImageError as error:
-            raise ValueError("its content is no jpg, png or webp image") from error
+            raise NotAnImageError(f"its content is no image ({FORMAT_NAMES})") from error
+
+
+def _managed(image: Image.Image, profile: bytes, note: Log) -> Image.Image:
+    """The image in sRGB by its ICC profile, as web browsers show it: relative colorimetric with black point compensation."""
+    try:
+        if len(profile) > MAX_PROFILE_BYTES:
+            raise ValueError("it is too large")
+        opened = ImageCms.getOpenProfile(io.BytesIO(profile))
+        space = opened.profile.xcolor_space.strip()
+        if space != "CMYK":
+            source = _converted(image).convert("L" if space == "GRAY" else "RGB")
+            if space == "GRAY" and image.mode not in ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N"):
+                raise ValueError("it is one of gray images")
+        else:
+            source = image
+        intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+        return ImageCms.profileToProfile(source, opened, SRGB, renderingIntent=intent, outputMode="RGB", flags=flags)
+    except BAD_PROFILE:
+        note("its color profile cannot be applied, so its colors are read as sRGB")
+        return _converted(image)
 
 
 def _converted(image: Image.Image) -> Image.Image:

@@ -80,9 +80,31 @@ def test_a_file_that_is_no_archive_gets_its_sentence(content, tmp_path):
     assert refusal(tmp_path / "data.zip") == "data.zip is neither a zip nor a tar archive: pack the files as a zip"
 
 
-@pytest.mark.parametrize("name", ["none.zip", ""])
-def test_a_missing_file_or_a_folder_gets_its_sentence(name, tmp_path):
-    assert refusal(tmp_path / name).endswith("is not a file: give a zip or tar archive")
+def test_a_missing_file_gets_its_sentence(tmp_path):
+    assert refusal(tmp_path / "none.zip").endswith("is not a file: give a zip or tar archive")
+
+
+def test_a_folder_is_read_like_an_archive_of_its_files(tmp_path):
+    files = {"a.bin": b"one", "x/y/b.bin": b"two"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    with open_archive(tmp_path) as archive:
+        assert {name: archive.read(name) for name in archive.names} == files
+        assert archive.size("x/y/b.bin") == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\n<!DOCTYPE html><html>", "is a web page, not the file: give a direct link"),
+        (b"\xef\xbb\xbf<HTML><body>sign in", "is a web page, not the file: give a direct link"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer, not the file itself"),
+    ],
+)
+def test_what_a_download_left_in_the_place_of_an_archive_is_called_that(content, what, tmp_path):
+    (tmp_path / "data.zip").write_bytes(content)
+    assert refusal(tmp_path / "data.zip").startswith(f"data.zip {what}")
 
 
 @pytest.mark.parametrize("write", [write_zip, write_tar, write_tar_gz])

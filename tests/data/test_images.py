@@ -1,13 +1,14 @@
 """Decoding images: orientation, transparency, modes, and what is refused before it is decoded."""
 
+import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from placeholder.data.images import UNREADABLE, to_rgb
+from placeholder.data.images import SRGB, UNREADABLE, to_rgb
 from tests.support.samples import encoded, picture
 
 PNG = encoded(picture())
@@ -110,8 +111,9 @@ def without_palette() -> bytes:
     ("content", "sentence"),
     [
         (b"", "the file is empty"),
-        (b"no image", "its content is no jpg, png or webp image"),
-        (encoded(picture(), "GIF"), "its content is no jpg, png or webp image"),
+        (b"no image", r"its content is no image \(jpg, png, webp, bmp, tiff, gif, avif or heic\)"),
+        (encoded(picture(), "PPM"), r"its content is no image .*"),
+        (encoded(Image.new("F", (64, 64)), "TIFF"), "its colors are 32-bit floats: save it with 8 or 16 bits"),
         (encoded(picture(31, 200)), "31x200 pixels: at least 32 on each side are needed"),
         (PNG[:-12] + chunk(b"eXIf", b"MM\0*") + PNG[-12:], "its EXIF data or its color profile is damaged: save it again"),
         (PNG[:-12] + chunk(b"iCCP", b"") + PNG[-12:], "its EXIF data or its color profile is damaged: save it again"),
@@ -121,3 +123,91 @@ def without_palette() -> bytes:
 def test_an_image_that_cannot_be_used_gets_its_sentence(content, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         to_rgb(content)
+
+
+def matrix_profile(primaries: tuple[tuple[float, float], ...], gamma: float) -> bytes:
+    """An ICC profile, version 2, of an RGB space with the white of D65: chromaticities of red, green and blue, and a gamma."""
+    white, adapted = np.array([0.3127 / 0.3290, 1, (1 - 0.3127 - 0.3290) / 0.3290]), np.array([0.96422, 1, 0.82521])
+    xyz = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries]).T
+    bradford = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    cone = np.diag((bradford @ adapted) / (bradford @ white))
+    matrix = np.linalg.inv(bradford) @ cone @ bradford @ (xyz * np.linalg.solve(xyz, white))
+
+    def fixed(values) -> bytes:
+        return b"".join(struct.pack(">i", round(float(value) * 65536)) for value in values)
+
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + fixed(adapted), b"cprt": b"text\0\0\0\0none\0"}
+    tags[b"desc"] = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + b"\0" * 78
+    for column, letter in enumerate((b"r", b"g", b"b")):
+        tags[letter + b"XYZ"] = b"XYZ \0\0\0\0" + fixed(matrix[:, column])
+        tags[letter + b"TRC"] = b"curv\0\0\0\0" + struct.pack(">IHxx", 1, round(gamma * 256))
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, value in tags.items():
+        value += b"\0" * (-len(value) % 4)
+        table += name + struct.pack(">II", start + len(body), len(value))
+        body += value
+    head = (
+        struct.pack(">I4sI", start + len(body), b"lcms", 0x02100000) + b"mntrRGB XYZ " + struct.pack(">6H", 2024, 1, 1, 0, 0, 0)
+    )
+    head += b"acsp" + b"\0" * 28 + fixed((0.9642, 1, 0.8249))
+    return head.ljust(128, b"\0") + table + body
+
+
+DISPLAY_P3 = matrix_profile(((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)), 2.2)
+ADOBE_RGB = matrix_profile(((0.640, 0.330), (0.210, 0.710), (0.150, 0.060)), 2.19921875)
+GRAY_IN_RGB = ADOBE_RGB.replace(b"mntrRGB ", b"mntrGRAY")
+SEEN = (60, 160, 60)
+
+
+@pytest.mark.parametrize(
+    ("profile", "far"),
+    [(DISPLAY_P3, 15), (ADOBE_RGB, 15), (ImageCms.ImageCmsProfile(SRGB).tobytes(), 0)],
+    ids=["P3", "Adobe", "sRGB"],
+)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
+def test_the_colors_of_a_profile_are_brought_to_srgb(profile, far, kind):
+    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    stored = ImageCms.profileToProfile(Image.new("RGB", (64, 64), SEEN), SRGB, opened, renderingIntent=1, outputMode="RGB")
+    content, notes = encoded(stored, kind, icc_profile=profile), []
+    found = np.array(to_rgb(content, note=notes.append).getpixel((30, 30)))
+    assert np.abs(found - SEEN).max() <= (2 if kind in ("PNG", "TIFF") else 5)
+    assert np.abs(np.array(to_rgb(content).getpixel((30, 30))) - SEEN).max() >= far
+    assert notes == []
+
+
+def test_transparency_palettes_and_grays_keep_their_meaning_under_a_profile():
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    assert to_rgb(encoded(clear, icc_profile=DISPLAY_P3), note=print).getpixel((5, 5)) == (255, 255, 255)
+    plain = Image.new("RGB", (64, 64), (200, 60, 60))
+    expected = to_rgb(encoded(plain, icc_profile=DISPLAY_P3), note=print).getpixel((5, 5))
+    assert to_rgb(encoded(plain.quantize(4), icc_profile=DISPLAY_P3), note=print).getpixel((5, 5)) == expected
+    red, green, blue = to_rgb(encoded(Image.new("L", (64, 64), 128), icc_profile=ADOBE_RGB), note=print).getpixel((5, 5))
+    assert max(red, green, blue) - min(red, green, blue) <= 1
+
+
+@pytest.mark.parametrize(
+    "profile", [b"no profile", ADOBE_RGB[:200], GRAY_IN_RGB, b"x" * (5 * 1024**2)], ids=["text", "cut", "gray", "large"]
+)
+def test_a_profile_that_cannot_be_applied_is_a_line_and_the_pixels_stay(profile):
+    notes: list[str] = []
+    image = Image.new("RGB", (64, 64), SEEN)
+    assert to_rgb(encoded(image, "TIFF", icc_profile=profile), note=notes.append).getpixel((5, 5)) == SEEN
+    assert notes == ["its color profile cannot be applied, so its colors are read as sRGB"]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF"])
+def test_every_format_is_read_by_its_content(kind):
+    found = to_rgb(encoded(Image.new("RGB", (64, 48), SEEN), kind))
+    assert (found.mode, found.size) == ("RGB", (64, 48))
+    assert np.abs(np.array(found.getpixel((20, 20))) - SEEN).max() <= 6
+
+
+def test_a_heic_photo_is_turned_upright_once_and_has_its_profile_applied():
+    image = Image.new("RGB", (64, 96), SEEN)
+    image.paste((250, 250, 250), (0, 0, 64, 24))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    found = to_rgb(encoded(image, "HEIF", exif=exif.tobytes(), icc_profile=DISPLAY_P3, quality=95), note=print)
+    assert found.size == (96, 64)
+    assert min(found.getpixel((90, 30))) > 230  # what is at the top of the stored image is at the right
+    assert np.abs(np.array(found.getpixel((20, 30))) - SEEN).max() > 15

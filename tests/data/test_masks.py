@@ -80,7 +80,7 @@ def test_the_training_weights_the_loss_by_the_mask(base, tmp_path):
         ({"a__mask__png": encoded(half(96, 64))}, "mask a.mask.png is 96x64 pixels, its image 64x64: give the same size"),
         ({"a__mask__png": encoded(Image.new("L", (64, 64)))}, "mask a.mask.png is black where its image is cropped to 64x64"),
         ({"a__mask__png": b"no image"}, "mask a.mask.png cannot be read .*: save it again, or leave it out"),
-        ({"a__mask__jpg": encoded(half(), "JPEG")}, "two masks of one image, 'a.mask.png' and 'a.mask.jpg'"),
+        ({"a__mask__jpg": encoded(half(), "JPEG")}, "two masks of one image, 'a.mask.jpg' and 'a.mask.png'"),
     ],
 )
 def test_a_mask_that_does_not_fit_gets_its_sentence(more, sentence, tmp_path):

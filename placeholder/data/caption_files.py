@@ -1,0 +1,188 @@
+"""The caption files of a data set: which there are, whose they are, and the text in them (docs/captions.md)."""
+
+import csv
+import io
+import json
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from placeholder.data.archive import Archive
+from placeholder.errors import label, listed
+
+SUFFIXES = (".txt", ".caption", ".json")  # of a file beside its image; the earlier one counts where there are several
+TABLES = ("metadata.jsonl", "metadata.csv")  # as Hugging Face's datasets reads them, for the images without such a file
+FILE_COLUMNS, TEXT_COLUMNS = ("file_name", "image", "file"), ("text", "caption", "prompt")
+MAX_CAPTION_BYTES = 64 * 1024
+MAX_TABLE_BYTES = 64 * 1024**2
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+NO_IMAGE = "a caption without an image of that name"
+
+
+@dataclass
+class CaptionFiles:
+    """What the caption files say: a text by image, and the files that were not used, with the reason."""
+
+    names: list[str]
+    texts: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def warnings(self) -> list[str]:
+        """A line where there are caption files and no image has a caption of one."""
+        if self.texts or not self.names:
+            return []
+        reasons = listed([f"{label(name)}: {self.skipped[name]}" for name in self.names if name in self.skipped], 3)
+        files = "1 caption file was" if len(self.names) == 1 else f"{len(self.names)} caption files were"
+        return [f"Warning: {files} found and none was used: {reasons}"]
+
+
+def is_caption_file(name: str) -> bool:
+    """Whether a file of this name is read as a caption or as a table of them."""
+    return name.lower().endswith(SUFFIXES) or _is_table(name)
+
+
+def read_captions(archive: Archive, names: list[str], images: list[str]) -> CaptionFiles:
+    """The captions of the images in the files of these names.
+
+    Raises one ValueError for all files that are too large or hold no text, and one for a table that cannot be read.
+    """
+    found, wrong = CaptionFiles(names), {}
+    for name, owners in _owners([name for name in names if not _is_table(name)], images).items():
+        if isinstance(owners, str):
+            found.skipped[name] = owners
+            continue
+        try:
+            text = _one_caption(archive, name)
+        except ValueError as error:
+            wrong[name] = str(error)
+            continue
+        missing = [image for image in owners if image not in found.texts]
+        if not text:
+            found.skipped[name] = "an empty caption" if text == "" else "no caption in it, expected the key caption"
+        elif not missing:
+            found.skipped[name] = "its image has a caption of another file"
+        found.texts |= dict.fromkeys(missing, text) if text else {}
+    if wrong:
+        shown = listed([f"{label(name)} {why}" for name, why in sorted(wrong.items())], 10)
+        raise ValueError(f"caption {shown}" if len(wrong) == 1 else f"{len(wrong)} captions cannot be read: {shown}")
+    for name in filter(_is_table, names):
+        _read_table(archive, name, images, found)
+    return found
+
+
+def _is_table(name: str) -> bool:
+    return PurePosixPath(name).name.lower() in TABLES
+
+
+def _owners(names: list[str], images: list[str]) -> dict[str, list[str] | str]:
+    """For each file beside an image the images that it belongs to, or why it belongs to none; the first to count come first.
+
+    `photo.txt` and `photo.png.txt` belong to photo.png, and so does PHOTO.TXT where nothing else could be meant.
+    """
+    exact, folded = defaultdict(list), defaultdict(list)
+    for image in images:
+        for key in (_stem(image), _composed(image)):
+            exact[key].append(image)
+            folded[key.casefold()].append(image)
+    rivals = defaultdict(list)
+    for name in names:
+        rivals[_composed(name).casefold()].append(name)
+    owners: dict[str, list[str] | str] = {}
+    for name in sorted(names, key=lambda name: (SUFFIXES.index(PurePosixPath(name).suffix.lower()), name)):
+        key = _stem(name)
+        likely = exact.get(key) or folded.get(key.casefold(), [])
+        unsure = key not in exact and (len(likely) > 1 or len(rivals[_composed(name).casefold()]) > 1)
+        owners[name] = f"it could belong to {listed([*map(label, likely)], 3)}" if unsure and likely else likely or NO_IMAGE
+    return owners
+
+
+def _one_caption(archive: Archive, name: str) -> str | None:
+    """The caption in a file beside its image, on one line; None for JSON that holds none."""
+    text = _text(archive, name, MAX_CAPTION_BYTES, "a caption")
+    if not name.lower().endswith(".json"):
+        return _one_line(text)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("is not JSON: save it again") from error
+    caption = content.get("caption") if isinstance(content, dict) else None
+    return _one_line(caption) if isinstance(caption, str) else None
+
+
+def _read_table(archive: Archive, name: str, images: list[str], found: CaptionFiles) -> None:
+    """Take the captions of a table for the images that have none of their own."""
+    try:
+        rows = list(_rows(name, _text(archive, name, MAX_TABLE_BYTES, "a table of captions")))
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"captions {label(name)} {error}") from error
+    if not rows:
+        found.skipped[name] = f"no row has {' or '.join(FILE_COLUMNS)}, and {' or '.join(TEXT_COLUMNS)}"
+        return
+    known, folded = {_composed(image): image for image in images}, defaultdict(list)
+    for image in images:
+        folded[_composed(image).casefold()].append(image)
+    missing, used = [], 0
+    for file, text in rows:
+        path = _composed((PurePosixPath(name).parent / file.replace("\\", "/")).as_posix())
+        alike = folded[path.casefold()]
+        image = known.get(path) or (alike[0] if len(alike) == 1 else None)
+        if image is None:
+            missing.append(label(file))
+        elif image not in found.texts and text:
+            found.texts[image] = text
+            used += 1
+    if missing:
+        found.skipped[name] = f"{len(missing)} of its {len(rows)} rows name no image of the data set: {listed(missing, 3)}"
+    elif not used:
+        found.skipped[name] = "its images have captions of other files"
+
+
+def _rows(name: str, text: str) -> Iterator[tuple[str, str]]:
+    """File and caption of each row that has both."""
+    for number, row in enumerate(csv.DictReader(io.StringIO(text)) if name.lower().endswith(".csv") else text.splitlines(), 1):
+        if isinstance(row, str):
+            if not row.strip():
+                continue
+            try:
+                row = json.loads(row)
+            except ValueError as error:
+                raise ValueError(f"has a line {number} that is not JSON: save it again") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"has a row {number} without names: expected {FILE_COLUMNS[0]} and {TEXT_COLUMNS[0]}")
+        file, caption = (
+            next((row[column] for column in columns if isinstance(row.get(column), str)), None)
+            for columns in (FILE_COLUMNS, TEXT_COLUMNS)
+        )
+        if file and caption:
+            yield file, _one_line(caption)
+
+
+def _text(archive: Archive, name: str, most: int, what: str) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark; ValueError, the end of a sentence, for another."""
+    if (size := archive.size(name)) > most:
+        raise ValueError(f"is {size} bytes: {what} has at most {most}")
+    content = archive.read(name)
+    try:
+        text = content.decode("utf-16" if content.startswith(UTF16_MARKS) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError("is not UTF-8 text: save it as UTF-8") from error
+    return text
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    if any(unicodedata.category(character) == "Cc" for character in line):
+        raise ValueError("holds control characters: save it as plain text in UTF-8")
+    return line
+
+
+def _stem(name: str) -> str:
+    """The name without its suffix, composed."""
+    return _composed(str(PurePosixPath(name).with_suffix("")))
+
+
+def _composed(name: str) -> str:
+    """The name with composed accents, which macOS decomposes in the names of files."""
+    return unicodedata.normalize("NFC", name)

@@ -1,0 +1,107 @@
+"""Caption files of other trainers: whose they are, what is in them, and what is said of those that are not used."""
+
+import json
+
+import pytest
+
+from placeholder.data.dataset import read_dataset
+from tests.support.samples import encoded, picture, write_zip
+
+PNG = encoded(picture())
+TABLE = "metadata.jsonl"
+ROWS = [{"file_name": "a.png", "text": "one"}, {"file_name": "x/b.png", "text": "two"}]
+
+
+@pytest.fixture
+def read(tmp_path):
+    """The captions by image, and the report, of a data set of these files; those that end in png are images."""
+
+    def dataset(files: dict) -> tuple[dict[str, str | None], list[str], dict[str, str]]:
+        entries = {name: content if isinstance(content, bytes) else content.encode() for name, content in files.items()}
+        photos, report = read_dataset(write_zip(tmp_path / "data.zip", entries), (64,))
+        warnings = [line for line in report.lines() if line.startswith("Warning")]
+        return {photo.file: photo.caption for photo in photos}, warnings, report.skipped
+
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("files", "captions"),
+    [
+        ({"a.png": PNG, "a.caption": "one"}, {"a.png": "one"}),
+        ({"a.png": PNG, "a.json": '{"caption": "one"}'}, {"a.png": "one"}),
+        ({"a.png": PNG, "a.png.txt": "one"}, {"a.png": "one"}),
+        ({"IMG_1.PNG": PNG, "img_1.txt": "one"}, {"IMG_1.PNG": "one"}),
+        ({"IMG_1.PNG": PNG, "Img_1.png.TXT": "one"}, {"IMG_1.PNG": "one"}),
+        ({"a.png": PNG, "A.PNG": PNG, "a.txt": "one", "A.txt": "two"}, {"a.png": "one", "A.PNG": "two"}),
+        ({"a.png": PNG, "A.PNG": PNG, "a.txt": "one"}, {"a.png": "one", "A.PNG": None}),
+        ({"a.png": PNG, "a.webp": PNG, "a.txt": "one"}, {"a.png": "one", "a.webp": "one"}),
+        ({"photo": PNG, "photo.txt": "one"}, {"photo": "one"}),
+        (
+            {"a.png": PNG, "x/b.png": PNG, TABLE: "\n".join(map(json.dumps, ROWS))},
+            {"a.png": "one", "x/b.png": "two"},
+        ),
+        ({"d/a.png": PNG, "d/metadata.jsonl": '{"image": "A.png", "prompt": "one"}\n\n'}, {"d/a.png": "one"}),
+        ({"a.png": PNG, "metadata.csv": '\ufefffile,caption\r\na.png,"one, two"\r\n'}, {"a.png": "one, two"}),
+        ({"a.png": PNG, "Metadata.CSV": "text,file_name\none,a.png\n"}, {"a.png": "one"}),
+        ({"a.png": PNG, "a.txt": "", "a.caption": "one"}, {"a.png": "one"}),
+    ],
+)
+def test_the_captions_of_every_kind_of_file_are_read(files, captions, read):
+    found, warnings, _ = read(files)
+    assert (found, warnings) == (captions, [])
+
+
+def test_the_nearest_file_counts_and_the_others_are_named(read):
+    table = '{"file_name": "a.png", "text": "four"}'
+    files = {"a.png": PNG, "a.json": '{"caption": "three"}', "a.caption": "two", "a.txt": "one", "metadata.jsonl": table}
+    found, _, skipped = read(files)
+    assert found == {"a.png": "one"}
+    assert skipped == {
+        "a.caption": "its image has a caption of another file",
+        "a.json": "its image has a caption of another file",
+        "metadata.jsonl": "its images have captions of other files",
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"captions/a.txt": "one"}, "captions/a.txt: a caption without an image of that name"),
+        ({"a.json": '{"title": "one"}'}, "a.json: no caption in it, expected the key caption"),
+        ({"a.txt": " "}, "a.txt: an empty caption"),
+        ({"metadata.csv": "name,words\na.png,one\n"}, "metadata.csv: no row has file_name or image or file, and text or"),
+        ({"metadata.jsonl": '{"file_name": "b.png", "text": "one"}'}, "1 of its 1 rows name no image of the data set: b.png"),
+    ],
+)
+def test_captions_of_which_none_is_used_are_a_warning_with_the_reason(files, reason, read):
+    found, (warning,), _ = read({"a.png": PNG} | files)
+    assert found == {"a.png": None}
+    assert warning.startswith("Warning: 1 caption file was found and none was used: ")
+    assert reason in warning
+
+
+def test_a_caption_that_could_belong_to_two_images_is_named(read):
+    found, (warning,), skipped = read({"Ab.png": PNG, "aB.png": PNG, "ab.txt": "one"})
+    assert found == {"Ab.png": None, "aB.png": None}
+    assert skipped == {"ab.txt": "it could belong to Ab.png; aB.png"}
+    assert "ab.txt" in warning
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"a.txt": b"caf\xe9"}, "caption a.txt is not UTF-8 text: save it as UTF-8"),
+        (
+            {"a.txt": b"caf\xe9", "a.caption": b"a\0"},
+            "2 captions cannot be read: a.caption holds .*; a.txt is not UTF-8",
+        ),
+        ({"a.json": "{"}, "caption a.json is not JSON: save it again"),
+        ({"metadata.jsonl": '{"file_name": "a.png"}\n{'}, "captions metadata.jsonl has a line 2 that is not JSON"),
+        ({"metadata.jsonl": "[1]"}, "captions metadata.jsonl has a row 1 without names: expected file_name and text"),
+        ({"metadata.csv": b"file,text\na.png,caf\xe9"}, "captions metadata.csv is not UTF-8 text"),
+    ],
+)
+def test_captions_that_cannot_be_read_are_refused_with_all_their_names(files, sentence, read):
+    with pytest.raises(ValueError, match=sentence):
+        read({"a.png": PNG} | files)
