@@ -104,6 +104,8 @@ def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0) 
     trained_on, here = found.meta.get("base_model"), pipe.name_or_path
     if trained_on and here and trained_on != here:
         warnings.warn(f"trained on {trained_on}, applied to {here}", stacklevel=2)
+    for warning in found.warnings():
+        warnings.warn(warning, stacklevel=2)
     unload(pipe)
     try:
         _apply(pipe, LoadedArchive(pipe, found, tokens, lora_scale))

@@ -284,9 +284,9 @@ def wrong_lora(change) -> bytes:
     [
         (
             {LORA_NAME: wrong_lora(lambda t: {k.replace("blocks.0", "blocks.9"): v for k, v in t.items()})},
-            "the LoRA was made for another model: this one has no linear layer 'transformer_blocks.9.attn.to_q'",
+            "the LoRA does not fit: this base model has no linear layer 'transformer_blocks.9.attn.to_q'",
         ),
-        ({LORA_NAME: wrong_lora(lambda t: {k: v[:, :3].clone() for k, v in t.items()})}, "the LoRA was made for another model"),
+        ({LORA_NAME: wrong_lora(lambda t: {k: v[:, :3].clone() for k, v in t.items()})}, "the LoRA does not fit"),
         ({LORA_NAME: wrong_lora(lambda t: {k: v * float("nan") for k, v in t.items()})}, "NaN or infinite numbers"),
         ({LORA_NAME: wrong_lora(lambda t: dict(list(t.items())[:1]))}, "needs both lora_A and lora_B"),
         (

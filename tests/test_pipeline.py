@@ -185,7 +185,7 @@ def test_bad_weights_leave_the_pipeline_as_it_was(loaded, pipe, zero_prior, tmp_
     wide = save({"qwen25_7b": torch.ones(1, 3584)})
     entries = read_zip(zero_prior.archive)
     bad = {
-        "the LoRA was made for another model": write_zip(tmp_path / "lora.zip", entries | {LORA_NAME: foreign}),
+        "the LoRA does not fit": write_zip(tmp_path / "lora.zip", entries | {LORA_NAME: foreign}),
         "this base model takes": write_zip(tmp_path / "row.zip", entries | {"embeddings/zwx.safetensors": wide}),
         "are not a file": tmp_path / "none.zip",
     }

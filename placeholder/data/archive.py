@@ -9,11 +9,20 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from placeholder.data.entries import LIMITS, BoundedFile, Entry, Limits, OverrunError, Tally, inner_archive, plain_names
+from placeholder.data.entries import (
+    LIMITS,
+    Archive,
+    BoundedFile,
+    Entry,
+    Limits,
+    OverrunError,
+    Tally,
+    inner_archive,
+    plain_names,
+)
 from placeholder.data.zip_names import zip_names
 from placeholder.errors import HEAD_BYTES, check_download, label, quoted, reason
 
@@ -41,24 +50,6 @@ DAMAGE = (
     ValueError,
     RecursionError,
 )
-
-
-@dataclass(frozen=True)
-class Archive:
-    """An open archive: its name, its files in stored order, and a function that reads one by name."""
-
-    name: str
-    entries: dict[str, Entry]
-    read: Callable[[str], bytes]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the files, with `/` between folders."""
-        return tuple(self.entries)
-
-    def size(self, name: str) -> int:
-        """The file's size in bytes, known before it is read."""
-        return self.entries[name].size
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from placeholder.data.archive import Archive
+from placeholder.data.entries import Archive
 from placeholder.errors import label, listed
 
 SUFFIXES = (".txt", ".caption", ".json")  # of a file beside its image; the earlier one counts where there are several

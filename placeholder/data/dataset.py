@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 from torch import Tensor
 
-from placeholder.data.archive import Archive, open_archive
+from placeholder.data.archive import open_archive
 from placeholder.data.buckets import buckets_of, crop, to_image
 from placeholder.data.caption_files import CaptionFiles, is_caption_file, read_captions
-from placeholder.data.entries import is_clutter
+from placeholder.data.entries import Archive, is_clutter
 from placeholder.data.images import FORMAT_NAMES, UNREADABLE, NotAnImageError, to_rgb
 from placeholder.data.masks import is_mask, masks_by_image, token_weights
 from placeholder.errors import Log, label, listed, reason

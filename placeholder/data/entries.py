@@ -1,7 +1,7 @@
 """The entries of an archive and their limits: how many, how large, how far compressed, under which names."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import BinaryIO, NamedTuple
@@ -124,6 +124,37 @@ def is_clutter(name: str) -> bool:
     """Whether macOS, Windows or another tool left the file behind: a dot file, anything in __MACOSX, folder settings."""
     parts = PurePosixPath(name).parts
     return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1].lower() in FOLDER_SETTINGS
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An open archive: its name, its files in stored order, and a function that reads one by name."""
+
+    name: str
+    entries: dict[str, Entry]
+    read: Callable[[str], bytes]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the files, with `/` between folders."""
+        return tuple(self.entries)
+
+    def size(self, name: str) -> int:
+        """The file's size in bytes, known before it is read."""
+        return self.entries[name].size
+
+
+def unwrapped(archive: Archive, top: Collection[str]) -> Archive:
+    """The archive without what tools leave behind, and without folders that all else lies in, down to a name of `top`."""
+    names = {name: name for name in archive.names if not is_clutter(name)}
+    while (
+        names.keys().isdisjoint(top)
+        and len({name.partition("/")[0] for name in names}) == 1
+        and all("/" in name for name in names)
+    ):
+        names = {name.partition("/")[2]: stored for name, stored in names.items()}
+    entries = {name: archive.entries[stored] for name, stored in names.items()}
+    return Archive(archive.name, entries, lambda name: archive.read(names[name]))
 
 
 def inner_archive(names: Iterable[str]) -> str | None:

@@ -148,7 +148,7 @@ def _check_key(layers: dict[str, nn.Linear], key: str, value: Tensor, state: dic
     module_name = key.removesuffix(A).removesuffix(B)
     layer = layers.get(module_name)
     if layer is None:
-        raise ValueError(f"the LoRA was made for another model: this one has no linear layer {quoted(module_name)}")
+        raise ValueError(f"the LoRA does not fit: this base model has no linear layer {quoted(module_name)}")
     down, up = state.get(module_name + A), state.get(module_name + B)
     if down is None or up is None:
         raise ValueError(f"the LoRA is incomplete: {quoted(module_name)} needs both lora_A and lora_B")
@@ -157,8 +157,8 @@ def _check_key(layers: dict[str, nn.Linear], key: str, value: Tensor, state: dic
         raise ValueError(f"the LoRA has rank {rank} at {quoted(module_name)}: at most {MAX_RANK} can be loaded")
     if [tuple(down.shape), tuple(up.shape)] != [(rank, layer.in_features), (layer.out_features, rank)]:
         raise ValueError(
-            f"the LoRA was made for another model: {quoted(module_name)} has lora_A {tuple(down.shape)} and lora_B "
+            f"the LoRA does not fit this base model: {quoted(module_name)} has lora_A {tuple(down.shape)} and lora_B "
             f"{tuple(up.shape)}, expected (r, {layer.in_features}) and ({layer.out_features}, r)"
         )
     if not torch.isfinite(value).all():
-        raise ValueError(f"the LoRA holds NaN or infinite numbers in {quoted(key)}: train it again")
+        raise ValueError(f"the LoRA holds NaN or infinite numbers in {quoted(key)}: it is damaged, or its training diverged")

@@ -78,7 +78,7 @@ def _load(source: str, steps: int | None, base: BaseModel, log: Log, fetch: Call
     with local_file(str(fetch(*on_the_hub.groups(), log)) if on_the_hub else source) as path:
         if not path.is_file():
             raise ValueError(f"{label(source)} is neither a file nor a URL nor owner/name/file.safetensors@revision")
-        lora = read_lora_file(name, path)
+        lora = read_lora_file(name, path).lora
     check_lora(transformer_shell(base), lora)
     return FastLora(name, steps, {key: value.to(base.dtype) for key, value in lora.items()})
 

@@ -5,55 +5,33 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from placeholder.errors import quoted, shown
+from placeholder.errors import label, quoted, shown
 from placeholder.lora.adapter import DTYPES, PREFIX, A, B
+from placeholder.lora.keys import ALPHA, BIASES, ENDINGS, check_method, split_key
 from placeholder.lora.safetensors import read_tensors
 
 MAX_FILE_BYTES = 2 * 1024**3
+MAX_TOKENS_SHOWN = 64
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the PEFT configuration in the safetensors header
-FLAT_PREFIX = "lora_unet_"  # kohya's and musubi-tuner's: the dots of the layer's name are underscores
-PREFIXES = (PREFIX, "diffusion_model.", "pipe.dit.", FLAT_PREFIX)  # a key with none of them is bare
-ALPHA = ".alpha"
-ENDINGS = {  # how a key ends: the name of the convention, and how ours ends
-    A: ("lora_A", A),
-    B: ("lora_A", B),
-    ".lora_A.default.weight": ("lora_A.default", A),
-    ".lora_B.default.weight": ("lora_A.default", B),
-    ".lora_down.weight": ("lora_down", A),
-    ".lora_up.weight": ("lora_down", B),
-}
-OTHER_METHODS = {
-    "lokr_": "LoKr",
-    "hada_": "LoHa",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_mid": "LoRA with a Tucker core",
-}
-UNSUPPORTED_METADATA = ("use_dora", "lora_bias", "modules_to_save")
-TEXT_ENCODERS = ("lora_te", "text_encoder")
+TOKENS_KEY = "placeholder_tokens"  # where this package names the tokens of a LoRA there, as a JSON list
+TRIGGER_KEY = "modelspec.trigger_phrase"  # where its earlier versions did, as <one>, <two>
+UNSUPPORTED_METADATA = ("use_dora", "modules_to_save")
+MAX_PATTERNS, MAX_PATTERN = 2000, 200  # of alpha_pattern, and characters of each
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # bf16 holds their numbers exactly
 ALPHA_DTYPES = (*DTYPES, torch.float64, torch.int64, torch.int32)
-# Every linear layer of diffusers' QwenImageTransformer2DModel: at its top, and in each of its blocks.
-TOP_LAYERS = (
-    "img_in",
-    "txt_in",
-    "time_text_embed.timestep_embedder.linear_1",
-    "time_text_embed.timestep_embedder.linear_2",
-    "norm_out.linear",
-    "proj_out",
-)
-BLOCK_LAYERS = (
-    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
-    *(f"{stream}_{part}" for stream in ("img", "txt") for part in ("mod.1", "mlp.net.0.proj", "mlp.net.2")),
-)
-DOTTED_TOP = {layer.replace(".", "_"): layer for layer in TOP_LAYERS}
-DOTTED_BLOCK = {layer.replace(".", "_"): layer for layer in BLOCK_LAYERS}
-FLAT_BLOCK = re.compile(r"transformer_blocks_([0-9]+)_(\w+)")
+
+
+class LoraFile(NamedTuple):
+    """A LoRA with alpha = rank and keys without prefix, and the tokens that its file says it was trained with."""
+
+    lora: dict[str, Tensor]
+    tokens: tuple[str, ...] = ()
 
 
 def read_lora(name: str, content: bytes) -> dict[str, Tensor]:
@@ -61,20 +39,29 @@ def read_lora(name: str, content: bytes) -> dict[str, Tensor]:
     return plain_lora(name, *read_tensors(name, content))
 
 
-def read_lora_file(name: str, path: Path) -> dict[str, Tensor]:
+def read_lora_file(name: str, path: Path) -> LoraFile:
     """The LoRA in a safetensors file of its own, without tokens; the file is not read where it is too large for one."""
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise ValueError(f"{name} is {size} bytes: a LoRA has at most {MAX_FILE_BYTES}, is it a base model?")
     return lora_alone(name, path.read_bytes())
 
 
-def lora_alone(name: str, content: bytes) -> dict[str, Tensor]:
-    """The LoRA in a safetensors file; it comes without tokens, and therefore has to change something itself."""
-    lora = read_lora(name, content)
+def lora_alone(name: str, content: bytes, config: bytes | None = None) -> LoraFile:
+    """The LoRA in a safetensors file; it comes without embeddings, and therefore has to change something itself.
+
+    `config` is the adapter_config.json that PEFT writes beside its file.
+    """
+    tensors, header = read_tensors(name, content)
+    if config is not None and METADATA_KEY not in header:
+        header = header | {METADATA_KEY: config.decode("utf-8", "replace")}
+    lora = plain_lora(name, tensors, header)
     for part in (A, B):
-        if not any(value.any() for key, value in lora.items() if key.endswith(part)):
+        found = [value for key, value in lora.items() if key.endswith(part)]
+        if not found:
+            raise ValueError(f"{name} has no {part}: it is incomplete, or a full-rank file; only plain LoRA can be loaded")
+        if not any(value.any() for value in found):
             raise ValueError(f"{name} changes nothing: there is no {part} in it that is not zero")
-    return lora
+    return LoraFile(lora, _tokens(header))
 
 
 def plain_lora(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, Tensor]:
@@ -83,19 +70,24 @@ def plain_lora(name: str, tensors: dict[str, Tensor], header: dict[str, str]) ->
     Raises ValueError, one sentence with the file's `name`, for whatever is not one plain LoRA of the transformer in one format.
     """
     if not tensors:
-        raise ValueError(f"{name} is not a LoRA of Qwen-Image: it is empty")
+        raise ValueError(f"{name} holds no weights: copy it again")
+    for key in sorted(tensors):
+        check_method(name, key)
     metadata = _metadata(name, header.get(METADATA_KEY))
     state, alphas, prefixes, conventions = {}, {}, {}, {}
-    for key in sorted(tensors):
-        _check_method(name, key)
-        prefix, module, ending = _split(name, key)
+    for key, value in sorted(tensors.items()):
+        if key.endswith(BIASES):
+            if value.any():
+                raise ValueError(f"{name} changes biases ({quoted(key)}): only plain LoRA can be loaded")
+            continue
+        prefix, module, ending = split_key(name, key)
         prefixes.setdefault(prefix, key)
         if ending == ALPHA:
-            alphas[module] = _alpha(name, key, tensors[key])
+            alphas[module] = _alpha(name, key, value)
             continue
         convention, own = ENDINGS[ending]
         conventions.setdefault(convention, key)
-        state[module + own] = tensors[key]
+        state[module + own] = value.bfloat16() if value.dtype in FP8 else value
     for found in (prefixes, conventions):
         if len(found) > 1:
             one, other, *_ = found.values()
@@ -103,11 +95,25 @@ def plain_lora(name: str, tensors: dict[str, Tensor], header: dict[str, str]) ->
     for module in alphas:
         if module + A not in state or module + B not in state:
             raise ValueError(f"{name} holds an alpha for {quoted(module)} without both of its weights: it is incomplete")
-    if alphas and "lora_alpha" in metadata:
+    if "lora_alpha" in metadata and any(
+        not math.isclose(alpha / len(state[module + A]), _scale(module, len(state[module + A]), metadata, {}), rel_tol=1e-3)
+        for module, alpha in alphas.items()
+    ):
         raise ValueError(
-            f"{name} gives its strength twice, as alpha keys and in {METADATA_KEY}: save it again with one of them"
+            f"{name} gives its strength twice, differently, as alpha keys and in {METADATA_KEY}: save it again with one of them"
         )
     return fold_scale(state, metadata, alphas)
+
+
+def _tokens(header: dict[str, str]) -> tuple[str, ...]:
+    """The placeholder tokens that the header names. Trigger phrases of other trainers are words, and not meant."""
+    try:
+        found = json.loads(header.get(TOKENS_KEY, "null"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        found = re.findall(r"<[^<>\s]+>", header.get(TRIGGER_KEY, ""))
+    return tuple(label(token) for token in found if isinstance(token, str))[:MAX_TOKENS_SHOWN]
 
 
 def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any], alphas: Mapping[str, float]) -> dict[str, Tensor]:
@@ -140,39 +146,9 @@ def _scale(module: str, rank: int, metadata: dict[str, Any], alphas: Mapping[str
     if "lora_alpha" not in metadata:
         return 1.0
     alpha = metadata["lora_alpha"]
-    for name, own in (metadata.get("alpha_pattern") or {}).items():
-        name = name.removeprefix("^")
-        if module == name or module.endswith("." + name):
-            alpha = own
+    patterns = metadata.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns, module), alpha)
     return alpha / (rank**0.5 if metadata.get("use_rslora") else rank)
-
-
-def _check_method(name: str, key: str) -> None:
-    for sign, method in OTHER_METHODS.items():
-        if sign in key:
-            raise ValueError(f"{name} is a {method} ({quoted(key)}): only plain LoRA can be loaded")
-    if key.startswith(TEXT_ENCODERS):
-        raise ValueError(f"{name} changes the text encoder ({quoted(key)}): only a LoRA of the transformer alone can be loaded")
-
-
-def _split(name: str, key: str) -> tuple[str, str, str]:
-    """The key's prefix, the name of its layer in diffusers, and its ending."""
-    ending = next((ending for ending in (*ENDINGS, ALPHA) if key.endswith(ending)), None)
-    if ending is None:
-        raise ValueError(f"{name} is not a LoRA of Qwen-Image: it holds {quoted(key)}, expected names that end in {A} or {B}")
-    prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), "")
-    module = key[len(prefix) : -len(ending)]
-    return prefix, _dotted(name, module) if prefix == FLAT_PREFIX else module, ending
-
-
-def _dotted(name: str, flat: str) -> str:
-    """The layer's name with its dots, of which only those of the known layers can be told from underscores."""
-    block = FLAT_BLOCK.fullmatch(flat)
-    if flat in DOTTED_TOP:
-        return DOTTED_TOP[flat]
-    if block is None or block[2] not in DOTTED_BLOCK:
-        raise ValueError(f"{name} was made for another model: the transformer of Qwen-Image has no layer {quoted(flat)}")
-    return f"transformer_blocks.{block[1]}.{DOTTED_BLOCK[block[2]]}"
 
 
 def _alpha(name: str, key: str, value: Tensor) -> float:
@@ -192,8 +168,12 @@ def _metadata(name: str, text: str | None) -> dict[str, Any]:
         metadata = json.loads(text)
         metadata = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
         alphas = [metadata.get("lora_alpha", 1), *(metadata.get("alpha_pattern") or {}).values()]
+        for pattern in metadata.get("alpha_pattern") or {}:
+            re.compile(pattern)
+            if len(pattern) > MAX_PATTERN or len(metadata["alpha_pattern"]) > MAX_PATTERNS or re.search(r"\)[*+?{]", pattern):
+                raise ValueError(f"alpha_pattern holds {shown(pattern)}")  # a repeated group can take for ever
         if not all(isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0 for alpha in alphas):
             raise ValueError(f"lora_alpha and alpha_pattern hold {shown(alphas)}")
-    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError, re.error) as error:
         raise ValueError(f"{name} has unreadable {METADATA_KEY}: save it again with diffusers") from error
     return metadata

@@ -30,21 +30,21 @@ def read_tensors(name: str, content: bytes) -> tuple[dict[str, Tensor], dict[str
     try:
         header = json.loads(content[8 : 8 + length])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not a safetensors file ({reason(error)}): train it again or pack it again") from error
+        raise ValueError(f"{name} is not a safetensors file ({reason(error)}): copy or download it again") from error
     _check_shapes(name, header)
     try:
         return load(content), header.get("__metadata__") or {}
     except (safetensors.SafetensorError, KeyError) as error:
-        raise ValueError(f"{name} is not a safetensors file ({reason(error)}): train it again or pack it again") from error
+        raise ValueError(f"{name} is not a safetensors file ({reason(error)}): copy or download it again") from error
 
 
 def _check_shapes(name: str, header: Any) -> None:
     """The library checks offsets and sizes, but not the sides of tensors that are empty."""
     if not isinstance(header, dict):
-        raise ValueError(f"{name} is not a safetensors file (its header is no object): train it again or pack it again")
+        raise ValueError(f"{name} is not a safetensors file (its header is no object): copy or download it again")
     for key, entry in header.items():
         shape = entry.get("shape") if key != "__metadata__" and isinstance(entry, dict) else []
         if not isinstance(shape, list) or not all(type(side) is int and 0 <= side < MAX_SIDE for side in shape):
-            raise ValueError(f"{name} holds {quoted(key)} with an impossible shape: train it again or pack it again")
+            raise ValueError(f"{name} holds {quoted(key)} with an impossible shape: copy or download it again")
         if len(shape) > MAX_DIMENSIONS:
-            raise ValueError(f"{name} holds {quoted(key)} with {len(shape)} dimensions: train it again or pack it again")
+            raise ValueError(f"{name} holds {quoted(key)} with {len(shape)} dimensions: copy or download it again")

@@ -118,10 +118,9 @@ def apply_start(start: Checkpoint | Weights, state: TrainState, tokens: Placehol
         for token, rows in start.embeddings.items():
             first = tokens.ids[token][0] - tokens.first_id
             tokens.rows[first : first + len(rows)] = rows.to(tokens.rows)
-    return (
-        f"Started from the weights of an earlier training: {len(start.lora)} LoRA tensors, {len(start.embeddings)} embeddings; "
-        "the optimizers start anew"
-    )
+    started = f"{len(start.lora)} LoRA tensors, {len(start.embeddings)} embeddings; the optimizers start anew"
+    warnings = "".join(f"Warning: {warning}. " for warning in start.warnings())
+    return f"{warnings}Started from the weights of an earlier training: {started}"
 
 
 def _other_dataset(start: Checkpoint) -> str:
@@ -130,6 +129,8 @@ def _other_dataset(start: Checkpoint) -> str:
 
 def _check_tokens(start: Weights, config: TrainConfig) -> None:
     if tuple(start.embeddings) != config.tokens:
+        for warning in start.warnings():
+            raise ValueError(f"resume_from cannot be used: {warning}")
         stored, wanted = (", ".join(tokens) or "no token" for tokens in (start.embeddings, config.tokens))
         raise ValueError(f"the weights to start from were trained with {stored}, this training has {wanted}: give the same")
     for token, rows in start.embeddings.items():

@@ -114,6 +114,8 @@ class AppliedWeights:
         self.applied = wanted
         for line in tokens.registered():
             self.log(line)
+        for warning in (warning for part in parts for warning in part.warnings()):
+            self.log(f"Warning: {warning}")
         for adapter, part in zip(paths, parts, strict=True):
             name = "Weights" if adapter == ADAPTER else "Extra weights"
             self.log(f"{name} applied: {len(part.lora)} LoRA tensors, {len(part.embeddings)} embeddings")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import zipfile
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from placeholder.config import MAX_VECTORS
-from placeholder.data.archive import Archive, open_archive
-from placeholder.data.entries import is_clutter
-from placeholder.errors import label, quoted, reason, shown
+from placeholder.data.archive import open_archive
+from placeholder.data.entries import Archive, unwrapped
+from placeholder.errors import HEAD_BYTES, check_download, label, listed, quoted, reason, shown
 from placeholder.lora.adapter import DTYPES, PREFIX
 from placeholder.lora.formats import METADATA_KEY, lora_alone, read_lora, read_lora_file
 from placeholder.lora.safetensors import looks_like_safetensors, read_tensors
@@ -24,6 +24,7 @@ from placeholder.weights.layout import EMBEDDINGS_FOLDER, LORA_NAME, META_NAME, 
 
 EMBEDDING_KEY = QWEN_IMAGE.embedding_key
 HEADER_MULTIPLE = 8  # the tensors behind the header are aligned to so many bytes (the format's description)
+PEFT_CONFIG_NAME = "adapter_config.json"  # PEFT writes it beside adapter_model.safetensors
 MAX_META_BYTES = 1024 * 1024
 MAX_BASE_MODEL_CHARACTERS = 1000
 MAX_ID = 2**31  # of a token
@@ -37,6 +38,14 @@ class Weights:
     lora: dict[str, Tensor]
     embeddings: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    missing_tokens: tuple[str, ...] = ()  # of a LoRA alone, whose embeddings are not in the file
+
+    def warnings(self) -> list[str]:
+        """What is missing of what the training made, in words."""
+        if not self.missing_tokens:
+            return []
+        tokens = ", ".join(self.missing_tokens)
+        return [f"the LoRA was trained with {tokens}, whose embedding is missing: give the whole weights.zip of that training"]
 
     def renamed(self, names: tuple[str, ...]) -> "Weights":
         """The same with other names for its tokens, in their order; ValueError for another number of them."""
@@ -94,11 +103,16 @@ def read_weights(path: Path | str) -> Weights:
     Raises ValueError, one sentence, when something that belongs there is missing, damaged or of another kind.
     """
     path = _existing(path)
-    if _is_safetensors(path):
-        return Weights(read_lora_file(label(path.name), path))
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    check_download(label(path.name), head)
+    if looks_like_safetensors(head[:9]):
+        found = read_lora_file(label(path.name), path)
+        return Weights(found.lora, missing_tokens=found.tokens)
     with open_archive(path) as archive:
+        archive = unwrapped(archive, (META_NAME, LORA_NAME))
         if not any(name in (META_NAME, LORA_NAME) or name.startswith(EMBEDDINGS_FOLDER + "/") for name in archive.names):
-            return Weights(_foreign(archive))
+            return _foreign(archive)
         if LORA_NAME not in archive.names:
             raise ValueError(f"LoRA weights not found in {archive.name}: expected {LORA_NAME}")
         if META_NAME not in archive.names:
@@ -123,20 +137,19 @@ def _existing(path: Path | str) -> Path:
     return path
 
 
-def _is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        return looks_like_safetensors(file.read(9))
-
-
-def _foreign(archive: Archive) -> dict[str, Tensor]:
-    """The LoRA in an archive of another trainer: its only safetensors file, at the root (the hosted trainer's layout)."""
-    files = [name for name in archive.names if name.lower().endswith(".safetensors") and not is_clutter(name)]
-    if len(files) != 1 or "/" in files[0]:
-        found = ", ".join(quoted(name) for name in files[:3]) or "no safetensors file"
+def _foreign(archive: Archive) -> Weights:
+    """The LoRA in an archive of another trainer: its only safetensors file."""
+    files = [name for name in archive.names if name.lower().endswith(".safetensors")]
+    if len(files) != 1:
+        found = listed([quoted(name) for name in files], 3) or "no safetensors file"
         raise ValueError(
-            f"LoRA weights not found in {archive.name}: expected {LORA_NAME}, or a single LoRA at the root, found {found}"
+            f"LoRA weights not found in {archive.name}: expected {LORA_NAME}, or one LoRA in safetensors, found {found}"
+            + (": give the one that is wanted" if files else "")
         )
-    return lora_alone(f"{archive.name}: {label(files[0])}", archive.read(files[0]))
+    config = str(PurePosixPath(files[0]).with_name(PEFT_CONFIG_NAME))
+    content = archive.read(config) if config in archive.names and archive.size(config) <= MAX_META_BYTES else None
+    found = lora_alone(f"{archive.name}: {label(files[0])}", archive.read(files[0]), content)
+    return Weights(found.lora, missing_tokens=found.tokens)
 
 
 def _meta(archive: Archive) -> dict[str, Any]:
@@ -170,13 +183,13 @@ def _embeddings(archive: Archive, meta: dict[str, Any]) -> dict[str, Tensor]:
         other = expected.setdefault(embedding_name(token), token)
         if other != token:
             raise ValueError(f"{archive.name} names {other!r} and {token!r}, which have the same file: train with one of them")
-    stored = {name for name in archive.names if name.startswith(EMBEDDINGS_FOLDER + "/") and not is_clutter(name)}
+    stored = {name for name in archive.names if name.startswith(EMBEDDINGS_FOLDER + "/")}
     if missing := sorted(expected.keys() - stored):
         raise ValueError(
             f"the learned embedding of {expected[missing[0]]!r} was not found in {archive.name}: expected {missing[0]}"
         )
     if unnamed := sorted(stored - expected.keys()):
-        raise ValueError(f"{archive.name} holds {label(unnamed[0])}, a token that {META_NAME} does not name: train it again")
+        raise ValueError(f"{archive.name} holds {label(unnamed[0])}, a token that {META_NAME} does not name: it was changed")
     return {token: _rows(archive, name, token) for name, token in expected.items()}
 
 
@@ -185,9 +198,7 @@ def _rows(archive: Archive, name: str, token: str) -> Tensor:
         raise ValueError(f"{archive.name}: {name} is {size} bytes: an embedding has at most {MAX_EMBEDDING_BYTES}")
     tensors, metadata = read_tensors(f"{archive.name}: {name}", archive.read(name))
     if (named := metadata.get("token", token)) != token:
-        raise ValueError(
-            f"{archive.name}: {name} holds the rows of {shown(named)}, not of {token!r}: it was renamed, train again"
-        )
+        raise ValueError(f"{archive.name}: {name} holds the rows of {shown(named)}, not of {token!r}: it was renamed")
     rows = tensors.get(EMBEDDING_KEY)
     usable = rows is not None and rows.dtype in DTYPES and rows.ndim == 2 and 1 <= len(rows) <= MAX_VECTORS
     if not usable or not torch.isfinite(rows).all():

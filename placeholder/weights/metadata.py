@@ -1,5 +1,6 @@
 """What an archive says about its training: meta.json, and the metadata in the LoRA's safetensors header."""
 
+import json
 import os
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from placeholder.config import TrainConfig
+from placeholder.lora.formats import TOKENS_KEY
 from placeholder.model.base import QWEN_IMAGE
 
 TIME_VARIABLE = "SOURCE_DATE_EPOCH"
@@ -51,7 +53,7 @@ def fixed_time() -> datetime | None:
 
 
 def modelspec(meta: dict[str, Any]) -> dict[str, str]:
-    """Metadata that other tools show of a LoRA, for its safetensors header, after Stability AI's Model Metadata Standard 1.0.0.
+    """What the header of the LoRA's file says: its tokens, and Stability AI's Model Metadata Standard 1.0.0, as tools show it.
 
     It has a date only with SOURCE_DATE_EPOCH: the same run gives the same LoRA, byte for byte.
     """
@@ -69,4 +71,5 @@ def modelspec(meta: dict[str, Any]) -> dict[str, str]:
         found["trigger_phrase"] = tokens
     if fixed_time():
         found["date"] = meta["created"]
-    return {f"modelspec.{name}": value for name, value in found.items()}
+    header = {f"modelspec.{name}": value for name, value in found.items()}
+    return header | ({TOKENS_KEY: json.dumps([*meta["placeholder_token_ids"]])} if tokens else {})

@@ -81,7 +81,7 @@ def test_two_loras_add_up_each_at_its_own_scale(base):
         torch.testing.assert_close(velocity(transformer), velocity(expected), rtol=1e-4, atol=1e-5)
     assert (velocity(transformer) - velocity(merged(base, (1.6, first), (0.7, second)))).abs().max() > 0.01
     for within in (".base_layer", ".lora_A.default"):  # layers of the LoRA itself
-        with pytest.raises(ValueError, match="this one has no linear layer"):
+        with pytest.raises(ValueError, match="this base model has no linear layer"):
             load_lora(transformer, random_lora(modules=[MODULES[0] + within]), EXTRA_ADAPTER)
     unload_lora(transformer)
     assert torch.equal(velocity(transformer), velocity(load_transformer(base)))
@@ -215,7 +215,7 @@ def test_a_bad_extra_lora_leaves_nothing_of_the_first(layer, before, generate, z
         tensors[max(tensors)][0, 0] = float("nan")
     generate(NAMED, zero_prior.archive if before else None)
     bad = write_zip(tmp_path / "changed.zip", read_zip(extra) | {LORA_NAME: save(tensors)})
-    with pytest.raises(ValueError, match="made for another model" if layer == "blocks.9" else "NaN or infinite"):
+    with pytest.raises(ValueError, match="does not fit" if layer == "blocks.9" else "NaN or infinite"):
         generate(BOTH, zero_prior.archive, bad)
     assert generate.generator.weights.applied == INCOMPLETE
     assert alone(generate)

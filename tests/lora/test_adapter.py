@@ -114,18 +114,18 @@ FIRST = MODULES[0]
 
 
 GOOD = random_lora()
-OTHER = "the LoRA was made for another model"
+OTHER = "the LoRA does not fit.*"
 WRONG = {
     "empty": ({}, "the LoRA holds no weights"),
-    "name": (random_lora(modules=["blocks.0.to_q"]), f"{OTHER}: this one has no linear layer 'blocks.0.to_q'"),
-    "no linear": (random_lora(modules=["transformer_blocks.0.attn"]), f"{OTHER}: this one has no linear layer"),
+    "name": (random_lora(modules=["blocks.0.to_q"]), f"{OTHER}: this base model has no linear layer 'blocks.0.to_q'"),
+    "no linear": (random_lora(modules=["transformer_blocks.0.attn"]), f"{OTHER}: this base model has no linear layer"),
     "width in": (GOOD | {FIRST + A: torch.zeros(4, 65)}, rf"{OTHER}: '{FIRST}' has lora_A \(4, 65\)"),
     "width out": (GOOD | {FIRST + B: torch.zeros(65, 4)}, rf"{OTHER}: .* expected \(r, 64\) and \(64, r\)"),
     "two ranks": (GOOD | {FIRST + A: torch.zeros(8, 64)}, rf"{OTHER}: '{FIRST}' has lora_A \(8, 64\)"),
     "no matrix": (GOOD | {FIRST + A: torch.zeros(64)}, OTHER),
     "no A": ({key: value for key, value in GOOD.items() if key != FIRST + A}, f"'{FIRST}' needs both lora_A and lora_B"),
     "no B": ({key: value for key, value in GOOD.items() if key != FIRST + B}, f"'{FIRST}' needs both lora_A and lora_B"),
-    "NaN": (GOOD | {FIRST + B: torch.full((64, 4), math.nan)}, f"NaN or infinite numbers in '{FIRST}{B}': train it"),
+    "NaN": (GOOD | {FIRST + B: torch.full((64, 4), math.nan)}, f"NaN or infinite numbers in '{FIRST}{B}': it is damaged"),
     "rank": (GOOD | {FIRST + A: torch.zeros(2049, 64), FIRST + B: torch.zeros(64, 2049)}, "has rank 2049 .* at most 2048"),
 }
 

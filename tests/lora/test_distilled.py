@@ -253,9 +253,9 @@ WRONG = {
     "not safetensors": (lambda tensors: b"PK archive", "is not a safetensors file"),
     "another model": (
         lambda tensors: save({key.replace("blocks.1", "blocks.9"): value for key, value in tensors.items()}),
-        "the LoRA was made for another model: this one has no linear layer 'transformer_blocks.9",
+        "the LoRA does not fit: this base model has no linear layer 'transformer_blocks.9",
     ),
-    "no LoRA": (lambda tensors: save({"proj_out.weight": torch.ones(2, 2)}), "is not a LoRA of Qwen-Image"),
+    "no LoRA": (lambda tensors: save({"proj_out.weight": torch.ones(2, 2)}), "which is no weight of a LoRA"),
     "half of it": (
         lambda tensors: save({key: value for key, value in tensors.items() if "lora_up" not in key}),
         "an alpha for .* without both of its weights",

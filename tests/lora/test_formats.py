@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from safetensors.torch import save, save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
 from placeholder.lora.adapter import load_lora
-from placeholder.lora.formats import BLOCK_LAYERS, DOTTED_BLOCK, DOTTED_TOP, TOP_LAYERS
+from placeholder.lora.keys import BLOCK_LAYERS, DOTTED_BLOCK, DOTTED_TOP, TOP_LAYERS
 from placeholder.model.loading import load_transformer
 from placeholder.weights.archive import LORA_NAME, read_weights
 from tests.lora.test_adapter import MODULES, random_lora, velocity
@@ -51,6 +51,17 @@ NAMED = (".lora_A.default.weight", ".lora_B.default.weight")
 KOHYA = (".lora_down.weight", ".lora_up.weight")
 METADATA = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 6})}
 
+DOTTED = (".lora.down.weight", ".lora.up.weight")
+UNPREFIXED = {"lora_adapter_metadata": json.dumps({"r": RANK, "lora_alpha": 6})}
+
+
+def with_zero_biases(content: bytes) -> bytes:
+    """The file with a bias of zeros for each lora_B."""
+    tensors = load(content)
+    biases = {key.replace(".weight", ".bias"): torch.zeros(len(up)) for key, up in tensors.items() if "lora_B" in key}
+    return save(tensors | biases)
+
+
 FORMATS = {  # the file, and alpha / rank as its trainer means it
     "diffusers": (lambda some: file_of(some, "transformer.", *PEFT, header=METADATA), 1.5),
     "flymyai": (lambda some: file_of(some, "transformer.", *PEFT), 1.0),
@@ -64,6 +75,12 @@ FORMATS = {  # the file, and alpha / rank as its trainer means it
     "bare, alpha": (lambda some: file_of(some, "", *PEFT, torch.tensor([2.0])), 0.5),
     "ComfyUI": (lambda some: file_of(some, "diffusion_model.", *KOHYA, torch.tensor(12.0).bfloat16()), 3.0),
     "kohya": (lambda some: file_of(some, "transformer.", *KOHYA, torch.tensor(6.0).half()), 1.5),
+    "SimpleTuner": (lambda some: file_of(some, "transformer.", *DOTTED), 1.0),
+    "SimpleTuner, ComfyUI": (lambda some: file_of(some, "diffusion_model.", *PEFT, torch.tensor(6.0), header=UNPREFIXED), 1.5),
+    "PEFT": (lambda some: file_of(some, "base_model.model.", *PEFT), 1.0),
+    "LyCORIS": (lambda some: file_of(some, "lycoris_", *KOHYA, torch.tensor(2.0), flat=True), 0.5),
+    "OneTrainer, flat": (lambda some: file_of(some, "lora_transformer_", *KOHYA, torch.tensor(1.0), flat=True), 0.25),
+    "zero biases": (lambda some: with_zero_biases(file_of(some, "transformer.", *PEFT)), 1.0),
     "kohya without alpha": (lambda some: file_of(some, "transformer.", *KOHYA), 1.0),
 }
 
@@ -71,6 +88,7 @@ FORMATS = {  # the file, and alpha / rank as its trainer means it
 # What stock diffusers reads too, and reads as its trainer means it.
 STOCK = (
     "flymyai",
+    "SimpleTuner",
     "ai-toolkit",
     "ai-toolkit, alpha",
     "musubi-tuner",
@@ -111,6 +129,9 @@ def test_a_lora_has_the_strength_of_its_format_and_that_of_stock_diffusers(kind,
         {"lora_alpha": 8, "use_rslora": True},
         {"lora_alpha": 4, "alpha_pattern": {"transformer_blocks.1.attn.to_q": 16, "to_k": 2}},
         {"lora_alpha": 4, "alpha_pattern": {"^transformer_blocks.0.attn.to_v": 12}},
+        {"lora_alpha": 4, "alpha_pattern": {r"transformer_blocks\.[0-2]\.attn\.to_q": 16}},
+        {"lora_alpha": 4, "alpha_pattern": {"to_q|to_k": 16, "attn.to_k": 2}},
+        {"lora_alpha": 4, "alpha_pattern": {"attn.to_k": 12, "to_k": 2}},
     ],
 )
 def test_alphas_in_the_metadata_count_as_in_stock_diffusers(settings, base, tmp_path):
@@ -127,6 +148,33 @@ def test_alphas_in_the_metadata_count_as_in_stock_diffusers(settings, base, tmp_
     load_lora(transformer, read_weights(file).lora)
     torch.testing.assert_close(velocity(transformer), velocity(stock.transformer), rtol=1e-4, atol=1e-5)
     assert (velocity(transformer) - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_factors_in_8_bit_floats_are_read_exactly(dtype, tmp_path):
+    down, up = (torch.linspace(-2, 2, 256).reshape(shape).to(dtype) for shape in ((4, 64), (64, 4)))
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(save({f"transformer.{LAYER}{PEFT[0]}": down, f"transformer.{LAYER}{PEFT[1]}": up}))
+    found = read_weights(path).lora
+    assert torch.equal(found[LAYER + PEFT[0]].float(), down.float()) and torch.equal(found[LAYER + PEFT[1]].float(), up.float())
+
+
+def test_pefts_configuration_beside_its_file_gives_the_strength(layers, tmp_path):
+    content = file_of(layers, "base_model.model.", *PEFT)
+    config = json.dumps({"r": RANK, "lora_alpha": 12, "peft_type": "LORA"}).encode()
+    entries = {"out/adapter_model.safetensors": content, "out/adapter_config.json": config}
+    found = read_weights(write_zip(tmp_path / "out.zip", entries)).lora
+    for name, (down, up) in layers.items():
+        torch.testing.assert_close(found[name + PEFT[1]] @ found[name + PEFT[0]], 3 * up @ down)
+
+
+@pytest.mark.parametrize("pattern", ["(", "(a+)+$", "x" * 201])
+def test_a_pattern_that_is_none_or_could_take_for_ever_gets_its_sentence(pattern, tmp_path):
+    header = {"lora_adapter_metadata": json.dumps({"lora_alpha": 4, "alpha_pattern": {pattern: 2}})}
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(save({f"transformer.{LAYER}{end}": value for end, value in zip(PEFT, (DOWN, UP), strict=True)}, header))
+    with pytest.raises(ValueError, match="has unreadable lora_adapter_metadata"):
+        read_weights(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -182,9 +230,9 @@ ONLY_PLAIN = "only plain LoRA can be loaded"
 TEXT_ENCODER = "changes the text encoder .* only a LoRA of the transformer alone can be loaded"
 
 WRONG = {
-    "empty": ({}, "lora.safetensors is not a LoRA of Qwen-Image: it is empty"),
-    "another key": (PAIR | {"x.bias": ONE}, "is not a LoRA of Qwen-Image: it holds 'x.bias', expected names that end in"),
-    "a base model": ({f"{LAYER}.weight": torch.ones(64, 64)}, "is not a LoRA of Qwen-Image: it holds 'transformer_blocks.0"),
+    "empty": ({}, "lora.safetensors holds no weights"),
+    "another key": (PAIR | {"x.bias": ONE}, "holds 'x.bias', which is no weight of a LoRA: expected names that end in"),
+    "a base model": ({f"{LAYER}.weight": torch.ones(64, 64)}, "holds 'transformer_blocks.0.*, which is no weight of a LoRA"),
     "two prefixes": (PAIR | {f"transformer.{LAYER}{PEFT[0]}": DOWN}, f"{MIXES}, 'diffusion_model.*' and 'transformer.*': save"),
     "a prefix and none": (PAIR | {f"transformer_blocks.1.attn.to_k{PEFT[0]}": DOWN}, MIXES),
     "two conventions": (PAIR | {f"diffusion_model.{LAYER}{KOHYA[0]}": DOWN}, MIXES),
@@ -199,17 +247,29 @@ WRONG = {
     "a negative alpha": (FLAT_PAIR | {FLAT + ".alpha": -ONE}, "of -1.0: expected a finite number above 0"),
     "an alpha that is no number": (FLAT_PAIR | {FLAT + ".alpha": torch.tensor(True)}, "in torch.bool: expected one number"),
     "an alpha in fp8": (FLAT_PAIR | {FLAT + ".alpha": ONE.to(torch.float8_e4m3fn)}, "in torch.float8_e4m3fn: expected one"),
-    "LoKr": ({FLAT + ".lokr_w1": DOWN, FLAT + ".lokr_w2": UP, FLAT + ".alpha": ONE}, f"is a LoKr .*: {ONLY_PLAIN}"),
-    "LoHa": ({FLAT + ".hada_w1_a": DOWN, FLAT + ".alpha": ONE}, f"is a LoHa .*: {ONLY_PLAIN}"),
-    "DoRA": (FLAT_PAIR | {FLAT + ".dora_scale": torch.ones(64, 1)}, f"is a DoRA .*: {ONLY_PLAIN}"),
-    "DoRA of PEFT": (PAIR | {f"diffusion_model.{LAYER}.lora_magnitude_vector": torch.ones(64)}, f"is a DoRA .*: {ONLY_PLAIN}"),
-    "Tucker": (FLAT_PAIR | {FLAT + ".lora_mid.weight": DOWN}, f"is a LoRA with a Tucker core .*: {ONLY_PLAIN}"),
+    "LoKr": ({FLAT + ".lokr_w1": DOWN, FLAT + ".lokr_w2": UP, FLAT + ".alpha": ONE}, f"is of the kind LoKr .*: {ONLY_PLAIN}"),
+    "LoHa": ({FLAT + ".hada_w1_a": DOWN, FLAT + ".alpha": ONE}, f"is of the kind LoHa .*: {ONLY_PLAIN}"),
+    "DoRA": (FLAT_PAIR | {FLAT + ".dora_scale": torch.ones(64, 1)}, f"of the kind DoRA .*{ONLY_PLAIN}"),
+    "DoRA of PEFT": (
+        PAIR | {f"diffusion_model.{LAYER}.lora_magnitude_vector": torch.ones(64)},
+        f"of the kind DoRA .*{ONLY_PLAIN}",
+    ),
+    "Tucker": (FLAT_PAIR | {FLAT + ".lora_mid.weight": DOWN}, f"is of the kind LoRA with a Tucker core .*: {ONLY_PLAIN}"),
+    "LoKr in fp16": (
+        {FLAT + ".lokr_w1": DOWN, FLAT + ".alpha": torch.tensor(float("inf")).half()},
+        f"is of the kind LoKr .*: {ONLY_PLAIN}",
+    ),
+    "OFT": ({FLAT + ".oft_blocks": DOWN, FLAT + ".alpha": ONE}, f"is of the kind OFT .*: {ONLY_PLAIN}"),
+    "full difference": ({f"diffusion_model.{LAYER}.diff": UP}, f"is of the kind full-rank difference .*: {ONLY_PLAIN}"),
+    "biases": (PAIR | {f"diffusion_model.{LAYER}.diff_b": torch.ones(64)}, f"changes biases .*: {ONLY_PLAIN}"),
+    "GLoRA": ({f"diffusion_model.{LAYER}.a1.weight": UP}, f"is of the kind GLoRA .*: {ONLY_PLAIN}"),
+    "unknown prefix": ({f"unet.{LAYER}{PEFT[0]}": DOWN}, f"has an unknown prefix 'unet.' before '{LAYER}': known are"),
     "text encoder": (FLAT_PAIR | {"lora_te_model_layers_0_mlp_up_proj" + KOHYA[0]: DOWN}, TEXT_ENCODER),
     "another model": (
         {"lora_unet_double_blocks_0_img_attn_qkv" + KOHYA[0]: DOWN},
-        "has no layer 'double_blocks_0_img_attn_qkv'",
+        "does not have, 'double_blocks_0_img_attn_qkv'",
     ),
-    "no layer at all": ({"lora_unet_" + KOHYA[0]: DOWN}, "has no layer ''"),
+    "no layer at all": ({"lora_unet_" + KOHYA[0]: DOWN}, "does not have, ''"),
     "no effect": (
         {FLAT + KOHYA[0]: DOWN, FLAT + KOHYA[1]: UP * 0},
         "changes nothing: there is no .lora_B.weight in it that is not",
@@ -231,11 +291,10 @@ def test_what_could_not_be_applied_exactly_gets_its_sentence(kind, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"lora_alpha": 6}, "gives its strength twice, as alpha keys and in lora_adapter_metadata: save it again with one"),
+        ({"lora_alpha": 6}, "gives its strength twice, differently, as alpha keys and in lora_adapter_metadata: save"),
         ({"lora_alpha": 0}, "has unreadable lora_adapter_metadata"),
         ({"lora_alpha": -1}, "has unreadable lora_adapter_metadata"),
         ({"use_dora": True}, "the LoRA was trained with use_dora: only plain LoRA can be loaded"),
-        ({"lora_bias": True}, "the LoRA was trained with lora_bias: only plain LoRA can be loaded"),
         ({"modules_to_save": ["proj_out"]}, "the LoRA was trained with modules_to_save: only plain LoRA can be loaded"),
     ],
 )
@@ -251,16 +310,19 @@ def test_metadata_that_cannot_be_applied_exactly_get_their_sentence(settings, se
 @pytest.mark.parametrize(
     ("entries", "sentence"),
     [
-        ({"notes.txt": b""}, "expected lora/lora_weights.safetensors, or a single LoRA at the root, found no safetensors file"),
-        ({"a.safetensors": b"", "b.safetensors": b""}, "a single LoRA at the root, found 'a.safetensors', 'b.safetensors'"),
-        ({"lora.safetensors": b"", "old/lora.safetensors": b""}, "found 'lora.safetensors', 'old/lora.safetensors'"),
-        ({"trained/lora.safetensors": b"", "x.txt": b""}, "found 'trained/lora.safetensors'"),
+        ({"notes.txt": b""}, "expected lora/lora_weights.safetensors, or one LoRA in safetensors, found no safetensors file"),
+        ({"a.safetensors": b"", "b.safetensors": b""}, "found 'a.safetensors'; 'b.safetensors': give the one that is wanted"),
+        ({"lora.safetensors": b"", "old/lora.safetensors": b""}, "found 'lora.safetensors'; 'old/lora.safetensors'"),
         ({"lora.safetensors": b"", "embeddings/zwx.safetensors": b""}, "LoRA weights not found in w.zip: expected"),
         ({"lora.safetensors": b"", "meta.json": b"{}"}, "LoRA weights not found in w.zip: expected lora/lora_weights"),
         ({LORA_NAME: b""}, "meta.json not found in w.zip: give the archive as the training returned it"),
         ({"lora.safetensors": b"junk", "x.txt": b""}, "w.zip: lora.safetensors is not a safetensors file"),
-        ({"lora.safetensors": save({}), "x.txt": b""}, "w.zip: lora.safetensors is not a LoRA of Qwen-Image: it is empty"),
+        ({"lora.safetensors": save({}), "x.txt": b""}, "w.zip: lora.safetensors holds no weights"),
         ({"lora.safetensors": save({FLAT + KOHYA[0]: DOWN * 0}), "x.txt": b""}, "w.zip: lora.safetensors changes nothing"),
+        (
+            {"lora.safetensors": save({FLAT + KOHYA[0]: DOWN}), "x.txt": b""},
+            "has no .lora_B.weight: it is incomplete, or a full",
+        ),
     ],
 )
 def test_an_archive_that_is_not_clearly_one_lora_gets_its_sentence(entries, sentence, tmp_path):

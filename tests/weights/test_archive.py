@@ -159,7 +159,6 @@ def meta_of(**changed) -> bytes:
 
 ROW = torch.zeros(1, 32)
 TENSOR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-NOT_A_LORA = "is not a LoRA of Qwen-Image"
 UNUSABLE = "embeddings/zwx.safetensors holds no usable rows under 'qwen25_7b': expected finite"
 
 
@@ -207,14 +206,14 @@ UNUSABLE = "embeddings/zwx.safetensors holds no usable rows under 'qwen25_7b': e
         ({LORA_NAME: header_only({"x": TENSOR | {"shape": [0, 2**62, 2**62]}})}, "holds 'x' with an impossible shape"),
         ({LORA_NAME: header_only({"x": TENSOR | {"shape": [0] * 100}})}, "holds 'x' with 100 dimensions"),
         ({LORA_NAME: header_only({"x": TENSOR, "y": TENSOR}, b"1234")}, "is not a safetensors file"),
-        ({LORA_NAME: header_only({"__metadata__": None})}, f"{NOT_A_LORA}: it is empty"),
+        ({LORA_NAME: header_only({"__metadata__": None})}, "holds no weights"),
         ({LORA_NAME: header_only([])}, "its header is no object"),
         ({LORA_NAME: header_only(b'{"a":' * 90_000)}, "is not a safetensors file"),
         ({LORA_NAME: header_only({}, length=2**62)}, "its header claims 4611686018427387904 bytes, at most 4194304 are read"),
         ({LORA_NAME: safetensors_of(prefixed(LORA))[:-9]}, "is not a safetensors file"),
         (
             {LORA_NAME: safetensors_of(prefixed(LORA) | {"transformer.norm.bias": ROW})},
-            f"{NOT_A_LORA}: it holds 'transf.*bias'",
+            "holds 'transf.*bias', which is no weight of a LoRA",
         ),
     ],
 )
@@ -248,7 +247,7 @@ def test_a_lora_with_unreadable_settings_gets_its_sentence(settings, tmp_path):
     [
         (torch.float32, (), "expected two dimensions"),
         (torch.float32, (0, 64), "expected two dimensions"),
-        (torch.float8_e4m3fn, (4, 64), "in torch.float8_e4m3fn: save it in float32, bfloat16 or float16"),
+        (torch.float64, (4, 64), "in torch.float64: save it in float32, bfloat16 or float16"),
     ],
 )
 def test_a_lora_of_impossible_shapes_or_numbers_gets_its_sentence(dtype, shape, sentence, tmp_path):
@@ -287,3 +286,59 @@ def test_a_base_model_given_as_a_lora_is_refused_before_it_is_read(tmp_path, mon
 def test_weights_that_are_not_there_get_their_sentence(name, tmp_path):
     with pytest.raises(ValueError, match="are not a file: give a weights.zip or a LoRA in safetensors"):
         read_weights(tmp_path / name)
+
+
+def repacked(entries: dict[str, bytes], top: str) -> dict[str, bytes]:
+    """The files in a folder, with what Finder, Explorer and exFAT leave beside them."""
+    found = {f"{top}{name}": content for name, content in entries.items()}
+    clutter = ("embeddings/.DS_Store", "embeddings/._zwx.safetensors", "lora/desktop.ini", "Thumbs.db")
+    return found | {f"{top}{name}": b"\0" for name in clutter} | {f"__MACOSX/{top}._meta.json": b"\0"}
+
+
+@pytest.mark.parametrize("top", ["", "weights/", "a/b c/"])
+def test_an_archive_that_was_unpacked_and_packed_again_is_the_same(top, zero_prior, tmp_path):
+    expected = read_weights(zero_prior.archive)
+    found = read_weights(write_zip(tmp_path / "again.zip", repacked(read_zip(zero_prior.archive), top)))
+    assert found.meta == expected.meta
+    for name in ("lora", "embeddings"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_web_page_in_place_of_weights_is_called_that(tmp_path):
+    (tmp_path / "w.zip").write_bytes(b"<!doctype html><html>log in</html>")
+    with pytest.raises(ValueError, match=r"^w.zip is a web page, not the file: give a direct link$"):
+        read_weights(tmp_path / "w.zip")
+
+
+@pytest.mark.parametrize("inside", ["", "my_lora/"])
+def test_a_lora_taken_out_of_its_archive_says_which_embedding_is_missing(inside, zero_prior, baseline, tmp_path):
+    lora = zero_prior.entry(LORA_NAME)
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(lora)
+    if inside:
+        path = write_zip(tmp_path / "lora.zip", {f"{inside}my_lora.safetensors": lora, f"{inside}config.yaml": b"a: 1"})
+    found = read_weights(path)
+    assert found.missing_tokens == ("<zwx>",)
+    assert found.warnings() == [
+        "the LoRA was trained with <zwx>, whose embedding is missing: give the whole weights.zip of that training"
+    ]
+    assert read_weights(zero_prior.archive).warnings() == read_weights(baseline.archive).warnings() == []
+    path.write_bytes(baseline.entry(LORA_NAME))
+    assert read_weights(path).warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("header", "tokens"),
+    [
+        ({"modelspec.trigger_phrase": "<a>, <b>"}, ("<a>", "<b>")),
+        ({"modelspec.trigger_phrase": "TOK"}, ()),
+        ({"placeholder_tokens": '["zwx"]', "modelspec.trigger_phrase": "zwx"}, ("zwx",)),
+        ({"placeholder_tokens": "{"}, ()),
+    ],
+)
+def test_the_tokens_of_a_lora_alone_come_from_its_header(header, tokens, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    path.write_bytes(save({f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(64, 2)}, header))
+    assert read_weights(path).missing_tokens == tokens
