@@ -5,12 +5,22 @@ import struct
 import zlib
 from functools import cache
 
-from PIL import Image
+from PIL import Image, ImageCms
 
 from checks.mutations import NUMBERS, Entries, changed_bytes, changed_entries, packed
 from tests.support.samples import encoded, picture
 
 GOOD_CAPTIONS = [b"<>", b"[trigger]", b"", b"\xef\xbb\xbfa", b"plain"]
+OTHER_CAPTIONS = {  # of the image with this number
+    ".caption": b"a caption",
+    ".json": b'{"caption": "a <zwx>"}',
+    ".png.txt": "caf\u00e9".encode("utf-16"),
+}
+TABLES = {
+    "metadata.jsonl": b'{"file_name": "0.png", "text": "a"}\n{"image": "1.png", "prompt": "b"}\n',
+    "metadata.csv": b'file_name,text\n0.png,"a, b"\n1.png,c\n',
+}
+LEGACY_NAMES = [b"\x8d\x5c.png", b"\x94\x5c\\1.png", "\u0444\u043e\u0442\u043e.png".encode("cp866"), b"\xff\x5c..png"]
 BAD_CAPTIONS = [b"\xff", b"a\0b", b"x" * 70_000]
 
 
@@ -28,6 +38,10 @@ def _images() -> dict[str, bytes]:
         kinds[f"{mode[0]}{len(mode)}.png"] = encoded(
             plain.convert("L").convert(mode) if mode == "I;16" else plain.convert(mode), exif=exif
         )
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for kind in ("BMP", "TIFF", "GIF", "AVIF", "HEIF"):
+        kinds[f"other.{kind.lower()}"] = encoded(plain, kind)
+    kinds |= {"profile.png": encoded(plain, icc_profile=profile), "profile.jpg": encoded(plain, "JPEG", icc_profile=profile)}
     kinds["cmyk.jpg"] = encoded(plain.convert("CMYK"), "JPEG")
     kinds["progressive.jpg"] = encoded(plain, "JPEG", progressive=True)
     moving = {"save_all": True, "append_images": [picture(72, 64, seed=1)]}
@@ -49,10 +63,20 @@ def mutated_dataset(seed: int) -> bytes:
                 rng.choice(GOOD_CAPTIONS if rng.random() < 0.93 else BAD_CAPTIONS),
             )
         )
+        if rng.random() < 0.2:
+            ending = rng.choice(sorted(OTHER_CAPTIONS))
+            text = OTHER_CAPTIONS[ending]
+            entries.append((f"{number}{ending}", changed_bytes(text, rng) if rng.random() < 0.4 else text))
+    if rng.random() < 0.2:
+        table = rng.choice(sorted(TABLES))
+        entries.append((table, changed_bytes(TABLES[table], rng) if rng.random() < 0.5 else TABLES[table]))
     if rng.random() < 0.1:
         inner = packed(entries, rng)
         entries = [("inner.zip", inner)]
     content = packed(changed_entries(entries, rng) if rng.random() < 0.3 else entries, rng)
+    if rng.random() < 0.15:  # in both headers of the entry, without the flag for UTF-8
+        name = rng.choice(LEGACY_NAMES)
+        content = content.replace(b"0.png", name[:5].ljust(5, b"x"))
     return changed_bytes(content, rng) if rng.random() < 0.2 else content
 
 
@@ -92,7 +116,7 @@ def _changed_once(content: bytes, rng: random.Random) -> bytes:
         return content[:8] + b"".join(
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
         )
-    for signature in (b"\xff\xc0", b"\xff\xc2", b"VP8X", b"Exif", b"ANMF"):
+    for signature in (b"ICC_PROFILE", b"ftyp", b"\xff\xc0", b"\xff\xc2", b"VP8X", b"Exif", b"ANMF"):
         if signature in content and rng.random() < 0.5:
             place = content.index(signature) + len(signature) + rng.randrange(16)
             return content[:place] + rng.choice([b"\0", b"\xff", b"\xff\xff", rng.randbytes(2)]) + content[place + 1 :]

@@ -1,6 +1,8 @@
 """LoRA files of other trainers: each at exactly its strength, and a sentence about everything else."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
+from demo.server import ROOT
 from placeholder.lora.adapter import load_lora
 from placeholder.lora.keys import BLOCK_LAYERS, DOTTED_BLOCK, DOTTED_TOP, TOP_LAYERS
 from placeholder.model.loading import load_transformer
@@ -80,6 +83,7 @@ FORMATS = {  # the file, and alpha / rank as its trainer means it
     "PEFT": (lambda some: file_of(some, "base_model.model.", *PEFT), 1.0),
     "LyCORIS": (lambda some: file_of(some, "lycoris_", *KOHYA, torch.tensor(2.0), flat=True), 0.5),
     "OneTrainer, flat": (lambda some: file_of(some, "lora_transformer_", *KOHYA, torch.tensor(1.0), flat=True), 0.25),
+    "bare, kohya": (lambda some: file_of(some, "", *KOHYA, torch.tensor(2.0)), 0.5),
     "zero biases": (lambda some: with_zero_biases(file_of(some, "transformer.", *PEFT)), 1.0),
     "kohya without alpha": (lambda some: file_of(some, "transformer.", *KOHYA), 1.0),
 }
@@ -328,3 +332,18 @@ def test_metadata_that_cannot_be_applied_exactly_get_their_sentence(settings, se
 def test_an_archive_that_is_not_clearly_one_lora_gets_its_sentence(entries, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         read_weights(write_zip(tmp_path / "w.zip", entries))
+
+
+@pytest.mark.parametrize("tool", ["diffsynth", "musubi"])
+def test_the_lines_that_convert_our_lora_for_other_tools_make_the_same_lora(tool, zero_prior, tmp_path):
+    (tmp_path / "lora_weights.safetensors").write_bytes(zero_prior.entry(LORA_NAME))
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if f"'{tool}.safetensors'" in line)
+    code = line.strip().removeprefix('python -c "').removesuffix('"')
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    found = read_weights(tmp_path / f"{tool}.safetensors").lora
+    expected = read_weights(zero_prior.archive).lora
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    keys = load((tmp_path / f"{tool}.safetensors").read_bytes())
+    start = {"diffsynth": "transformer_blocks.", "musubi": "lora_unet_transformer_blocks_"}[tool]
+    assert all(key.startswith(start) for key in keys)
