@@ -10,7 +10,8 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from placeholder.config import TrainConfig
-from placeholder.data.captions import draft, trained_captions
+from placeholder.data.autocaption import draft
+from placeholder.data.captions import trained_captions
 from placeholder.data.dataset import Photo
 from placeholder.finetune import finetune
 from placeholder.job import CheckpointFolder, Job
