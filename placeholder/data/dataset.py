@@ -107,6 +107,8 @@ def read_dataset(
             mask = masks.get(stem)
             weights = mask and token_weights(_mask(archive, mask, max_image_bytes), image.size, buckets, label(mask))
             photos.append(Photo(label(name), captions.texts.get(name), crops, weights, name))
+    if unused := captions.texts.keys() & skipped.keys():
+        notes.append(f"Warning: {len(unused)} of {len(captions.texts)} captions belong to files that are left out")
     skipped = {label(name): why for name, why in sorted(skipped.items())}
     if not photos:
         reasons = listed([f"{name}: {why}" for name, why in skipped.items()], 3) or "it holds no file"

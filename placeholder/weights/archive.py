@@ -132,7 +132,8 @@ def _existing(path: Path | str) -> Path:
     path = Path(path)
     if not path.is_file():
         raise ValueError(
-            f"the weights {label(path.name or str(path))} are not a file: give a weights.zip or a LoRA in safetensors"
+            f"the weights {label(path.name or str(path))} are not a file: give a weights.zip or a LoRA in safetensors, by path "
+            "or URL; of a repository on the Hub that is https://huggingface.co/owner/name/resolve/main/file.safetensors"
         )
     return path
 

@@ -81,6 +81,13 @@ def test_captions_of_which_none_is_used_are_a_warning_with_the_reason(files, rea
     assert reason in warning
 
 
+def test_captions_of_images_that_are_left_out_are_counted(read):
+    _, warnings, skipped = read({"a.png": PNG, "a.txt": "one", "b.png": PNG[:90], "b.txt": "two"})
+    assert list(skipped) == ["b.png"]
+    assert warnings[0].startswith("Warning: 1 of 2 images left out: b.png: ")
+    assert warnings[1:] == ["Warning: 1 of 2 captions belong to files that are left out"]
+
+
 def test_a_caption_that_could_belong_to_two_images_is_named(read):
     found, (warning,), skipped = read({"Ab.png": PNG, "aB.png": PNG, "ab.txt": "one"})
     assert found == {"Ab.png": None, "aB.png": None}
