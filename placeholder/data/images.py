@@ -21,8 +21,8 @@ UPRIGHT = {
     **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE},
     **{6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90},
 }
-# What Pillow raises for files that are no images, are damaged, or are truncated.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What Pillow raises for files that are no images, are damaged, or are truncated; RuntimeError is of damaged avif.
+UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 # What littlecms and Pillow raise for a profile that is damaged or made for another kind of image.
 BAD_PROFILE = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
 SRGB = ImageCms.createProfile("sRGB")
