@@ -89,6 +89,10 @@ class Predictor(BasePredictor):
             default=None,
             description="Another name for the token of extra_lora_weights in the prompt, such as <second>, where both use one.",
         ),
+        token_gate: bool = Input(
+            default=True,
+            description="Let a LoRA act only for prompts that name its token. Off: for every prompt, as in other tools.",
+        ),
         enhance_prompt: bool = Input(
             default=False,
             description="Append the quality words of Qwen-Image's model card: Ultra HD, 4K, cinematic composition.",

@@ -87,11 +87,15 @@ def train(
         le=0.9,
         description="Share of the steps, at the start, that train the token embedding alone, without the LoRA.",
     ),
-    prior_preservation: float = Input(
-        default=4.0,
+    token_gate: bool = Input(
+        default=True,
+        description="Train for images whose LoRA acts only for prompts naming the token, as in predict. Off: for other tools.",
+    ),
+    prior_preservation: Optional[float] = Input(
+        default=None,
         ge=0.0,
         le=10.0,
-        description="Weight of the loss that keeps prompts without the token as in the base model. 0 turns it off.",
+        description="Weight of the loss that keeps prompts without the token as before. Blank: 0; without token_gate 4.",
     ),
     prior_preservation_interval: int = Input(
         default=4,
@@ -117,7 +121,7 @@ def train(
     ),
     torch_compile: Optional[bool] = Input(
         default=None,
-        description="Compile the transformer's blocks: faster steps after some minutes. Blank: off, or as the checkpoint says.",
+        description="Compile the transformer's blocks: faster steps after some minutes. Blank: on a GPU from 1000 steps on.",
     ),
     deterministic: bool = Input(
         default=False,

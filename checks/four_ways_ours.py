@@ -45,6 +45,8 @@ EXAMPLE_STARTS, EXAMPLE_ENDS = "    import json\n    import zipfile\n", "    set
 SHIFT_CONSTANTS = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
 SETTINGS = 'negative_prompt=" ", true_cfg_scale=4.0, width=1024, height=1024, num_inference_steps=50'
 
+UNGATED = {"token_gate": False}  # stock diffusers and ComfyUI's LoRA loader know no gate
+
 Generate = Callable[[str, Path], None]
 
 
@@ -108,7 +110,8 @@ def predictor(archive: Path | None) -> Generate:
         cog.setup()
 
     def generate(prompt: str, path: Path) -> None:
-        inputs = command_line.inputs_of("predict", IMAGE | {"prompt": prompt, "replicate_weights": str(archive or "")})
+        given = IMAGE | UNGATED | {"prompt": prompt, "replicate_weights": str(archive or "")}
+        inputs = command_line.inputs_of("predict", given)
         path.write_bytes(Path(cog.predict(**inputs)).read_bytes())
 
     return generate
@@ -150,7 +153,7 @@ def command(archive: Path) -> Generate:
     def generate(prompt: str, path: Path) -> None:
         given = {name: value for name, value in IMAGE.items() if name != "output_format"} | {"replicate_weights": archive}
         options = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-        arguments = ["predict", prompt, *options, "-o"]
+        arguments = ["predict", prompt, *options, "--no-token-gate", "-o"]
         subprocess.run([sys.executable, "-m", "placeholder", *arguments, path], cwd=ROOT, check=True, capture_output=True)
         again = path.with_name("again.png")
         with redirect_stderr(io.StringIO()):

@@ -10,6 +10,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from placeholder.model.loading import load_text_encoder
 from placeholder.tokens.prompt_encoder import prompt_ids
 from placeholder.training.context import Context, Training, schedule
 from placeholder.training.diagnostics import diagnose
-from placeholder.training.loop import train_steps
+from placeholder.training.loop import Step, train_steps
 from placeholder.training.setup import prepare
 from standin.judge import background_of, kind_probabilities, subject_fidelity, to_pixels
 from standin.sampler import Sampler
@@ -95,9 +96,8 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Image]]:
-    """One training with its measures and a strip of images."""
-    started = time.monotonic()
+def prepared(arm: Arm, seed: int, base: BaseModel) -> tuple[TrainConfig, Training, Sampler]:
+    """An arm's options, its training before its first step, and a sampler of its transformer."""
     tokens_on = arm.trigger == TOKEN
     config = TrainConfig(
         **(BUDGET | arm.options), seed=seed, train_placeholder_token=tokens_on, placeholder_token=(TOKEN,) if tokens_on else ()
@@ -108,15 +108,26 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
     encoder = training.prompt_embeds.text_encoder or load_text_encoder(base)
     if arm.preserve_class:
         preserve_without_token(training, encoder)
-    sampler = Sampler(base, training.state.transformer, encoder, training.tokenizer, training.tokens)
+    return config, training, Sampler(base, training.state.transformer, encoder, training.tokenizer, training.tokens)
+
+
+def trained_steps(config: TrainConfig, training: Training) -> Iterator[Step]:
+    """The steps of an arm's training; preservation counts for trigger words too."""
+    plan = replace(schedule(config), prior_preservation=config.prior_preservation)
+    return train_steps(training.state, plan, SINGLE_PROCESS)
+
+
+def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Image]]:
+    """One training with its measures and a strip of images."""
+    started = time.monotonic()
+    config, training, sampler = prepared(arm, seed, base)
     prompts = Prompts(arm)
     with without_lora(training.state.transformer):
         base_class, base_unrelated = sampler.sample_all(prompts.class_word, SAMPLES), sampler.sample_all(UNRELATED, SAMPLES)
 
     measures: dict = {"fidelity_by_step": {}}
     marks = {round(share * config.steps) for share in CHECKPOINTS}
-    plan = replace(schedule(config), prior_preservation=config.prior_preservation)
-    steps = train_steps(training.state, plan, SINGLE_PROCESS) if arm.trained else ()
+    steps = trained_steps(config, training) if arm.trained else ()
     training_seconds, resumed = 0.0, time.monotonic()
     for step in steps:
         training_seconds += time.monotonic() - resumed
@@ -130,7 +141,7 @@ def train_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Im
     measures |= final_measures(sampler, prompts, base_class, base_unrelated)
     if not arm.trained:
         measures["prior_leakage_early"] = measures["prior_leakage"]
-    if tokens_on and arm.trained:
+    if config.tokens and arm.trained:
         measures |= diagnose(training).meta()
         measures["row_rms"] = training.tokens.rows.detach().square().mean().sqrt().item()
     reached = [step for step, fidelity in measures["fidelity_by_step"].items() if fidelity >= FIDELITY_GOAL]

@@ -38,6 +38,7 @@ from standin.world import RARE_WORD, TRIGGER
 TOKENS = ("<zwx>", "<qrs>")
 TRIGGERS = (TRIGGER, RARE_WORD)
 BUDGET = {"steps": 500, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "resolution": (64,), "report": False}
+PRESERVED = {"prior_preservation": 4.0}
 SAMPLES = 3  # images a prompt
 LOW_SCALE = 0.5
 
@@ -65,9 +66,9 @@ class Arm:
 
 ARMS: dict[str, Arm] = {
     "base model": Arm(trained=False),
-    "two tokens": Arm(),
-    "two tokens, no picture of both": Arm(together=False),
-    "two tokens, no preservation": Arm(options={"prior_preservation": 0.0}),
+    "two tokens": Arm(options=PRESERVED),
+    "two tokens, no picture of both": Arm(together=False, options=PRESERVED),
+    "two tokens, no preservation": Arm(),
     "trigger words TOK and sks": Arm(words=TRIGGERS),
 }
 RENDERED, THROUGH_VAE = "as the world draws them", "the same, through the VAE"

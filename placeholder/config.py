@@ -33,6 +33,7 @@ MAX_VECTORS = 64  # embedding vectors of one token
 MIN_SIDE, MAX_SIDE = 64, 2048  # pixels
 DEFAULT_PLACEHOLDER = "<zwx>"
 DEFAULT_CAPTION, PLAIN_DEFAULT_CAPTION = "A photo of a person named <>", "A photo of a person"  # the latter without a token
+UNGATED_PRESERVATION = 4.0  # the weight that docs/study.md found for images without the token gate
 MAX_SAMPLE_PROMPTS, MAX_SAMPLE_ROUNDS = 8, 200  # all samples travel in the archive
 # The headings of --help.
 LORA, TOKEN, CAPTIONS, SPEED, REPORT = "LoRA", "placeholder token", "captions", "memory and speed", "report"
@@ -64,7 +65,7 @@ class TrainConfig:
     """The resolved options of one training.
 
     `resolution` holds sides in pixels, ascending. `placeholder_token` holds the named tokens, which are trained only where
-    `train_placeholder_token` is on. `seed` None: one is drawn. `torch_compile` None: off, or as the checkpoint has it.
+    `train_placeholder_token` is on. `seed` None: one is drawn. `torch_compile` None: see `compiles`, or as the checkpoint.
     """
 
     steps: Annotated[Whole, option(LORA, "train", ge=1, le=MAX_STEPS, resume_may_change=True)] = 1000
@@ -99,8 +100,10 @@ class TrainConfig:
     """Learning rate of the token embedding."""
     placeholder_warmup_fraction: Annotated[Number, option(TOKEN, "train", ge=0.0, le=0.9)] = 0.0
     """Share of the steps, at the start, that train the token embedding alone, without the LoRA."""
-    prior_preservation: Annotated[Number, option(TOKEN, "train", ge=0.0, le=10.0)] = 4.0
-    """Weight of the loss that keeps prompts without the token as in the base model. 0 turns it off."""
+    token_gate: Annotated[Flag, option(TOKEN, "train")] = True
+    """Train for images whose LoRA acts only for prompts naming the token, as in predict. Off: for other tools."""
+    prior_preservation: Annotated[Number, option(TOKEN, "train", blank=True, ge=0.0, le=10.0)] = 0.0
+    """Weight of the loss that keeps prompts without the token as before. Blank: 0; without token_gate 4."""
     prior_preservation_interval: Annotated[Whole, option(TOKEN, "train", ge=1, le=100)] = 4
     """Apply prior_preservation every n steps; such a step takes about four times as long."""
     class_word: Annotated[Text, option(TOKEN, "train")] = ""
@@ -112,7 +115,7 @@ class TrainConfig:
     quantize_te: Annotated[Flag, option(SPEED, "model")] = False
     """Quantize the text encoder to int8. Not possible with a placeholder token."""
     torch_compile: Annotated[Flag | None, option(SPEED, "model")] = None
-    """Compile the transformer's blocks: faster steps after some minutes. Blank: off, or as the checkpoint says."""
+    """Compile the transformer's blocks: faster steps after some minutes. Blank: on a GPU from 1000 steps on."""
     deterministic: Annotated[Flag, option(SPEED, "model")] = False
     """Use deterministic GPU algorithms alone: the same seed gives the same weights on the same GPU. Slower."""
     log_prompt_ids: Annotated[Flag, option(CAPTIONS, "debug", resume_may_change=True)] = False
@@ -168,10 +171,11 @@ def train_config(inputs: dict[str, Any], config_file: Path | str | None = None) 
             given["rank"] = given.pop("lora_rank")
         options |= given
     named = bool(options.get("placeholder_token"))
-    options.setdefault("train_placeholder_token", named)
-    if options["train_placeholder_token"] and not named:
+    if options.setdefault("train_placeholder_token", named) and not named:
         options["placeholder_token"] = DEFAULT_PLACEHOLDER
     config = checked(TrainConfig, options)
+    if not config.token_gate and "prior_preservation" not in options:
+        config = replace(config, prior_preservation=UNGATED_PRESERVATION)
     _check_together(config)
     return config
 

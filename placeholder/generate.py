@@ -91,10 +91,7 @@ class ImageGenerator:
     def _render(self, request: Request, scheduler: object, first_block_cache: bool = False) -> Image.Image:
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         self.log(f"Seed: {seed}{' (drawn)' if request.seed is None else ''}, size: {request.width}x{request.height}")
-        applied = self.weights.applied
-        self._warn(request)
-        negative = self.prompt_embeds(request.negative_prompt, applied) if request.guidance > 1 else None
-        prompts = pipeline_inputs(self.prompt_embeds(request.prompt, applied), negative)
+        prompts = pipeline_inputs(*self._prompt_embeds(request))
         start = time.monotonic()
 
         def progress(_pipeline, index: int, _timestep, kept: dict) -> dict:
@@ -113,18 +110,29 @@ class ImageGenerator:
                 callback_on_step_end=progress,
             ).images[0]
 
-    def _warn(self, request: Request) -> None:
-        """Log what is left out of the prompts, and which archives' tokens the prompt does not name."""
-        tokens, prompts = self.weights.tokens, {"prompt": request.prompt}
-        if request.guidance > 1:
-            prompts["negative prompt"] = request.negative_prompt
-        found = {what: tokenized(self.tokenizer, tokens, text) for what, text in prompts.items()}
-        for what, prompt in found.items():
-            if prompt.left_out:
-                self.log(f"Warning: of the {what} {prompt.cut(tokens)}")
-        prompt = found["prompt"]
-        for warning in self.weights.unnamed(tokens.named(prompt.ids).union(prompt.lost(tokens))):
-            self.log(warning)
+    def _prompt_embeds(self, request: Request) -> list[Tensor]:
+        """Embeddings (1, T, D) of the prompt and, with guidance, of the negative prompt; the gate learns what they name.
+
+        Logs what is left out of them, and which archives' tokens the prompt does not name.
+        """
+        weights, gate, found, idle = self.weights, self.weights.gate, [], []
+        gate.on = request.token_gate
+        prompts = {"prompt": request.prompt} | ({"negative prompt": request.negative_prompt} if request.guidance > 1 else {})
+        for what, text in prompts.items():
+            tokens = tokenized(self.tokenizer, weights.tokens, text)
+            if tokens.left_out:
+                self.log(f"Warning: of the {what} {tokens.cut(weights.tokens)}")
+            found.append(self.prompt_embeds(text, weights.applied))
+            idle.append(weights.unnamed(weights.tokens.named(tokens.ids)))
+            gate.remember(found[-1][0], idle[-1])
+        for adapter, names in idle[0].items():
+            effect = "the trained subject may not appear"
+            if gate.on and adapter in idle[-1]:
+                effect = "the image is as without its weights (token_gate)"
+            elif gate.on:
+                effect = "its LoRA acts for the negative prompt alone (token_gate)"
+            self.log(f"Warning: the prompt does not name {names}, so {effect}")
+        return found
 
     def _encode(self, prompt: str, _applied: Applied) -> Tensor:
         """Prompt embeddings (1, T, D) with the tokens of the archives that are applied."""

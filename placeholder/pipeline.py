@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from placeholder.errors import quoted
 from placeholder.lora.adapter import ADAPTER, load_lora, scale_lora, unload_lora
+from placeholder.lora.gate import TokenGate
 from placeholder.model.download import local_file
 from placeholder.options import number
 from placeholder.request import MAX_SCALE
@@ -26,10 +27,13 @@ class LoadedArchive:
     """An archive on one pipeline; replaces the pipeline's `_get_qwen_prompt_embeds`.
 
     A prompt that names a token is encoded alone, without padding, as in training; all others are encoded by the pipeline.
+    With `gated` the LoRA acts for the former alone.
     """
 
-    def __init__(self, pipe: QwenImagePipeline, weights: Weights, tokens: PlaceholderTokens, lora_scale: float):
+    def __init__(self, pipe: QwenImagePipeline, weights: Weights, tokens: PlaceholderTokens, lora_scale: float, gated: bool):
         self.pipe, self.weights, self.tokens, self.lora_scale = pipe, weights, tokens.requires_grad_(False), lora_scale
+        self.gated = gated and bool(weights.embeddings)
+        self.gate: TokenGate | None = None
 
     @torch.no_grad()
     def __call__(
@@ -37,19 +41,23 @@ class LoadedArchive:
     ) -> tuple[Tensor, Tensor]:
         """Prompt embeddings (B, T, D), padded with zeros, and their mask (B, T)."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not any(map(self._names_a_token, prompts)):
-            return self._stock(prompts, device, dtype)
-        device, dtype = device or self.pipe._execution_device, dtype or self.pipe.text_encoder.dtype
-        found = [
-            self._encode(text, device) if self._names_a_token(text) else self._stock([text], device, dtype)[0][0]
-            for text in prompts
-        ]  # B times (T, D)
-        embeds = nn.utils.rnn.pad_sequence([each.to(device, dtype) for each in found], batch_first=True)
-        masks = [torch.ones(len(each), dtype=torch.long, device=device) for each in found]
-        return embeds, nn.utils.rnn.pad_sequence(masks, batch_first=True)
-
-    def _names_a_token(self, prompt: str) -> bool:
-        return any(token in prompt for token in self.tokens.ids)
+        names = [any(token in text for token in self.tokens.ids) for text in prompts]
+        if any(names):
+            device, dtype = device or self.pipe._execution_device, dtype or self.pipe.text_encoder.dtype
+            found = [
+                self._encode(text, device) if named else self._stock([text], device, dtype)[0][0]
+                for text, named in zip(prompts, names, strict=True)
+            ]  # B times (T, D)
+            embeds = nn.utils.rnn.pad_sequence([each.to(device, dtype) for each in found], batch_first=True)
+            masks = [torch.ones(len(each), dtype=torch.long, device=device) for each in found]
+            mask = nn.utils.rnn.pad_sequence(masks, batch_first=True)
+        else:
+            embeds, mask = self._stock(prompts, device, dtype)
+        if self.gate:
+            for text, sample in zip(prompts, embeds, strict=True):
+                named = self.tokens.named(tokenized(self.pipe.tokenizer, self.tokens, text).ids)
+                self.gate.remember(sample, () if named else (ADAPTER,))
+        return embeds, mask
 
     def _stock(self, prompts: list[str], device: torch.device | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         return getattr(type(self.pipe), WRAPPED)(self.pipe, prompts, device, dtype)
@@ -88,9 +96,10 @@ def learned_rows(embed_tokens: nn.Embedding, tokens: PlaceholderTokens) -> Itera
             hook.remove()
 
 
-def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0) -> None:
+def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0, token_gate: bool = True) -> None:
     """Load a weights archive, or a bare LoRA in safetensors, into the pipeline; it replaces one that was loaded before.
 
+    With `token_gate` the LoRA of an archive with tokens acts for prompts that name one of them; without, for every prompt.
     `weights` is a path or a URL. Afterwards `pipe(prompt="a photo of <zwx>")` generates images of the trained subject. Raises
     ValueError for weights that cannot be used; the pipeline then stays as it was.
     """
@@ -108,7 +117,7 @@ def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0) 
         warnings.warn(warning, stacklevel=2)
     unload(pipe)
     try:
-        _apply(pipe, LoadedArchive(pipe, found, tokens, lora_scale))
+        _apply(pipe, LoadedArchive(pipe, found, tokens, lora_scale, token_gate))
     except BaseException:
         unload_lora(pipe.transformer)
         if earlier is not None:
@@ -118,8 +127,11 @@ def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0) 
 
 def unload(pipe: QwenImagePipeline) -> None:
     """Undo `load`; the pipeline is what it was before, bit for bit. Does nothing if nothing was loaded."""
-    if _loaded(pipe) is None:
+    loaded = _loaded(pipe)
+    if loaded is None:
         return
+    if loaded.gate:
+        loaded.gate.remove()
     if set(_adapters(pipe)) - {ADAPTER}:
         pipe.transformer.delete_adapters(ADAPTER)  # another LoRA was loaded after it and stays
     else:
@@ -130,6 +142,9 @@ def unload(pipe: QwenImagePipeline) -> None:
 def _apply(pipe: QwenImagePipeline, archive: LoadedArchive) -> None:
     load_lora(pipe.transformer, archive.weights.lora)
     scale_lora(pipe.transformer, archive.lora_scale)
+    if archive.gated:
+        archive.gate = TokenGate(pipe.transformer)
+        archive.gate.install(pipe.transformer, ADAPTER, fused=False)
     setattr(pipe, WRAPPED, archive)
 
 

@@ -74,6 +74,8 @@ class PredictInputs:
     """Strength of the LoRA in extra_lora_weights."""
     extra_placeholder_token: Annotated[Tokens, option(WEIGHTS, accepts=TOKENS)] = ()
     """Another name for the token of extra_lora_weights in the prompt, such as <second>, where both use one."""
+    token_gate: Annotated[Flag, option(WEIGHTS)] = True
+    """Let a LoRA act only for prompts that name its token. Off: for every prompt, as in other tools."""
     enhance_prompt: Annotated[Flag, option(SAMPLING)] = False
     """Append the quality words of Qwen-Image's model card: Ultra HD, 4K, cinematic composition."""
     go_fast: Annotated[Flag, option(SAMPLING)] = False
@@ -101,6 +103,7 @@ class Request:
     output_quality: int
     extra_lora_scale: float = 1.0
     extra_placeholder_token: tuple[str, ...] = ()
+    token_gate: bool = True
 
 
 def image_request(inputs: dict[str, Any]) -> Request:
@@ -119,7 +122,7 @@ def image_request(inputs: dict[str, Any]) -> Request:
         width=width,
         height=height,
         **{name: getattr(given, name) for name in ("negative_prompt", "seed", "go_fast", "output_format", "output_quality")},
-        **{name: getattr(given, name) for name in ("lora_scale", "extra_lora_scale", "extra_placeholder_token")},
+        **{name: getattr(given, name) for name in ("lora_scale", "extra_lora_scale", "extra_placeholder_token", "token_gate")},
     )
 
 

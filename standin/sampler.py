@@ -1,11 +1,16 @@
 """Images from a transformer in training, many of one prompt at a time, at fixed seeds."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from placeholder.lora.adapter import ADAPTER
+from placeholder.lora.gate import gated
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_scheduler, load_vae
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
@@ -16,7 +21,12 @@ STEPS, GUIDANCE, SEED = 20, 4.0, 5  # the guidance of Qwen-Image's own examples
 
 
 class Sampler:
-    """The pipeline around a transformer that is being trained, with its text encoder and tokens."""
+    """The pipeline around a transformer that is being trained, with its text encoder and tokens.
+
+    `acts` says for which prompts the LoRA acts; None: for all, without a gate.
+    """
+
+    acts: Callable[[str], bool] | None = None
 
     def __init__(
         self,
@@ -38,14 +48,17 @@ class Sampler:
     def sample(self, prompt: str, count: int) -> list[Image.Image]:
         """`count` images of the prompt; the same noise for every prompt."""
         embeds, negative = self._encode(prompt, count), self._encode(EMPTY_PROMPT, count)
-        return self.pipeline(
-            **pipeline_inputs(embeds, negative),
-            true_cfg_scale=GUIDANCE,
-            width=SIDE,
-            height=SIDE,
-            num_inference_steps=STEPS,
-            generator=torch.Generator().manual_seed(SEED),
-        ).images
+        with gated(self.transformer) if self.acts else nullcontext() as gate:
+            for text, found in ((prompt, embeds), (EMPTY_PROMPT, negative)) if gate else ():
+                gate.remember(found[0], () if self.acts(text) else (ADAPTER,))
+            return self.pipeline(
+                **pipeline_inputs(embeds, negative),
+                true_cfg_scale=GUIDANCE,
+                width=SIDE,
+                height=SIDE,
+                num_inference_steps=STEPS,
+                generator=torch.Generator().manual_seed(SEED),
+            ).images
 
     def _encode(self, prompt: str, count: int) -> Tensor:
         ids = torch.tensor([prompt_ids(self.tokenizer, self.tokens, prompt)])

@@ -78,7 +78,8 @@ SHORT = {"steps": 15, "rank": 4, "resolution": (64,), "learning_rate": 1e-2, "se
 @pytest.fixture(scope="session")
 def zero_prior(base, dataset, tmp_path_factory) -> Run:
     """A training with the token <zwx>."""
-    config = TrainConfig(**SHORT, train_placeholder_token=True, placeholder_token=("<zwx>",), log_prompt_ids=True)
+    token = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",), "prior_preservation": 4.0}
+    config = TrainConfig(**SHORT, **token, log_prompt_ids=True)
     return train(dataset, config, tmp_path_factory.mktemp("zero_prior") / "zero-prior.zip", base)
 
 

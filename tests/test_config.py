@@ -63,6 +63,19 @@ def test_a_token_is_trained_when_asked_for_or_left_blank_and_named(train, named,
     assert config.training_mode == ("zero_prior" if tokens else "baseline")
 
 
+@pytest.mark.parametrize(
+    ("given", "weight"),
+    [
+        ({}, 0.0),
+        ({"token_gate": False}, 4.0),
+        ({"token_gate": False, "prior_preservation": 0}, 0.0),
+        ({"prior_preservation": 2}, 2.0),
+    ],
+)
+def test_without_the_token_gate_the_prior_is_preserved_unless_told_otherwise(given, weight):
+    assert train_config({"placeholder_token": "<zwx>", "prior_preservation": None} | given).prior_preservation == weight
+
+
 def test_a_token_named_beside_an_explicit_false_is_kept_for_the_log():
     config = train_config({"train_placeholder_token": False, "placeholder_token": "<zwx>"})
     assert (config.tokens, config.placeholder_token) == ((), ("<zwx>",))

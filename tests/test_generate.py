@@ -202,6 +202,7 @@ def test_what_is_left_out_of_a_prompt_is_said(generate, zero_prior):
     assert generate.warnings() == [
         "Warning: of the prompt 49 of 561 tokens are left out, among them <zwx> (a prompt is cut after 512)",
         "Warning: of the negative prompt 89 of 601 tokens are left out (a prompt is cut after 512)",
+        "Warning: the prompt does not name <zwx>, so the trained subject may not appear",
     ]
     assert np.array_equal(generate(replace(cut, prompt=late.replace("<zwx>", "it")), zero_prior.archive), image)
     generate(replace(cut, prompt=f"in the style of <zwx>, {late}", guidance=1.0), zero_prior.archive)

@@ -38,7 +38,7 @@ class Report:
     def __init__(self, training: Training, context: Context, stopping: Callable[[], bool]):
         self.training, self.base, self.config = training, context.base, context.config
         self.log, self.timing = context.log, context.timing
-        self.sampler = Sampler(self.base, training, sample_side(self.config), stopping)
+        self.sampler = Sampler(self.base, training, sample_side(self.config), stopping, self.config.token_gate)
         self.sample_prompts = sample_prompts(self.config, [caption.text for caption in training.data.captions])
         self.samples: dict[int, list[tuple[str, Image]]] = {}
         self.columns: list[str] = []

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,7 +12,8 @@ from PIL.Image import Image
 from placeholder.config import TrainConfig
 from placeholder.data.captions import with_token, without_token
 from placeholder.devices import free_memory
-from placeholder.lora.adapter import without_lora
+from placeholder.lora.adapter import ADAPTER, without_lora
+from placeholder.lora.gate import TokenGate, gated
 from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_scheduler, load_vae
 from placeholder.tokens.prompt_encoder import pipeline_inputs
@@ -63,6 +65,7 @@ def sample_side(config: TrainConfig) -> int:
 class Sampler:
     """Samples prompts of `training.shown_prompts` with the weights as they are, `side` pixels wide and high.
 
+    With `token_gate` the LoRA acts as in a prediction: in the passes whose prompt names a token.
     Uses no random numbers of the training. Raises SamplingStopped after a denoising step once `stopping` says so.
     """
 
@@ -70,12 +73,13 @@ class Sampler:
     training: Training
     side: int
     stopping: Callable[[], bool]
+    token_gate: bool = True
     steps: int = STEPS
 
     def sample(self, prompts: Sequence[str]) -> list[Image]:
         """An image of each prompt."""
-        with self._pipeline() as pipeline:
-            return [self._image(pipeline, prompt) for prompt in prompts]
+        with self._generator() as generate:
+            return [generate(prompt) for prompt in prompts]
 
     def grid(self) -> dict[str, list[Image]]:
         """Columns by their titles, each with an image of every prompt: without and with what was trained.
@@ -84,34 +88,35 @@ class Sampler:
         """
         training, prompts = self.training, self.training.shown_prompts
         tokens, transformer = training.tokens, training.state.transformer
-        with self._pipeline() as pipeline:
-            trained = [self._image(pipeline, prompt) for prompt in prompts]
+        with self._generator() as generate:
+            trained = [generate(prompt) for prompt in prompts]
             with rows_as(tokens, training.initial_rows):
                 reset = [
-                    self._image(pipeline, prompt) if tokens.contains(list(ids)) else image
+                    generate(prompt) if tokens.contains(list(ids)) else image
                     for (prompt, ids), image in zip(prompts.items(), trained, strict=True)
                 ]
                 with without_lora(transformer):
-                    base = [self._image(pipeline, prompt) for prompt in prompts]
+                    base = [generate(prompt) for prompt in prompts]
         if not tokens.ids:
             return {"base model": base, "LoRA": trained}
         return {"base model": base, "LoRA, token reset": reset, "LoRA and token": trained}
 
     @contextmanager
-    def _pipeline(self) -> Iterator[DiffusionPipeline]:
-        """The pipeline around the transformer; its VAE is in memory only meanwhile."""
+    def _generator(self) -> Iterator[Callable[[str], Image]]:
+        """Generates an image of a prompt, by the pipeline around the transformer; its VAE is in memory only meanwhile."""
         transformer = self.training.state.transformer
         pipeline = QWEN_IMAGE.pipeline(load_scheduler(self.base), load_vae(self.base, self.base.dtype), None, None, transformer)
         pipeline.set_progress_bar_config(disable=True)
         try:
-            yield pipeline
+            with gated(transformer) if self.token_gate and self.training.tokens.ids else nullcontext() as gate:
+                yield partial(self._image, pipeline, gate)
         finally:
             pipeline.register_modules(vae=None, transformer=None)  # the caller may still hold the pipeline
             if transformer.device.type == "cuda":  # the VAE's modules refer to themselves: only the collector frees them
                 free_memory()
 
     @torch.no_grad()
-    def _image(self, pipeline: DiffusionPipeline, prompt: str) -> Image:
+    def _image(self, pipeline: DiffusionPipeline, gate: TokenGate | None, prompt: str) -> Image:
         def check(_pipeline, _index: int, _timestep, kept: dict) -> dict:
             if self.stopping():
                 raise SamplingStopped
@@ -120,6 +125,9 @@ class Sampler:
         training, transformer = self.training, self.training.state.transformer
         ids = (training.shown_prompts[prompt], training.state.sampler.empty_ids)
         embeds, negative = (training.prompt_embeds([row]).to(transformer.dtype) for row in ids)  # (1, T, D)
+        if gate:
+            for row, found in zip(ids, (embeds, negative), strict=True):
+                gate.remember(found[0], () if training.tokens.contains(list(row)) else (ADAPTER,))
         half = transformer.dtype == torch.bfloat16  # autocast as in training: the LoRA's weights are fp32
         with torch.autocast(transformer.device.type, dtype=transformer.dtype) if half else nullcontext():
             return pipeline(

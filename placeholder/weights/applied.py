@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from placeholder.errors import Log, shown
 from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora, scale_loras, unload_lora
+from placeholder.lora.gate import TokenGate
 from placeholder.model.base import BaseModel
 from placeholder.model.offloading import offload, stop_offloading
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
@@ -38,6 +39,7 @@ class AppliedWeights:
     ):
         self.transformer, self.tokenizer, self.width = transformer, tokenizer, width
         self.base, self.offloaded, self.log = base, offloaded, log
+        self.gate = TokenGate(transformer)
         self.archives: OrderedDict[str, Weights] = OrderedDict()  # by digest, the least recently used first
         self._reset()
 
@@ -90,13 +92,10 @@ class AppliedWeights:
         if active:
             scale_loras(self.transformer, active)
 
-    def unnamed(self, named: set[str]) -> list[str]:
-        """A warning for each archive none of whose tokens is among those that the prompt names."""
-        missing = [names for names in self.names if names and not named.intersection(names)]
-        return [
-            f"Warning: the prompt does not name {' or '.join(names)}, so the trained subject may not appear"
-            for names in missing
-        ]
+    def unnamed(self, named: set[str]) -> dict[str, str]:
+        """The adapters of the archives none of whose tokens is among those that a prompt names, with their tokens in words."""
+        parts = zip(self.applied, self.names, strict=True)
+        return {adapter: " or ".join(names) for (adapter, *_), names in parts if names and not named.intersection(names)}
 
     def _reset(self) -> None:
         self.tokens, self.names, self.has_fast = self._tokens([]), [], False
@@ -160,5 +159,8 @@ class AppliedWeights:
 
     def _add(self, lora: dict[str, Tensor], adapter: str) -> None:
         load_lora(self.transformer, lora, adapter)
-        if not self.offloaded:  # offloading moves weights to the device when their layers are called, which fusing does not do
+        fused = not self.offloaded  # offloaded weights come to the device when their layers are called, which fusing does not
+        if adapter != FAST_ADAPTER:
+            self.gate.install(self.transformer, adapter, fused)
+        elif fused:
             fuse_lora_addition(self.transformer, adapter)

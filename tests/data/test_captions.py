@@ -16,7 +16,7 @@ from placeholder.data.captions import (
 )
 from placeholder.data.dataset import Photo
 
-TOKEN = TrainConfig(train_placeholder_token=True, placeholder_token=("<zwx>",))
+TOKEN = TrainConfig(train_placeholder_token=True, placeholder_token=("<zwx>",), prior_preservation=4.0)
 AUTO = replace(TOKEN, autocaption=True, autocaption_prefix="a photo of [trigger], ", autocaption_suffix=" 35mm")
 
 

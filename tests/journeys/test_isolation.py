@@ -168,7 +168,7 @@ def test_two_archives_with_the_same_token_never_share_an_embedding(images, cases
 
 def test_cancelled_at_random_moments_the_server_goes_on_as_if_undisturbed(base, cases, expected, tmp_path):
     choose = random.Random(1)
-    size = {"guidance": 4, "width": 64, "height": 64, "seed": 7, "output_format": "png"}
+    size = {"guidance": 4, "width": 64, "height": 64, "seed": 7, "output_format": "png", "token_gate": False}
     inputs = [
         {"prompt": request.prompt, **size, "steps": request.steps, "go_fast": request.go_fast}
         | ({"replicate_weights": data_url(archive)} if archive else {})

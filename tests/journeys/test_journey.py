@@ -18,7 +18,7 @@ from tests.support import hosted
 from tests.support.samples import read_zip, write_zip
 from tests.support.stock import stock_picture
 
-PICTURE = {"steps": 6, "guidance": 4, "width": 64, "height": 64, "seed": 7, "output_format": "png"}
+PICTURE = {"steps": 6, "guidance": 4, "width": 64, "height": 64, "seed": 7, "output_format": "png", "token_gate": False}
 TRAINING = {
     "steps": 15,
     "rank": 4,
@@ -123,6 +123,14 @@ def test_a_prediction_without_weights_after_one_with_them_is_the_base_models(pre
     without = drawn(prediction_server.ask(inputs))
     assert np.array_equal(without, stock_picture(base.source, "a photo of <zwx>"))
     assert not np.array_equal(with_weights, without)
+
+
+def test_a_prediction_whose_prompt_does_not_name_the_token_is_the_base_models(prediction_server, archive, base):
+    inputs = {name: value for name, value in PICTURE.items() if name != "token_gate"} | {"prompt": "a garden at noon"}
+    answer = prediction_server.ask({**inputs, "replicate_weights": data_url(archive)})
+    assert np.array_equal(drawn(answer), stock_picture(base.source, "a garden at noon"))
+    line = "Warning: the prompt does not name <zwx>, so the image is as without its weights (token_gate)"
+    assert line in answer["logs"].splitlines()
 
 
 def training_processes(server: CogServer) -> list[psutil.Process]:

@@ -30,6 +30,7 @@ TOKEN = TrainConfig(
     **SHORT | {"report": True, "steps": 6},
     train_placeholder_token=True,
     placeholder_token=("<zwx>",),
+    prior_preservation=4.0,
     sample_every=3,
     sample_prompts=f"a photo of <zwx> {HOSTILE}\n<zwx> in a garden",
 )

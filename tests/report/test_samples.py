@@ -75,8 +75,13 @@ def test_the_columns_of_the_grid_are_what_they_say(dataset, base):
     assert prompts == ["a photo of <zwx>", "<zwx> in a garden", "A photo of a person named <zwx>", "a photo of"]
     for row, prompt in enumerate(prompts):
         base_model, reset, full = (images[row] for images in grid.values())
-        assert not equal(base_model, full)
+        assert equal(base_model, full) == equal(reset, full) == ("<zwx>" not in prompt)
+    ungated = Sampler(base, training, 64, lambda: False, token_gate=False, steps=2).grid()
+    for row, prompt in enumerate(prompts):
+        base_model, reset, full = (images[row] for images in ungated.values())
         assert equal(reset, full) == ("<zwx>" not in prompt)
+        assert not equal(base_model, full) and not equal(full, grid["LoRA and token"][row])
+        assert equal(base_model, grid["base model"][row])
     assert torch.equal(training.tokens.rows, rows)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(equal(*pair) for pair in zip(sampler.sample(prompts), grid["LoRA and token"], strict=True))

@@ -43,6 +43,8 @@ SHORT = [
     "1",
     "--placeholder-token",
     "<zwx>",
+    "--prior-preservation",
+    "4",
     "--log-prompt-ids",
 ]
 DRAWN = ["--steps", "3", "--width", "64", "--height", "64", "--seed", "7", "--negative-prompt", "blurry"]
@@ -344,6 +346,14 @@ def test_a_prediction_on_a_terminal_draws_the_picture_of_cogs_function(base, zer
     found = Image.open(tmp_path / "picture.png")
     assert (found.format, found.size) == ("PNG", (64, 64))
     assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+    def without_the_token(*options: str) -> np.ndarray:
+        given = vars(parser().parse_args(["predict", "a garden", *options, *DRAWN])) | {"output_format": "png"}
+        return np.asarray(Image.open(predictor.predict(**inputs_of("predict", given))))
+
+    weights = ["--replicate-weights", str(zero_prior.archive)]
+    assert np.array_equal(without_the_token(*weights), without_the_token())
+    assert not np.array_equal(without_the_token(*weights, "--no-token-gate"), without_the_token())
 
 
 def read_terminal(terminal: int) -> bytes:

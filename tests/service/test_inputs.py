@@ -128,6 +128,7 @@ OTHER_REQUESTS = {
     "lora_scale": 0.5,
     "extra_lora_scale": 0.5,
     "extra_placeholder_token": "<second>",
+    "token_gate": False,
     "enhance_prompt": True,
     "go_fast": True,
     "output_format": "png",

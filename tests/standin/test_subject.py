@@ -28,6 +28,7 @@ CONFIG = TrainConfig(
     resolution=(64,),
     train_placeholder_token=True,
     placeholder_token=(TOKEN,),
+    prior_preservation=4.0,
     seed=0,
 )
 IMAGES, PROMPTS = 3, Prompts(ARMS["token, preservation"])

@@ -17,6 +17,7 @@ CHANGING = (
     "placeholder/weights/applied.py",
     "placeholder/model/offloading.py",
     "placeholder/lora/adapter.py",
+    "placeholder/lora/gate.py",
     "loaders/peft.py",
     "hooks/hooks.py",
 )

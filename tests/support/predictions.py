@@ -22,6 +22,7 @@ PLAIN = Request(
     go_fast=False,
     output_format="png",
     output_quality=80,
+    token_gate=False,  # what diffusers does; tests/journeys/test_gate.py has the gate
 )
 NAMED = replace(PLAIN, prompt="a photo of <zwx>")
 

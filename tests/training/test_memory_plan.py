@@ -25,7 +25,7 @@ from tests.support.peak import PeakBytes
 from tests.support.samples import train
 
 FULL_SIZE = RandomBase("Qwen-Image with random weights", torch.device("cuda"), torch.bfloat16)  # counted alone
-TOKEN = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",)}
+TOKEN = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",), "prior_preservation": 4.0}
 WITH, WITHOUT = TrainConfig(**TOKEN), TrainConfig()
 GRID, PROMPT = (64, 64), 34 + 128  # 1024 x 1024 pixels; a prompt of 128 tokens inside the template
 

@@ -18,7 +18,7 @@ from tests.model.test_quantization import real_bytes
 from tests.support.samples import train
 
 SIGMAS = torch.tensor([0.25, 0.5, 0.7, 0.25])
-TOKEN = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",)}
+TOKEN = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",), "prior_preservation": 4.0}
 GRID, PROMPT = (4, 4), 34 + 10
 
 
