@@ -1,6 +1,5 @@
 """A whole training: a job in, a verified weights archive out."""
 
-import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,19 +10,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from placeholder.config import DEFAULT_PLACEHOLDER, TrainConfig
+from placeholder.config import DEFAULT_PLACEHOLDER
 from placeholder.devices import deterministic, peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.errors import Log
 from placeholder.job import Job, Stop
 from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict, unload_lora
 from placeholder.model.base import BaseModel
-from placeholder.options import MAX_SEED
 from placeholder.report.report import Report
 from placeholder.report.samples import grid_prompts
 from placeholder.report.trackers import TrackedSteps, WandbTracker
 from placeholder.training.checkpoint import Checkpoint, CheckpointWriter, prepare_folder
-from placeholder.training.context import Context, Training, checkpoint_facts, schedule
+from placeholder.training.context import Context, Training, checkpoint_facts, compiles, schedule, with_seed
 from placeholder.training.diagnostics import diagnose
 from placeholder.training.flow import MIDDLE_SIGMA
 from placeholder.training.loop import Step, TrainState, train_steps
@@ -106,7 +104,7 @@ def resolve(job: Job, base: BaseModel, log: Log, processes: Processes) -> tuple[
         processes.check_same("a base model", not Path(base.source).is_dir() and (base.source, base.revision))
     if start is not None:
         config = resumed_config(start, config, shared)
-    config = replace(processes.broadcast(with_seed(config, log)), torch_compile=bool(config.torch_compile))
+    config = replace(processes.broadcast(with_seed(config, log)), torch_compile=compiles(config, base.device))
     if job.checkpoints is not None and processes.rank == 0:
         prepare_folder(job.checkpoints, source)
         log(f"Checkpoints: every {job.checkpoints.every} steps")
@@ -118,14 +116,6 @@ def resolve(job: Job, base: BaseModel, log: Log, processes: Processes) -> tuple[
     if config.placeholder_token and not config.tokens:
         log(f"Placeholder token '{','.join(config.placeholder_token)}' is not used: train_placeholder_token is false")
     return Context(config, base, log, processes, start), shared
-
-
-def with_seed(config: TrainConfig, log: Log) -> TrainConfig:
-    """The configuration with the seed that the training really uses."""
-    drawn = config.seed is None
-    config = replace(config, seed=secrets.randbelow(MAX_SEED + 1)) if drawn else config
-    log(f"Seed: {config.seed}{' (drawn)' if drawn else ''}")
-    return config
 
 
 def train(training: Training, context: Context, progress: Progress, observers: list[Observer]) -> None:

@@ -21,6 +21,7 @@ from placeholder.lora.adapter import B, add_lora
 from placeholder.model.loading import load_text_encoder, load_transformer
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
 from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_ids
+from placeholder.training.context import COMPILED_FROM, compiles, with_seed
 from placeholder.training.examples import BatchSampler, Example
 from placeholder.training.loop import Step, TrainState
 from placeholder.training.losses import Denoiser
@@ -430,12 +431,21 @@ def test_a_lora_that_changes_nothing_is_not_verified(proof, zero_prior, tmp_path
         proof(path, read_weights(path))
 
 
+def test_blocks_are_compiled_on_a_gpu_in_a_long_training_unless_told_otherwise():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    long, short = (replace(ZERO_PRIOR, steps=steps) for steps in (COMPILED_FROM, COMPILED_FROM - 1))
+    assert [compiles(config, device) for config in (long, short) for device in (gpu, cpu)] == [True, False, False, False]
+    assert all(
+        compiles(replace(config, torch_compile=wanted), gpu) == wanted for config in (long, short) for wanted in (True, False)
+    )
+
+
 def test_drawn_seeds_differ_and_a_given_one_is_kept_even_zero():
-    drawn = {finetune_module.with_seed(replace(ZERO_PRIOR, seed=None), lambda _: None).seed for _ in range(5)}
+    drawn = {with_seed(replace(ZERO_PRIOR, seed=None), lambda _: None).seed for _ in range(5)}
     assert len(drawn) == 5
     assert all(0 <= seed < 2**32 for seed in drawn)
     log: list[str] = []
-    assert finetune_module.with_seed(replace(ZERO_PRIOR, seed=0), log.append).seed == 0
+    assert with_seed(replace(ZERO_PRIOR, seed=0), log.append).seed == 0
     assert log == ["Seed: 0"]
 
 

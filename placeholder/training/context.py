@@ -1,8 +1,10 @@
 """What a training is given and what it consists of."""
 
-from dataclasses import asdict, dataclass, field
+import secrets
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -13,12 +15,15 @@ from placeholder.data.dataset import DatasetReport
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.errors import Log
 from placeholder.model.base import BaseModel
+from placeholder.options import MAX_SEED
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import PromptEncoder
 from placeholder.training.loop import Schedule, TrainState
 from placeholder.training.memory_plan import Plan
 from placeholder.training.progress import Progress, Timing
 from placeholder.training.resume import Start
+
+COMPILED_FROM = 1000  # steps of a training on a GPU; docs/hardware.md has the times
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,21 @@ class Training:
     initial_rows: Tensor
     prompt_embeds: PromptEncoder
     shown_prompts: dict[str, tuple[int, ...]]
+
+
+def with_seed(config: TrainConfig, log: Log) -> TrainConfig:
+    """The configuration with the seed that the training really uses."""
+    drawn = config.seed is None
+    config = replace(config, seed=secrets.randbelow(MAX_SEED + 1)) if drawn else config
+    log(f"Seed: {config.seed}{' (drawn)' if drawn else ''}")
+    return config
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the blocks are compiled. Blank: on a GPU, in a training long enough to gain more than compiling takes."""
+    if config.torch_compile is None:
+        return device.type == "cuda" and config.steps >= COMPILED_FROM
+    return config.torch_compile
 
 
 def schedule(config: TrainConfig) -> Schedule:
