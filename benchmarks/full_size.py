@@ -13,7 +13,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +133,29 @@ def train(base: BaseModel, config: TrainConfig, folder: Path) -> dict[str, Any]:
     }
 
 
+GATES = {  # the second less the first is what the token gate's switching takes; the third has no LoRA in half of the passes
+    "off": {"token_gate": False, "negative_prompt": "a <zwx>"},
+    "on, both prompts named": {"negative_prompt": "a <zwx>"},
+    "on": {},
+}
+
+
 def draw(base: BaseModel, archive: Path, side: int, steps: int) -> dict[str, Any]:
-    """One image with an archive."""
+    """Images with an archive: seconds of a step with the token gate off, on in both passes, and on in one."""
     clock = StepClock()
     free_memory()
     reset_peak()
     generator = ImageGenerator(base, clock)
-    image = generator.generate(Request("a photo of <zwx>", "", steps, 4.0, side, side, 0, 1.0, False, "png", 80), archive)
-    seconds = clock.step_seconds()
+    request = Request("a photo of <zwx>", "", steps, 4.0, side, side, 0, 1.0, False, "png", 80)
+    found: dict[str, list[float]] = {name: [] for name in GATES}
+    for _ in range(2):
+        for name, options in GATES.items():
+            clock.times.clear()
+            image = generator.generate(replace(request, **options), archive)
+            found[name] += clock.step_seconds()
     return {
         "size": image.size,
-        "median_step_seconds": statistics.median(seconds) if seconds else None,
+        "median_step_seconds": {name: statistics.median(seconds) if seconds else None for name, seconds in found.items()},
         "peak_reserved_gb": _peak_gb(),
     }
 
@@ -210,6 +222,7 @@ def run(base: BaseModel, side: int, training_steps: int, drawing_steps: int, car
                 base, TrainConfig(**common, train_placeholder_token=True, placeholder_token=("<zwx>",)), Path(folder)
             ),
             "baseline": train(base, TrainConfig(**common), Path(folder)),
+            "baseline, compiled": train(base, TrainConfig(**common, torch_compile=True), Path(folder)),
             "prediction": draw(base, Path(folder) / "zero_prior.zip", side, drawing_steps),
             "cards": on_cards(base, side, CARD_STEPS, cards),
         }

@@ -1,9 +1,9 @@
 """The training step of the full-size transformer on a CUDA GPU: our loop beside that of diffusers' script.
 
 `make bench-gpu` builds the transformer with seeded random weights, since nothing has to be downloaded for a timing, and times
-the loops in turns for three resolutions and three prompt lengths. It writes benchmarks/gpu.json and a table of
-docs/hardware.md with medians, interquartile ranges, peak memory, the share of the GPU's arithmetic (MFU), the attention kernels
-that ran, and how often a step waits for the GPU.
+the loops in turns for several resolutions and prompt lengths, ours with compiled blocks after them. It writes
+benchmarks/gpu.json and tables of docs/hardware.md with medians, interquartile ranges, peak memory, the share of the GPU's
+arithmetic (MFU), what the GPU's time goes to, the kernels of a step, and how often it waits for the GPU.
 """
 
 import argparse
@@ -38,9 +38,11 @@ from placeholder.training.loop import Schedule, TrainState, train_steps
 from placeholder.training.losses import Denoiser
 from placeholder.training.optimizers import lora_optimizer
 from placeholder.transformer.checkpointing import BlockCheckpointing
+from placeholder.transformer.compile import compiled_blocks
 
 SIDES, TEXT_TOKENS, RANK, RATE = (512, 768, 1024), (32, 128, 256), 32, 1e-4
 WARM_UP, TIMED = 10, 30
+COMPILED = "ours, compiled"
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, by their maker's data sheet
 
 
@@ -89,7 +91,7 @@ def arms(model: QwenImageTransformer2DModel, lora: list[nn.Parameter], side: int
 
 
 def timed(candidates: dict[str, Arm], warm_up: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Milliseconds and peak bytes of the loops' steps, in turns; a loop that runs out of memory says so."""
+    """Milliseconds and peak bytes of the loops' steps, in turns, and of the first step; a loop out of memory says so."""
     found: dict[str, dict[str, Any]] = {name: {"ms": []} for name in candidates}
     for number in range(warm_up + rounds):
         for name, arm in candidates.items():
@@ -103,6 +105,8 @@ def timed(candidates: dict[str, Arm], warm_up: int, rounds: int) -> dict[str, di
                 found[name] = {"out_of_memory": str(error).split(".")[0]}
                 free_memory()
                 continue
+            if number == 0:
+                found[name]["first_ms"] = milliseconds
             if number >= warm_up:
                 found[name]["ms"].append(milliseconds)
                 found[name]["peak_bytes"] = peak_bytes()
@@ -118,13 +122,25 @@ def _milliseconds(step: Callable[[], Any]) -> float:
     return start.elapsed_time(end)
 
 
-def attention_kernels(arm: Arm) -> list[str]:
-    """The names of the GPU kernels of one step that have to do with attention: flash or not can be read there."""
+KERNELS = {  # words in their names
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
+}
+
+
+def profiled(arm: Arm) -> dict[str, Any]:
+    """One step under PyTorch's profiler: milliseconds of the GPU by kind of kernel, the kernels, those of attention by name."""
     arm.enter()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         arm.step()
-    words = ("flash", "fmha", "attention", "sdpa", "cudnn")
-    return sorted({event.key for event in recorded.key_averages() if any(word in event.key.lower() for word in words)})
+    gpu = [event for event in recorded.key_averages() if event.device_type != torch.autograd.DeviceType.CPU]
+    found = {"gpu_ms": dict.fromkeys((*KERNELS, "other"), 0.0), "kernels": sum(event.count for event in gpu)}
+    for event in gpu:
+        kind = next((kind for kind, words in KERNELS.items() if any(word in event.key.lower() for word in words)), "other")
+        found["gpu_ms"][kind] += event.self_device_time_total / 1e3
+    words = KERNELS["attention"]
+    named = [event.key for event in recorded.key_averages() if any(word in event.key.lower() for word in words)]
+    return found | {"attention_kernels": sorted(set(named))}
 
 
 def synchronizations(arm: Arm) -> int:
@@ -148,7 +164,15 @@ def run(base: BaseModel, sides: tuple[int, ...], lengths: tuple[int, ...], warm_
     for side in sides:
         for text_tokens in lengths:
             candidates = arms(model, lora, side, text_tokens)
+            ours = candidates["ours"]
             entry = {"side": side, "text_tokens": text_tokens, "arms": timed(candidates, warm_up, rounds)}
+            entry["profile"] = {"ours": profiled(ours)}
+            entry["synchronizations"] = {
+                name: synchronizations(arm) for name, arm in candidates.items() if "ms" in entry["arms"][name]
+            }
+            with compiled_blocks(model, True, print):
+                entry["arms"] |= timed({COMPILED: ours}, warm_up, rounds)
+                entry["profile"][COMPILED] = profiled(ours)
             flops = step_flops(TrainConfig(rank=RANK), side, text_tokens)  # of the full size, without recomputation
             for result in entry["arms"].values():
                 if "ms" in result:
@@ -157,10 +181,6 @@ def run(base: BaseModel, sides: tuple[int, ...], lengths: tuple[int, ...], warm_
                     result["mfu"] = flops / (quartiles[1] / 1e3) / PEAK_FLOPS
             found.append(entry)
             print(json.dumps(entry), flush=True)
-    found[-1]["attention_kernels"] = attention_kernels(candidates["ours"])
-    found[-1]["synchronizations"] = {
-        name: synchronizations(arm) for name, arm in candidates.items() if "ms" in entry["arms"][name]
-    }
     return found
 
 
@@ -178,26 +198,45 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def profile_table(found: list[dict[str, Any]]) -> str:
+    """Where a step's time goes, as a Markdown table."""
+    kinds = (*KERNELS, "other")
+    lines = ["| side | arm | " + " | ".join(f"{kind}, ms" for kind in kinds) + " | kernels | first step, s |"]
+    lines.append("| --- |" + " --- |" * (len(kinds) + 3))
+    for entry in found:
+        for name, result in entry["profile"].items():
+            cells = [f"{result['gpu_ms'][kind]:.0f}" for kind in kinds] + [str(result["kernels"])]
+            cells.append(f"{entry['arms'][name]['first_ms'] / 1e3:.0f}")
+            lines.append(f"| {entry['side']} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Run at full size on the GPU and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=TIMED)
+    parser.add_argument("--warm-up", type=int, default=WARM_UP)
+    parser.add_argument("--sides", type=int, nargs="*", default=SIDES)
+    parser.add_argument("--text-tokens", type=int, nargs="*", default=TEXT_TOKENS)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA GPU was found: make bench times the step on a CPU")
     base = RandomBase("Qwen-Image with random weights", torch.device("cuda"), torch.bfloat16)
-    found = run(base, SIDES, TEXT_TOKENS, WARM_UP, arguments.rounds)
+    found = run(base, arguments.sides, arguments.text_tokens, arguments.warm_up, arguments.rounds)
     record = {
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "rank": RANK,
+        "warm_up": arguments.warm_up,
+        "rounds": arguments.rounds,
         "sizes": found,
     }
     (arguments.output / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
     write_table(DOCS / "hardware.md", "gpu", table(found))
-    print(table(found))
+    write_table(DOCS / "hardware.md", "profile", profile_table(found))
+    print(table(found), profile_table(found), sep="\n")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ def test_both_trainings_and_the_prediction_run_in_bf16_and_are_timed():
         assert 0 < found[mode]["loss"] < 10
         assert found[mode]["median_step_seconds"] > 0
     assert found["prediction"]["size"] == (64, 64)
-    assert found["prediction"]["median_step_seconds"] > 0
+    assert list(found["prediction"]["median_step_seconds"]) == ["off", "on, both prompts named", "on"]
+    assert all(seconds > 0 for seconds in found["prediction"]["median_step_seconds"].values())
     assert [card["transformer_storage"] for card in found["cards"]] == ["none", "int8"] * 2
     assert all(0 < card["expected_peak_gb"] < 0.9 for card in found["cards"])
 

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from accelerate.state import AcceleratorState
 
 from benchmarks import gpu
 from benchmarks.full_size import RandomBase
+from placeholder.transformer.compile import CompiledBlocks
 from tests.benchmarks.test_full_size import TINY
 
 ARMS = ["script, checkpointing", "script", "ours"]
@@ -40,15 +42,32 @@ def sync_debug_mode(monkeypatch) -> list[str]:
     return modes
 
 
-def test_every_loop_trains_the_one_lora_and_stands_in_the_table(wall_clock, sync_debug_mode):
+@pytest.fixture
+def eager_blocks(monkeypatch) -> list[CompiledBlocks]:
+    """Blocks that are traced and not compiled, which takes a tenth of the time."""
+    made: list[CompiledBlocks] = []
+
+    @contextmanager
+    def compiled_blocks(model, _wanted, log):
+        made.append(CompiledBlocks(model, log, backend="eager"))
+        yield
+        made[-1].undo()
+
+    monkeypatch.setattr(gpu, "compiled_blocks", compiled_blocks)
+    return made
+
+
+def test_every_loop_trains_the_one_lora_and_stands_in_the_table(wall_clock, sync_debug_mode, eager_blocks):
     base = RandomBase("tiny, random", torch.device("cpu"), torch.bfloat16, TINY)
     (found,) = gpu.run(base, sides=(64,), lengths=(5,), warm_up=1, rounds=2)
-    assert list(found["arms"]) == ARMS
-    assert all(len(arm["ms"]) == 2 and arm["median_ms"] > 0 for arm in found["arms"].values())
-    assert any("attention" in name for name in found["attention_kernels"])
+    assert list(found["arms"]) == [*ARMS, gpu.COMPILED]
+    assert all(len(arm["ms"]) == 2 and arm["median_ms"] > 0 and arm["first_ms"] > 0 for arm in found["arms"].values())
+    assert all(any("attention" in name for name in each["attention_kernels"]) for each in found["profile"].values())
     assert found["synchronizations"] == dict.fromkeys(ARMS, 0)
     lines = gpu.table([found]).splitlines()
-    assert [line.split(" | ")[2] for line in lines[2:]] == ARMS
+    assert [line.split(" | ")[2] for line in lines[2:]] == [*ARMS, gpu.COMPILED]
+    assert len(eager_blocks) == 1
+    assert [line.split(" | ")[1] for line in gpu.profile_table([found]).splitlines()[2:]] == ["ours", gpu.COMPILED]
 
 
 def test_a_loop_changes_the_lora_and_recomputes_only_where_it_says_so():
