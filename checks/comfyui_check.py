@@ -70,8 +70,20 @@ def new_model(sizes: dict, device: str = "cpu"):
     return config.get_model({}, device=torch.device(device))
 
 
-def check_lora(facts: dict, reference: Path, loader) -> tuple[dict, dict]:
-    """The LoRA as ComfyUI applies it: the weights' change against B A, and the model's prediction against the package's."""
+def hook_patches(patcher, node, name: str):
+    """A hook of the LoRA file `name` as the workflow has it, with the model ready to be patched by it."""
+    import comfy.hooks
+
+    [hooks] = node().create_hook_model_only(name, 1.0)
+    patcher.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
+    return hooks
+
+
+def check_lora(facts: dict, reference: Path, node) -> tuple[dict, dict]:
+    """The LoRA as the workflow's hook applies it: the weights' change against B A, and the model's prediction against ours.
+
+    Without the hook, as in the unconditional pass, the weights are the base model's again, bit for bit.
+    """
     import comfy.model_patcher
 
     model, cpu = new_model(facts["transformer"]), torch.device("cpu")
@@ -83,8 +95,9 @@ def check_lora(facts: dict, reference: Path, loader) -> tuple[dict, dict]:
     predictions = load_file(reference / "predictions.safetensors")
     differences = {"base": difference(predict(model, facts, reference, predictions), predictions["base"])}
 
-    patched = loader().load_lora_model_only(patcher, "lora_weights.safetensors", 1.0)[0]
-    patched.patch_model(device_to=cpu)
+    patcher.patch_model(device_to=cpu)
+    hooks = hook_patches(patcher, node, "lora_weights.safetensors")
+    patcher.patch_hooks(hooks)
     deltas = []
     for name, value in model.diffusion_model.state_dict().items():
         module = PREFIX + name.removesuffix(".weight")
@@ -96,6 +109,9 @@ def check_lora(facts: dict, reference: Path, loader) -> tuple[dict, dict]:
     assert not lora, f"not applied: {sorted(lora)}"
     differences["lora"] = difference(predict(model, facts, reference, predictions), predictions["lora"])
     differences["lora from base"] = difference(predictions["lora"], predictions["base"])
+    patcher.patch_hooks(None)
+    for name, value in model.diffusion_model.state_dict().items():
+        assert torch.equal(value, weights[name]), f"{name} stays changed without the hook"
     return {"layers": len(deltas), "largest_difference_of_a_weight": max(deltas)}, differences
 
 
@@ -156,7 +172,7 @@ def main(comfyui: Path, reference: Path, output: Path) -> None:
         mappings = load_nodes(home)
         clip = load_clip(facts, reference)
         prompts, turned = check_conditioning(facts, reference, mappings["QwenImagePlaceholderToken"], clip)
-        lora, predictions = check_lora(facts, reference, mappings["LoraLoaderModelOnly"])
+        lora, predictions = check_lora(facts, reference, mappings["CreateHookLoraModelOnly"])
         import comfyui_version
 
         result = {

@@ -65,7 +65,7 @@ def load_nodes(home: Path) -> dict[str, type]:
 
     async def load() -> None:
         await nodes.init_external_custom_nodes()
-        for name in ("nodes_sd3", "nodes_model_advanced"):
+        for name in ("nodes_sd3", "nodes_model_advanced", "nodes_hooks"):
             assert await nodes.load_custom_node(f"comfy_extras/{name}.py", module_parent="comfy_extras")
 
     asyncio.run(load())

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comfyui_check import load_clip, new_model
+from comfyui_check import hook_patches, load_clip, new_model
 from comfyui_home import NODE, ROOT, link, load_nodes, start
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,14 +47,17 @@ def load_model(facts: dict, folder: Path):
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
-def deltas(patcher) -> dict[str, Tensor]:
-    """What the LoRA adds to each weight (out, in) that it is for; every other weight stays as it was."""
-    named = {name.removeprefix("diffusion_model.") for name in patcher.patches}
-    before = {name: value.clone() for name, value in patcher.model.diffusion_model.state_dict().items()}
-    patcher.patch_model(device_to=torch.device("cpu"))
-    changes = {name: value - before[name] for name, value in patcher.model.diffusion_model.state_dict().items()}
-    patcher.unpatch_model(device_to=torch.device("cpu"))
+def deltas(patcher, node) -> dict[str, Tensor]:
+    """What the LoRA's hook adds to each weight (out, in) that it is for; every other weight stays as it was."""
+    hooked = patcher.clone()
+    hooks = hook_patches(hooked, node, "lora_weights.safetensors")
+    named = {name.removeprefix("diffusion_model.") for patches in hooked.hook_patches.values() for name in patches}
+    before = {name: value.clone() for name, value in hooked.model.diffusion_model.state_dict().items()}
+    hooked.patch_hooks(hooks)
+    changes = {name: value - before[name] for name, value in hooked.model.diffusion_model.state_dict().items()}
+    hooked.patch_hooks(None)
     assert not any(value.any() for name, value in changes.items() if name not in named), "other weights were changed"
+    assert all(torch.equal(value, before[name]) for name, value in hooked.model.diffusion_model.state_dict().items())
     return {name.removesuffix(".weight"): changes[name] for name in named}
 
 
@@ -81,15 +84,18 @@ class Generation:
     def __init__(self, facts: dict, folder: Path, nodes: dict[str, type]):
         self.facts, self.folder, self.nodes, self.picture = facts, folder, nodes, facts["picture"]
         self.clip, self.vae = load_clip(facts, folder), load_vae(facts, folder)
-        [self.model] = nodes["LoraLoaderModelOnly"]().load_lora_model_only(
-            load_model(facts, folder), "lora_weights.safetensors", 1.0
-        )
-        self.deltas = deltas(self.model)
+        self.model = load_model(facts, folder)
+        self.deltas = deltas(self.model, nodes["CreateHookLoraModelOnly"])
+        [self.hooks] = nodes["CreateHookLoraModelOnly"]().create_hook_model_only("lora_weights.safetensors", 1.0)
         self.sigmas = load_file(folder / "predict.py" / "record.safetensors")["sigmas"]
 
     def encode(self, prompt: str) -> list:
         """Conditioning through our node."""
         return self.nodes["QwenImagePlaceholderToken"]().encode(self.clip, prompt, "none", "weights.zip")[0]
+
+    def gated(self, conditioning: list) -> list:
+        """The conditioning with the LoRA on it, as the workflow has it for a prompt that names the token."""
+        return self.nodes["ConditioningSetProperties"]().set_properties(conditioning, 1.0, "default", hooks=self.hooks)[0]
 
     def empty(self) -> dict[str, Tensor]:
         """Latents of zeros, from ComfyUI's node."""
@@ -125,7 +131,7 @@ class Generation:
         tensors = {"negative": negative[0][0]} | {f"delta.{name}": value for name, value in self.deltas.items()}
         for number, prompt in enumerate(self.facts["prompts"]):
             positive = self.encode(prompt)
-            latents = sample(positive, negative)
+            latents = sample(self.gated(positive) if "<zwx>" in prompt else positive, negative)
             [images] = self.nodes["VAEDecode"]().decode(self.vae, latents)
             [saved] = self.nodes["SaveImage"]().save_images(images, way)["ui"]["images"]
             shutil.copy(output / saved["filename"], self.folder / way / f"{number}.png")

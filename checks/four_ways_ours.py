@@ -41,11 +41,9 @@ PROMPTS = [
     "a photo of a red circle on a blue background",
 ]
 # What is replaced in the example of docs/predict.md: a smaller model and image, on the CPU. Each occurs there once.
-EXAMPLE_STARTS, EXAMPLE_ENDS = "    import json\n    import zipfile\n", "    settings = dict("
+EXAMPLE_STARTS, EXAMPLE_ENDS = "    import json\n    import zipfile\n", "    prompt, negative_prompt ="
 SHIFT_CONSTANTS = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-SETTINGS = 'negative_prompt=" ", true_cfg_scale=4.0, width=1024, height=1024, num_inference_steps=50'
-
-UNGATED = {"token_gate": False}  # stock diffusers and ComfyUI's LoRA loader know no gate
+SETTINGS = '" "\n    settings = dict(true_cfg_scale=4.0, width=1024, height=1024, num_inference_steps=50)'
 
 Generate = Callable[[str, Path], None]
 
@@ -81,6 +79,9 @@ def deltas(transformer: torch.nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, module in transformer.named_modules():
         if hasattr(module, "lora_A"):
+            module.enable_adapters(True)  # the last pass was the negative prompt's, without the LoRA
+            for variant in module.lora_variant.values():
+                variant.gate.acting = {}
             units = torch.eye(module.in_features)
             found[name] = (module(units) - module.base_layer(units)).T.contiguous()
     return found
@@ -110,8 +111,7 @@ def predictor(archive: Path | None) -> Generate:
         cog.setup()
 
     def generate(prompt: str, path: Path) -> None:
-        given = IMAGE | UNGATED | {"prompt": prompt, "replicate_weights": str(archive or "")}
-        inputs = command_line.inputs_of("predict", given)
+        inputs = command_line.inputs_of("predict", IMAGE | {"prompt": prompt, "replicate_weights": str(archive or "")})
         path.write_bytes(Path(cog.predict(**inputs)).read_bytes())
 
     return generate
@@ -134,14 +134,16 @@ def documented_example(archive: Path, model: Path, unpacked: Path) -> Generate:
     names: dict[str, Any] = {}
     exec(compile("\n".join(line[4:] for line in block.splitlines()), "predict.md", "exec"), names)
     names["pipe"].set_progress_bar_config(disable=True)
+    names["negative_prompt"] = " "
     settings = {
-        "negative_prompt": " ",
+        "negative_prompt": names["negative_prompt"],
         "true_cfg_scale": IMAGE["guidance"],
         "num_inference_steps": IMAGE["steps"],
         **{name: IMAGE[name] for name in ("width", "height")},
     }
 
     def generate(prompt: str, path: Path) -> None:
+        names["prompt"] = prompt
         names["pipe"](prompt, generator=torch.Generator().manual_seed(IMAGE["seed"]), **settings).images[0].save(path)
 
     return generate
@@ -153,7 +155,7 @@ def command(archive: Path) -> Generate:
     def generate(prompt: str, path: Path) -> None:
         given = {name: value for name, value in IMAGE.items() if name != "output_format"} | {"replicate_weights": archive}
         options = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-        arguments = ["predict", prompt, *options, "--no-token-gate", "-o"]
+        arguments = ["predict", prompt, *options, "-o"]
         subprocess.run([sys.executable, "-m", "placeholder", *arguments, path], cwd=ROOT, check=True, capture_output=True)
         again = path.with_name("again.png")
         with redirect_stderr(io.StringIO()):
