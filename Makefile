@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test fuzz lint format study two-tokens distil bench bench-gpu cancels interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways docs lock clean
+.PHONY: setup demo test fuzz lint format study gate-study two-tokens distil bench bench-gpu cancels interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways docs lock clean
 
 setup: .venv/installed
 
@@ -64,6 +64,10 @@ check-gpu: setup
 # The study of docs/study.md, on the small base model.
 study: setup
 	$(BIN)/python -m demo.study
+
+# The token gate: trainings of the study drawn in three ways; writes docs/gate.json and .png and a table of docs/study.md.
+gate-study: setup
+	$(BIN)/python -m demo.gate_study
 
 # Two tokens in one training, on the small base model; writes docs/two-tokens.json and .png and tables of docs/study.md.
 two-tokens: setup

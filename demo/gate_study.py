@@ -113,6 +113,14 @@ def neighbours(sampler: Sampler, arm: Arm) -> dict[str, float]:
     return found
 
 
+def floor(source: str) -> dict[str, float]:
+    """The neighbour measures of the base model with a new token: how much any two small things look like the subject."""
+    torch.set_num_threads(1)
+    _, training, sampler = prepared(ARMS["token"], 0, BaseModel(source, torch.device("cpu"), torch.float32))
+    with without_lora(training.state.transformer):
+        return neighbours(sampler, ARMS["token"])
+
+
 def strip(sampler: Sampler, prompts: Prompts) -> list[Image.Image]:
     """A seen and an unseen context, the class word twice, another prompt."""
     shown = (prompts.seen[1], prompts.unseen[1], *prompts.class_word[:2], UNRELATED[0])
@@ -184,6 +192,7 @@ def main() -> None:
     source = str(build_small_base())
     tasks = [Task(name, seed, source) for seed in range(arguments.seeds) for name in arguments.arms]
     results: dict[str, list[dict]] = {name: [] for name in arguments.arms}
+    base_model = floor(source)
     strips: dict[str, dict[str, list[Image.Image]]] = {}
     started = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
@@ -192,8 +201,9 @@ def main() -> None:
             strips.setdefault(task.arm, images)
             print(f"{time.monotonic() - started:.0f} s: {task.arm}, seed {task.seed}: {json.dumps(drawn)}", flush=True)
             done = {arm: runs for arm, runs in results.items() if runs}
-            record = {"budget": BUDGET, "samples": SAMPLES, "torch": torch.__version__, "results": done}
-            (arguments.output / "gate.json").write_text(json.dumps(record, indent=1) + "\n")
+            record = {"budget": BUDGET, "samples": SAMPLES, "torch": torch.__version__, "base_model": base_model}
+            text = json.dumps(record | {"results": done}, indent=1)
+            (arguments.output / "gate.json").write_text(text + "\n")
             write_table(arguments.output / "study.md", "gate", table(done))
             if {arm for arm, _ in ROWS.values()} <= strips.keys():
                 figure(strips).save(arguments.output / "gate.png")

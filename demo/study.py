@@ -286,29 +286,6 @@ def figure(strips: dict[str, list[Image.Image]], cell: int = 96) -> Image.Image:
     return sheet
 
 
-README_ROWS = {
-    "before training": "base model, fresh token",
-    "trained as TOK": "trigger word TOK",
-    "trained as <zwx>": "token, preservation",
-}
-README_COLUMNS = {"known background": 1, "new background": 3, "LoRA at half strength": 4, "class word alone": 5}
-
-
-def readme_figure(sheet: Image.Image, arms: list[str], cell: int = 96, width: int = 160) -> Image.Image:
-    """The rows and columns of the study's figure that say most, larger; `arms` are the rows of `sheet`."""
-    found = Image.new("RGB", ((len(README_COLUMNS) + 1) * width, 24 + len(README_ROWS) * width), "white")
-    pen = ImageDraw.Draw(found)
-    for row, (title, arm) in enumerate(README_ROWS.items()):
-        pen.text((6, 24 + row * width + width // 2 - 6), title, fill="black", font_size=16)
-        for column, index in enumerate(README_COLUMNS.values()):
-            left, top = LABEL_WIDTH + index * cell, 24 + arms.index(arm) * cell
-            image = sheet.crop((left, top, left + cell - 4, top + cell - 4)).resize((width - 4, width - 4))
-            found.paste(image, ((column + 1) * width, 24 + row * width))
-    for column, title in enumerate(README_COLUMNS):
-        pen.text(((column + 1) * width + 2, 3), title, fill="black", font_size=14)
-    return found
-
-
 def _job(task: tuple[str, int, str]) -> tuple[str, int, dict, list[Image.Image]]:
     name, seed, source = task
     torch.set_num_threads(1)
@@ -342,8 +319,6 @@ def main() -> None:
             (arguments.output / "study.json").write_text(json.dumps(record, indent=1) + "\n")
             write_table(arguments.output / "study.md", "study", table(done))
             figure(strips).save(arguments.output / "study.png")
-    if set(README_ROWS.values()) <= set(strips):
-        readme_figure(figure(strips), list(strips)).save(arguments.output / "readme.png")
     print(table(results))
 
 
