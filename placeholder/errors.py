@@ -50,8 +50,8 @@ def reason(error: BaseException) -> str:
 
 def check_download(name: str, head: bytes) -> None:
     """ValueError for the first HEAD_BYTES of what a browser, a login or git put in a file's place, or of a pickle."""
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<script")):
+    start = head.removeprefix(b"\xff\xfe").replace(b"\0", b"").lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<!--", b"<html", b"<?xml", b"<head", b"<script", b"<title", b"<meta", b"<body")):
         raise ValueError(f"{name} is a web page, not the file: give a direct link")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{name} is a Git LFS pointer, not the file itself: give a direct link, or run git lfs pull")

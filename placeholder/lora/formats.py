@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft.utils.other import get_pattern_key
+from peft import LoraConfig
 from torch import Tensor
 
 from placeholder.errors import label, quoted, shown
@@ -22,9 +22,16 @@ METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the PEFT configu
 TOKENS_KEY = "placeholder_tokens"  # where this package names the tokens of a LoRA there, as a JSON list
 TRIGGER_KEY = "modelspec.trigger_phrase"  # where its earlier versions did, as <one>, <two>
 UNSUPPORTED_METADATA = ("use_dora", "modules_to_save")
+# Initializations that change the base model's weights, which a file of the LoRA alone does not hold (peft.tuners.lora.layer).
+UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+DEFAULT_ALPHA = LoraConfig().lora_alpha  # of a PEFT configuration that names none
+MAX_ALPHA = 1e6
 MAX_PATTERNS, MAX_PATTERN = 2000, 200  # of alpha_pattern, and characters of each
+# What can make a regular expression run for ever: a repeated group, flags and the like, more than two repetitions.
+ENDLESS = re.compile(r"\)\s*[*+{]|\(\?(?!:)|(?:[*+?{].*){3}", re.DOTALL)
+BF16_ROUNDING = 4e-3  # 2^-8, of an alpha that is stored in bf16
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # bf16 holds their numbers exactly
-ALPHA_DTYPES = (*DTYPES, torch.float64, torch.int64, torch.int32)
+ALPHA_DTYPES = (*DTYPES, *FP8, torch.float64, torch.int64, torch.int32)
 
 
 class LoraFile(NamedTuple):
@@ -52,9 +59,11 @@ def lora_alone(name: str, content: bytes, config: bytes | None = None) -> LoraFi
     `config` is the adapter_config.json that PEFT writes beside its file.
     """
     tensors, header = read_tensors(name, content)
+    where = f"{name} has {METADATA_KEY} that"
     if config is not None and METADATA_KEY not in header:
-        header = header | {METADATA_KEY: config.decode("utf-8", "replace")}
-    lora = plain_lora(name, tensors, header)
+        header = header | {METADATA_KEY: config.decode(json.detect_encoding(config), "replace")}  # as json.loads would
+        where = "adapter_config.json"
+    lora = plain_lora(name, tensors, header, where)
     for part in (A, B):
         found = [value for key, value in lora.items() if key.endswith(part)]
         if not found:
@@ -64,16 +73,17 @@ def lora_alone(name: str, content: bytes, config: bytes | None = None) -> LoraFi
     return LoraFile(lora, _tokens(header))
 
 
-def plain_lora(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, Tensor]:
+def plain_lora(name: str, tensors: dict[str, Tensor], header: dict[str, str], where: str | None = None) -> dict[str, Tensor]:
     """The LoRA with keys `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r), alpha / rank in lora_B.
 
-    Raises ValueError, one sentence with the file's `name`, for whatever is not one plain LoRA of the transformer in one format.
+    `where` begins the sentence on a PEFT configuration that cannot be used. Raises ValueError, one sentence with the file's
+    `name`, for whatever is not one plain LoRA of the transformer in one format.
     """
     if not tensors:
         raise ValueError(f"{name} holds no weights: copy it again")
     for key in sorted(tensors):
         check_method(name, key)
-    metadata = _metadata(name, header.get(METADATA_KEY))
+    metadata = _metadata(where or f"{name} has {METADATA_KEY} that", header.get(METADATA_KEY))
     state, alphas, prefixes, conventions = {}, {}, {}, {}
     for key, value in sorted(tensors.items()):
         if key.endswith(BIASES):
@@ -87,6 +97,8 @@ def plain_lora(name: str, tensors: dict[str, Tensor], header: dict[str, str]) ->
             continue
         convention, own = ENDINGS[ending]
         conventions.setdefault(convention, key)
+        if value.ndim != 2 or 0 in value.shape:
+            raise ValueError(f"{name} has {quoted(key)} of shape {tuple(value.shape)}: expected two dimensions")
         state[module + own] = value.bfloat16() if value.dtype in FP8 else value
     for found in (prefixes, conventions):
         if len(found) > 1:
@@ -95,24 +107,28 @@ def plain_lora(name: str, tensors: dict[str, Tensor], header: dict[str, str]) ->
     for module in alphas:
         if module + A not in state or module + B not in state:
             raise ValueError(f"{name} holds an alpha for {quoted(module)} without both of its weights: it is incomplete")
-    if "lora_alpha" in metadata and any(
-        not math.isclose(alpha / len(state[module + A]), _scale(module, len(state[module + A]), metadata, {}), rel_tol=1e-3)
-        for module, alpha in alphas.items()
-    ):
-        raise ValueError(
-            f"{name} gives its strength twice, differently, as alpha keys and in {METADATA_KEY}: save it again with one of them"
-        )
+    if "lora_alpha" in metadata:  # where both say the same, the configuration says it unrounded
+        for module in alphas:
+            rank = len(state[module + A])
+            configured = _scale(module, rank, metadata, {})
+            if not math.isclose(alphas[module] / rank, configured, rel_tol=BF16_ROUNDING):
+                raise ValueError(
+                    f"{name} gives its strength twice, differently, as alpha keys and in its PEFT configuration: "
+                    "save it again with one of them"
+                )
+            alphas[module] = configured * rank
     return fold_scale(state, metadata, alphas)
 
 
 def _tokens(header: dict[str, str]) -> tuple[str, ...]:
     """The placeholder tokens that the header names. Trigger phrases of other trainers are words, and not meant."""
+    phrase = header.get(TRIGGER_KEY, "")
     try:
         found = json.loads(header.get(TOKENS_KEY, "null"))
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list):
-        found = re.findall(r"<[^<>\s]+>", header.get(TRIGGER_KEY, ""))
+        found = phrase.split(", ") if re.fullmatch(r"<[^<>\s:]+>(, <[^<>\s:]+>)*", phrase) else []
     return tuple(label(token) for token in found if isinstance(token, str))[:MAX_TOKENS_SHOWN]
 
 
@@ -126,6 +142,11 @@ def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any], alphas: Mappi
     others = [name for name in UNSUPPORTED_METADATA if metadata.get(name)]
     if others:
         raise ValueError(f"the LoRA was trained with {', '.join(others)}: only plain LoRA can be loaded")
+    init = str(metadata.get("init_lora_weights")).lower()
+    if init.startswith(UNSUPPORTED_INITS):
+        raise ValueError(
+            f"the LoRA was trained with init_lora_weights {init}, which changes the base model: only plain LoRA can be loaded"
+        )
     folded = {}
     for key, value in state.items():
         if value.ndim != 2 or 0 in value.shape:
@@ -143,11 +164,11 @@ def _scale(module: str, rank: int, metadata: dict[str, Any], alphas: Mapping[str
     """alpha / rank (alpha / sqrt(rank) for rank-stabilized LoRA, arXiv:2312.03732), 1.0 where no alpha is stored."""
     if module in alphas:
         return alphas[module] / rank
-    if "lora_alpha" not in metadata:
+    if not metadata:
         return 1.0
-    alpha = metadata["lora_alpha"]
     patterns = metadata.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns, module), alpha)
+    default = metadata.get("lora_alpha", DEFAULT_ALPHA)
+    alpha = next((alpha for pattern, alpha in patterns.items() if pattern.match(module)), default)
     return alpha / (rank**0.5 if metadata.get("use_rslora") else rank)
 
 
@@ -155,25 +176,32 @@ def _alpha(name: str, key: str, value: Tensor) -> float:
     if value.shape not in ((), (1,)) or value.dtype not in ALPHA_DTYPES:
         raise ValueError(f"{name} has {quoted(key)} of shape {tuple(value.shape)} in {value.dtype}: expected one number")
     alpha = value.item()
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"{name} has {quoted(key)} of {alpha}: expected a finite number above 0")
+    if not 0 < alpha <= MAX_ALPHA:
+        raise ValueError(f"{name} has {quoted(key)} of {alpha}: expected a number above 0, at most {MAX_ALPHA:g}")
     return alpha
 
 
-def _metadata(name: str, text: str | None) -> dict[str, Any]:
-    """The PEFT configuration in the header, without prefix; empty where the file has none (then alpha = rank)."""
+def _metadata(where: str, text: str | None) -> dict[str, Any]:
+    """The PEFT configuration without prefix, its alpha_pattern compiled; empty where there is none (then alpha = rank).
+
+    `where` begins the sentence of the ValueError for a configuration that is damaged or could take for ever to read.
+    """
     if text is None:
         return {}
     try:
-        metadata = json.loads(text)
-        metadata = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
-        alphas = [metadata.get("lora_alpha", 1), *(metadata.get("alpha_pattern") or {}).values()]
-        for pattern in metadata.get("alpha_pattern") or {}:
-            re.compile(pattern)
-            if len(pattern) > MAX_PATTERN or len(metadata["alpha_pattern"]) > MAX_PATTERNS or re.search(r"\)[*+?{]", pattern):
-                raise ValueError(f"alpha_pattern holds {shown(pattern)}")  # a repeated group can take for ever
-        if not all(isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0 for alpha in alphas):
-            raise ValueError(f"lora_alpha and alpha_pattern hold {shown(alphas)}")
-    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError, re.error) as error:
-        raise ValueError(f"{name} has unreadable {METADATA_KEY}: save it again with diffusers") from error
+        metadata = {key.removeprefix(PREFIX): value for key, value in json.loads(text).items()}
+        patterns = metadata.get("alpha_pattern") or {}
+        alphas = [metadata.get("lora_alpha", DEFAULT_ALPHA), *patterns.values()]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{where} cannot be read: save it again") from error
+    if not all(isinstance(alpha, int | float) and 0 < alpha <= MAX_ALPHA for alpha in alphas):
+        raise ValueError(f"{where} cannot be read: lora_alpha and alpha_pattern hold {shown(alphas)}, expected numbers above 0")
+    endless = [pattern for pattern in patterns if len(pattern) > MAX_PATTERN or ENDLESS.search(pattern)]
+    if endless or len(patterns) > MAX_PATTERNS:
+        found = shown(endless[0]) if endless else f"{len(patterns)} patterns"
+        raise ValueError(f"{where} holds {found} in alpha_pattern, which could take for ever: name the layers plainly")
+    try:  # as PEFT's get_pattern_key matches: the first that fits the end of a layer's name
+        metadata["alpha_pattern"] = {re.compile(rf"(.*\.)?({pattern})$"): alpha for pattern, alpha in patterns.items()}
+    except re.error as error:
+        raise ValueError(f"{where} holds an alpha_pattern that is no regular expression ({error}): save it again") from error
     return metadata

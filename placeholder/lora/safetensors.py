@@ -7,7 +7,7 @@ import safetensors
 from safetensors.torch import load
 from torch import Tensor
 
-from placeholder.errors import quoted, reason
+from placeholder.errors import HEAD_BYTES, check_download, quoted, reason
 
 MAX_HEADER_BYTES = 4 * 1024**2  # a LoRA of rank 32 on every attention layer of Qwen-Image has 0.2 MB
 MAX_SIDE = 2**31  # of a tensor
@@ -21,6 +21,7 @@ def looks_like_safetensors(start: bytes) -> bool:
 
 def read_tensors(name: str, content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file and the metadata in its header; ValueError with the file's `name` for anything else."""
+    check_download(name, content[:HEAD_BYTES])
     length = int.from_bytes(content[:8], "little")
     if len(content) >= 8 and length > MAX_HEADER_BYTES:
         raise ValueError(
@@ -34,7 +35,7 @@ def read_tensors(name: str, content: bytes) -> tuple[dict[str, Tensor], dict[str
     _check_shapes(name, header)
     try:
         return load(content), header.get("__metadata__") or {}
-    except (safetensors.SafetensorError, KeyError) as error:
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:  # the last for sides that overflow together
         raise ValueError(f"{name} is not a safetensors file ({reason(error)}): copy or download it again") from error
 
 

@@ -148,7 +148,9 @@ def _foreign(archive: Archive) -> Weights:
             + (": give the one that is wanted" if files else "")
         )
     config = str(PurePosixPath(files[0]).with_name(PEFT_CONFIG_NAME))
-    content = archive.read(config) if config in archive.names and archive.size(config) <= MAX_META_BYTES else None
+    if config in archive.names and (size := archive.size(config)) > MAX_META_BYTES:
+        raise ValueError(f"{archive.name}: {label(config)} is {size} bytes: it has at most {MAX_META_BYTES}")
+    content = archive.read(config) if config in archive.names else None
     found = lora_alone(f"{archive.name}: {label(files[0])}", archive.read(files[0]), content)
     return Weights(found.lora, missing_tokens=found.tokens)
 
