@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import re
 import stat
 import struct
 import tarfile
@@ -84,13 +85,16 @@ def open_archive(path: Path | str, limits: Limits = LIMITS) -> Iterator[Archive]
 
 
 def _folder(path: Path, name: str, limits: Limits) -> Archive:
-    """The files of a folder and of the folders in it. What links to a file counts as one."""
+    """The files of a folder and of the folders in it. What links to a file counts as one; ValueError for other links."""
     tally = Tally(name, limits.total, limits)
     files = []
     for found in sorted(path.rglob("*")):
         if found.is_file():
             files.append(Entry(found.relative_to(path).as_posix(), found.stat().st_size, None, found))
             tally.add(files[-1])
+        elif found.is_symlink():
+            where = quoted(found.relative_to(path).as_posix())
+            raise ValueError(f"{name}: {where} is a link to a folder or to nothing: put the files themselves there")
     return _archive(name, files, lambda found: found.open("rb"))
 
 
@@ -154,7 +158,8 @@ def _tar_entries(opened: tarfile.TarFile, bounded: BoundedFile, tally: Tally) ->
         bounded.left = limits.header
         info.pax_headers = {}  # each entry has a copy of all that is global
         opened.pax_headers.clear()
-        entry = Entry(info.name.replace("\\", "/"), info.size, None, info)
+        # Behind a byte that is not UTF-8 a backslash may be half a character of cp932, big5 or gbk.
+        entry = Entry(re.sub(r"(?<![\udc80-\udcff])\\", "/", info.name), info.size, None, info)
         tally.add(entry)
         if info.isdir():
             continue

@@ -14,11 +14,14 @@ from placeholder.errors import label, listed
 
 SUFFIXES = (".txt", ".caption", ".json")  # of a file beside its image; the earlier one counts where there are several
 TABLES = ("metadata.jsonl", "metadata.csv")  # as Hugging Face's datasets reads them, for the images without such a file
+OTHER_TABLES = (".jsonl", ".csv", ".tsv", ".parquet")  # suffixes of tables that are not read under other names
+DELIMITERS = ",;\t"
 FILE_COLUMNS, TEXT_COLUMNS = ("file_name", "image", "file"), ("text", "caption", "prompt")
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_TABLE_BYTES = 64 * 1024**2
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 NO_IMAGE = "a caption without an image of that name"
+OTHER_FILE, EMPTY = "its image has a caption of another file", "an empty caption"
 
 
 @dataclass
@@ -30,17 +33,18 @@ class CaptionFiles:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def warnings(self) -> list[str]:
-        """A line where there are caption files and no image has a caption of one."""
-        if self.texts or not self.names:
+        """A line where caption files are not used, or not all of their rows, though nothing stands in their place."""
+        expected = (OTHER_FILE, EMPTY) if self.texts else ()
+        unused = [name for name in self.names if name in self.skipped and self.skipped[name] not in expected]
+        if not unused:
             return []
-        reasons = listed([f"{label(name)}: {self.skipped[name]}" for name in self.names if name in self.skipped], 3)
-        files = "1 caption file was" if len(self.names) == 1 else f"{len(self.names)} caption files were"
-        return [f"Warning: {files} found and none was used: {reasons}"]
+        reasons = listed([f"{label(name)}: {self.skipped[name]}" for name in unused], 3)
+        return [f"Warning: {len(unused)} of {len(self.names)} caption files not used, or not in full: {reasons}"]
 
 
 def is_caption_file(name: str) -> bool:
     """Whether a file of this name is read as a caption or as a table of them."""
-    return name.lower().endswith(SUFFIXES) or _is_table(name)
+    return name.lower().endswith(SUFFIXES + OTHER_TABLES)
 
 
 def read_captions(archive: Archive, names: list[str], images: list[str]) -> CaptionFiles:
@@ -49,20 +53,20 @@ def read_captions(archive: Archive, names: list[str], images: list[str]) -> Capt
     Raises one ValueError for all files that are too large or hold no text, and one for a table that cannot be read.
     """
     found, wrong = CaptionFiles(names), {}
-    for name, owners in _owners([name for name in names if not _is_table(name)], images).items():
-        if isinstance(owners, str):
-            found.skipped[name] = owners
+    tables = [name for name in names if name.lower().endswith(OTHER_TABLES)]
+    found.skipped |= {name: f"a table of captions is called {' or '.join(TABLES)}" for name in tables if not _is_table(name)}
+    for name, owners in _owners([name for name in names if name not in tables], images).items():
+        missing = [image for image in owners if image not in found.texts] if isinstance(owners, list) else []
+        if not missing:
+            found.skipped[name] = owners if isinstance(owners, str) else OTHER_FILE
             continue
         try:
             text = _one_caption(archive, name)
         except ValueError as error:
             wrong[name] = str(error)
             continue
-        missing = [image for image in owners if image not in found.texts]
         if not text:
-            found.skipped[name] = "an empty caption" if text == "" else "no caption in it, expected the key caption"
-        elif not missing:
-            found.skipped[name] = "its image has a caption of another file"
+            found.skipped[name] = EMPTY if text == "" else "no caption in it, expected the key caption"
         found.texts |= dict.fromkeys(missing, text) if text else {}
     if wrong:
         shown = listed([f"{label(name)} {why}" for name, why in sorted(wrong.items())], 10)
@@ -112,51 +116,73 @@ def _one_caption(archive: Archive, name: str) -> str | None:
 
 
 def _read_table(archive: Archive, name: str, images: list[str], found: CaptionFiles) -> None:
-    """Take the captions of a table for the images that have none of their own."""
+    """Take the captions of a table for the images that have none of their own; what is not used of it is said."""
     try:
         rows = list(_rows(name, _text(archive, name, MAX_TABLE_BYTES, "a table of captions")))
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"captions {label(name)} {error}") from error
-    if not rows:
-        found.skipped[name] = f"no row has {' or '.join(FILE_COLUMNS)}, and {' or '.join(TEXT_COLUMNS)}"
-        return
+    except (ValueError, RecursionError) as error:
+        why = "has JSON that is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"captions {label(name)} {why}") from error
     known, folded = {_composed(image): image for image in images}, defaultdict(list)
     for image in images:
         folded[_composed(image).casefold()].append(image)
-    missing, used = [], 0
-    for file, text in rows:
-        path = _composed((PurePosixPath(name).parent / file.replace("\\", "/")).as_posix())
+    missing, incomplete, again = [], [], []
+    for number, (file, text) in enumerate(rows, 1):
+        path = _composed((PurePosixPath(name).parent / (file or "").replace("\\", "/")).as_posix())
         alike = folded[path.casefold()]
         image = known.get(path) or (alike[0] if len(alike) == 1 else None)
-        if image is None:
+        if not file or not text:
+            incomplete.append(f"row {number}")
+        elif image is None:
             missing.append(label(file))
-        elif image not in found.texts and text:
+        elif image in found.texts:
+            again.append(label(file))
+        else:
             found.texts[image] = text
-            used += 1
-    if missing:
-        found.skipped[name] = f"{len(missing)} of its {len(rows)} rows name no image of the data set: {listed(missing, 3)}"
-    elif not used:
-        found.skipped[name] = "its images have captions of other files"
+    columns = f"{' or '.join(FILE_COLUMNS)}, and {' or '.join(TEXT_COLUMNS)}"
+    reasons = {f"have no {columns}": incomplete, "name no image of the data set": missing}
+    said = [f"{len(which)} of its {len(rows)} rows {why}: {listed(which, 3)}" for why, which in reasons.items() if which]
+    if again and not said:
+        found.skipped[name] = OTHER_FILE
+    elif said or not rows:
+        said += [f"{len(again)} rows are of images that have a caption already"] if again else []
+        found.skipped[name] = "; ".join(said) or "no rows"
 
 
-def _rows(name: str, text: str) -> Iterator[tuple[str, str]]:
-    """File and caption of each row that has both."""
-    for number, row in enumerate(csv.DictReader(io.StringIO(text)) if name.lower().endswith(".csv") else text.splitlines(), 1):
-        if isinstance(row, str):
-            if not row.strip():
-                continue
-            try:
-                row = json.loads(row)
-            except ValueError as error:
-                raise ValueError(f"has a line {number} that is not JSON: save it again") from error
+def _rows(name: str, text: str) -> Iterator[tuple[str | None, str | None]]:
+    """File and caption of each row, None for what it does not have; ValueError, the end of a sentence, for a damaged table."""
+    for number, row in enumerate(_csv_rows(text) if name.lower().endswith(".csv") else _json_rows(text), 1):
         if not isinstance(row, dict):
             raise ValueError(f"has a row {number} without names: expected {FILE_COLUMNS[0]} and {TEXT_COLUMNS[0]}")
         file, caption = (
-            next((row[column] for column in columns if isinstance(row.get(column), str)), None)
+            next((row[column] for column in columns if isinstance(row.get(column), str) and row[column].strip()), None)
             for columns in (FILE_COLUMNS, TEXT_COLUMNS)
         )
-        if file and caption:
-            yield file, _one_line(caption)
+        yield file, caption and _one_line(caption)
+
+
+def _json_rows(text: str) -> Iterator[object]:
+    for number, line in enumerate(text.split("\n"), 1):  # JSON Lines ends a line here alone
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"has a line {number} that is not JSON: save it again") from error
+
+
+def _csv_rows(text: str) -> Iterator[dict]:
+    first = text.lstrip().partition("\n")[0]
+    delimiter = max(DELIMITERS, key=first.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
+    try:
+        reader.fieldnames = [column.strip().casefold() for column in reader.fieldnames or ()]
+        for number, row in enumerate(reader, 1):
+            if None in row:
+                raise ValueError(
+                    f"has a row {number} with more fields than its first line: put texts with {delimiter!r} in quotes"
+                )
+            yield row
+    except csv.Error as error:
+        raise ValueError(f"is damaged at line {reader.line_num} ({error}): a quotation mark may be missing") from error
 
 
 def _text(archive: Archive, name: str, most: int, what: str) -> str:
@@ -173,8 +199,8 @@ def _text(archive: Archive, name: str, most: int, what: str) -> str:
 
 def _one_line(text: str) -> str:
     line = " ".join(text.split())
-    if any(unicodedata.category(character) == "Cc" for character in line):
-        raise ValueError("holds control characters: save it as plain text in UTF-8")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in line):  # the latter is half a character
+        raise ValueError("holds control characters, or half of one character: save it as plain text in UTF-8")
     return line
 
 

@@ -1,6 +1,7 @@
 """The training images and their captions: read from an archive, converted to RGB, and cropped to aspect-ratio buckets."""
 
 import hashlib
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"),
     *(".jxl", ".psd", ".svg", ".dng", ".cr2", ".nef"),  # which are not read
 )
+AUXILIARY_FOLDERS = frozenset({"mask", "masks", "reg", "regularization", "regularisation", "conditioning", "control"})
+REPEATS = re.compile(r"(\d+)_")  # in front of a folder's name, in the layout of kohya's scripts
 MAX_IMAGE_BYTES = 128 * 1024**2  # as a file
 MAX_CROPS_BYTES = 16 * 1024**3  # of all images together, decoded: they stay in memory until they are encoded
 
@@ -85,8 +88,8 @@ def read_dataset(
     photos: list[Photo] = []
     crops_bytes = 0
     with open_archive(path) as archive:
-        images, captions, masks, skipped = _contents(archive)
-        left_out, notes = [], captions.warnings()
+        images, captions, masks, skipped, notes = _contents(archive)
+        left_out: list[str] = []
         for name in images:
             try:
                 image = _image(archive, name, max_image_bytes, lambda line, name=name: notes.append(f"{label(name)}: {line}"))
@@ -96,7 +99,7 @@ def read_dataset(
                 skipped[name] = f"not an image ({FORMAT_NAMES})" if other else str(error)
                 left_out += [label(name)] if meant else []
                 continue
-            stem, buckets = _stem(name), buckets_of(image.size, resolutions)
+            buckets = buckets_of(image.size, resolutions)
             crops = tuple(crop(image, bucket) for bucket in buckets)
             crops_bytes += sum(pixels.nbytes for pixels in crops)
             if crops_bytes > max_crops_bytes:
@@ -104,7 +107,7 @@ def read_dataset(
                     f"the images of {archive.name} take more than {max_crops_bytes} bytes when cropped to "
                     f"{', '.join(map(str, resolutions))} pixels: give fewer images or resolutions"
                 )
-            mask = masks.get(stem)
+            mask = masks.get(name)
             weights = mask and token_weights(_mask(archive, mask, max_image_bytes), image.size, buckets, label(mask))
             photos.append(Photo(label(name), captions.texts.get(name), crops, weights, name))
     if unused := captions.texts.keys() & skipped.keys():
@@ -129,19 +132,34 @@ def dataset_digest(photos: list[Photo], captions: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _contents(archive: Archive) -> tuple[list[str], CaptionFiles, dict[str, str], dict[str, str]]:
-    """The names of what may be images, the captions, masks by the stem of their image, and what is skipped, with the reason.
+def _contents(archive: Archive) -> tuple[list[str], CaptionFiles, dict[str, str], dict[str, str], list[str]]:
+    """The names of what may be images, the captions, masks by image, what is skipped with the reason, and warnings.
 
     Files that tools leave behind are ignored silently.
     """
     names = sorted(name for name in archive.names if not is_clutter(name))
     pictured = {name: _stem(name) for name in names if not is_caption_file(name)}
     images = {name: stem for name, stem in pictured.items() if not is_mask(stem)}
-    masks = masks_by_image({name: stem for name, stem in pictured.items() if is_mask(stem)})
+    masks, unused = masks_by_image({name: stem for name, stem in pictured.items() if is_mask(stem)}, images)
     captions = read_captions(archive, [name for name in names if is_caption_file(name)], list(images))
-    stems = set(images.values())
-    skipped = {name: "a mask without an image of that name" for stem, name in masks.items() if stem not in stems}
-    return list(images), captions, masks, captions.skipped | skipped
+    skipped = dict.fromkeys(unused, "a mask without an image of that name")
+    warnings = captions.warnings() + _warnings(list(images), unused)
+    return list(images), captions, masks, captions.skipped | skipped, warnings
+
+
+def _warnings(images: list[str], masks: list[str]) -> list[str]:
+    """What the names of files ask for in other trainers and do not get here."""
+    found = []
+    if masks:
+        found.append(f"Warning: {len(masks)} masks are of no image and not used: {listed([*map(label, masks)], 3)}")
+    folders = {name: [part.casefold() for part in PurePosixPath(name).parts[:-1]] for name in images}
+    if aside := [label(name) for name, parts in folders.items() if not AUXILIARY_FOLDERS.isdisjoint(parts)]:
+        where = "in folders for masks or regularization"
+        found.append(f"Warning: {len(aside)} images {where} are trained like all others: {listed(aside, 3)}")
+    repeats = {match[1] for parts in folders.values() for part in parts if (match := REPEATS.match(part))}
+    if len(repeats) > 1:
+        found.append("Warning: the numbers in front of folder names are no repeats here: every image is trained equally often")
+    return found
 
 
 def thumbnail(photo: Photo, side: int) -> Image.Image:

@@ -9,6 +9,7 @@ from typing import BinaryIO, NamedTuple
 from placeholder.errors import quoted
 
 MAX_ENTRY_BYTES = 2 * 1024**3
+JUNK_FOLDERS = ("__MACOSX", "@eaDir")
 FOLDER_SETTINGS = ("desktop.ini", "thumbs.db")  # of Windows Explorer
 ARCHIVE_NAME = re.compile(r"\.(zip|tar|t?gz|tbz2?|txz|7z|rar|bz2|xz|zst)$", re.IGNORECASE)
 
@@ -121,9 +122,9 @@ def plain_names(archive: str, entries: Iterable[Entry]) -> dict[str, Entry]:
 
 
 def is_clutter(name: str) -> bool:
-    """Whether macOS, Windows or another tool left the file behind: a dot file, anything in __MACOSX, folder settings."""
+    """Whether macOS, Windows or a Synology left the file behind: a dot file, anything in JUNK_FOLDERS, folder settings."""
     parts = PurePosixPath(name).parts
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1].lower() in FOLDER_SETTINGS
+    return any(part.startswith(".") or part in JUNK_FOLDERS for part in parts) or parts[-1].lower() in FOLDER_SETTINGS
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pillow_heif
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from placeholder.errors import Log
@@ -21,13 +21,15 @@ UPRIGHT = {
     **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE},
     **{6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90},
 }
-# What Pillow raises for files that are no images, are damaged, or are truncated; RuntimeError is of damaged avif.
-UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+# What Pillow raises for files that are no images, are damaged, or are truncated: RuntimeError for avif, EOFError for heic.
+UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, Image.DecompressionBombError)
 # What littlecms and Pillow raise for a profile that is damaged or made for another kind of image.
 BAD_PROFILE = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
+BAD_PROFILE_LINE = "its color profile cannot be applied, so its colors are read as sRGB"
 SRGB = ImageCms.createProfile("sRGB")
 
 pillow_heif.register_heif_opener(thumbnails=False)
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_PROFILE_BYTES  # of compressed metadata, and of a profile, in a png
 
 
 class NotAnImageError(ValueError):
@@ -59,6 +61,8 @@ def to_rgb(content: bytes, max_pixels: int = MAX_PIXELS, note: Log | None = None
         if image.mode == "F":
             raise ValueError("its colors are 32-bit floats: save it with 8 or 16 bits")
         profile = image.info.get("icc_profile")
+        if note and not profile and "icc_profile" in image.info:  # Pillow found one, and could not read it
+            note(BAD_PROFILE_LINE)
         image = _managed(image, profile, note) if profile and note else _converted(image)
     return image if turn is None else image.transpose(turn)
 
@@ -88,7 +92,7 @@ def _managed(image: Image.Image, profile: bytes, note: Log) -> Image.Image:
         intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
         return ImageCms.profileToProfile(source, opened, SRGB, renderingIntent=intent, outputMode="RGB", flags=flags)
     except BAD_PROFILE:
-        note("its color profile cannot be applied, so its colors are read as sRGB")
+        note(BAD_PROFILE_LINE)
         return _converted(image)
 
 

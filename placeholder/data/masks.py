@@ -1,5 +1,7 @@
 """Masks: which part of an image is learned, as loss weights of its image tokens. photo.mask.png belongs to photo.jpg."""
 
+from collections import defaultdict
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -7,25 +9,39 @@ from torch import Tensor
 
 from placeholder.model.vae import PIXELS_A_TOKEN
 
-MASK_ENDING = ".mask"  # of the name without its suffix
+MASK_ENDINGS = (".mask", "-masklabel")  # of the name without its suffix; the latter is OneTrainer's
 
 
 def is_mask(stem: str) -> bool:
     """Whether an image of this name, without its suffix, is a mask."""
-    return stem.casefold().endswith(MASK_ENDING)
+    return stem.casefold().endswith(MASK_ENDINGS)
 
 
-def masks_by_image(stems: dict[str, str]) -> dict[str, str]:
-    """From the stem of an image to the name of its mask, for the names of masks with their stems.
+def masks_by_image(masks: dict[str, str], images: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """From the name of an image to that of its mask, and the masks of no image; both are given as names with their stems.
 
+    `photo.mask.png` and `photo.jpg.mask.png` belong to photo.jpg, and so does Photo.mask.png where nothing else could be meant.
     Raises ValueError for two masks of one image.
     """
+    exact, folded = defaultdict(list), defaultdict(list)
+    for image, stem in images.items():
+        for key in {stem, image}:
+            exact[key].append(image)
+            folded[key.casefold()].append(image)
     found: dict[str, str] = {}
-    for name, stem in stems.items():
-        other = found.setdefault(stem[: -len(MASK_ENDING)], name)
-        if other != name:
-            raise ValueError(f"the data set holds two masks of one image, {ascii(other)} and {ascii(name)}: keep one of them")
-    return found
+    unused = []
+    for name, stem in masks.items():
+        key = next(stem[: -len(ending)] for ending in MASK_ENDINGS if stem.casefold().endswith(ending))
+        alike = folded[key.casefold()]
+        owners = exact.get(key) or (alike if len(alike) == 1 else [])
+        unused += [] if owners else [name]
+        for image in owners:
+            other = found.setdefault(image, name)
+            if other != name:
+                raise ValueError(
+                    f"the data set holds two masks of one image, {ascii(other)} and {ascii(name)}: keep one of them"
+                )
+    return found, unused
 
 
 def token_weights(mask: Image.Image, size: tuple[int, int], buckets: list[tuple[int, int]], name: str) -> tuple[Tensor, ...]:

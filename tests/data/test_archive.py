@@ -292,3 +292,19 @@ def test_files_of_a_zip_that_overlap_get_their_sentence(tmp_path):
     count, size = struct.pack("<HH", 3, 3), struct.pack("<I", len(copies))
     path.write_bytes(content[:directory] + copies + content[end : end + 8] + count + size + content[end + 16 :])
     assert "data.zip is a damaged archive (its files overlap)" in refusal(path)
+
+
+def test_half_a_character_in_a_tars_name_is_no_folder(tmp_path):
+    name = "機能.png".encode("cp932").decode("utf-8", "surrogateescape")
+    with open_archive(write_tar(tmp_path / "data.tar", {name: b"content", "x\\plain.png": b"other"})) as archive:
+        assert len(archive.names) == 2 and "x/plain.png" in archive.names
+        assert {archive.read(found) for found in archive.names} == {b"content", b"other"}
+
+
+@pytest.mark.parametrize("target", ["../elsewhere", "nowhere"])
+def test_a_link_in_a_folder_to_another_folder_or_to_nothing_gets_its_sentence(target, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to(target)
+    with pytest.raises(ValueError, match="'link' is a link to a folder or to nothing"), open_archive(tmp_path / "folder"):
+        pass

@@ -1,6 +1,7 @@
 """Caption files of other trainers: whose they are, what is in them, and what is said of those that are not used."""
 
 import json
+import re
 
 import pytest
 
@@ -45,6 +46,13 @@ def read(tmp_path):
         ({"a.png": PNG, "metadata.csv": '\ufefffile,caption\r\na.png,"one, two"\r\n'}, {"a.png": "one, two"}),
         ({"a.png": PNG, "Metadata.CSV": "text,file_name\none,a.png\n"}, {"a.png": "one"}),
         ({"a.png": PNG, "a.txt": "", "a.caption": "one"}, {"a.png": "one"}),
+        ({"a.png": PNG, "metadata.csv": "File_Name; Text\na.png;one, two\n"}, {"a.png": "one, two"}),
+        ({"a.png": PNG, "metadata.csv": "file_name\ttext\ra.png\tone\r"}, {"a.png": "one"}),
+        ({"a.png": PNG, "metadata.csv": 'file_name,text\na.png,"a ""red"" dog, \nx"\n'}, {"a.png": 'a "red" dog, x'}),
+        ({"a.png": PNG, TABLE: '{"file_name": "a.png", "text": "a dog\u2028on a sofa"}\r\n'}, {"a.png": "a dog on a sofa"}),
+        ({"a.png": PNG, TABLE: '{"file_name": "a.png", "text": "", "caption": "one"}'}, {"a.png": "one"}),
+        ({"a.png": PNG, "a.txt": "one", "a.json": "{"}, {"a.png": "one"}),
+        ({"a.png": PNG, "a.txt": "one", "a.json": '"' + "x" * 70_000}, {"a.png": "one"}),
     ],
 )
 def test_the_captions_of_every_kind_of_file_are_read(files, captions, read):
@@ -60,7 +68,7 @@ def test_the_nearest_file_counts_and_the_others_are_named(read):
     assert skipped == {
         "a.caption": "its image has a caption of another file",
         "a.json": "its image has a caption of another file",
-        "metadata.jsonl": "its images have captions of other files",
+        "metadata.jsonl": "its image has a caption of another file",
     }
 
 
@@ -70,15 +78,66 @@ def test_the_nearest_file_counts_and_the_others_are_named(read):
         ({"captions/a.txt": "one"}, "captions/a.txt: a caption without an image of that name"),
         ({"a.json": '{"title": "one"}'}, "a.json: no caption in it, expected the key caption"),
         ({"a.txt": " "}, "a.txt: an empty caption"),
-        ({"metadata.csv": "name,words\na.png,one\n"}, "metadata.csv: no row has file_name or image or file, and text or"),
+        (
+            {"metadata.csv": "name,words\na.png,one\n"},
+            "metadata.csv: 1 of its 1 rows have no file_name or image or file, and text or",
+        ),
         ({"metadata.jsonl": '{"file_name": "b.png", "text": "one"}'}, "1 of its 1 rows name no image of the data set: b.png"),
     ],
 )
 def test_captions_of_which_none_is_used_are_a_warning_with_the_reason(files, reason, read):
     found, (warning,), _ = read({"a.png": PNG} | files)
     assert found == {"a.png": None}
-    assert warning.startswith("Warning: 1 caption file was found and none was used: ")
+    assert warning.startswith("Warning: 1 of 1 caption files not used, or not in full: ")
     assert reason in warning
+
+
+HALF = r"holds control characters, or half of one character"
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        (
+            {"metadata.csv": "file_name,text\na.png,a dog, on a sofa\n"},
+            r"metadata\.csv has a row 1 with more fields .* ',' in quotes",
+        ),
+        (
+            {"metadata.csv": 'file_name,text\na.png,"a dog\nb.png,a cat\n'},
+            r"metadata\.csv is damaged at line .*quotation mark",
+        ),
+        ({TABLE: "[" * 100_000}, r"metadata\.jsonl has (JSON that is nested too deeply|a line 1 that is not JSON)"),
+        ({TABLE: r'{"file_name": "a.png", "text": "a dog \ud83d"}'}, f"metadata.jsonl {HALF}"),
+        ({"a.json": r'{"caption": "a dog \ud83d"}'}, rf"caption a\.json {HALF}"),
+    ],
+)
+def test_a_table_that_would_lose_captions_gets_its_sentence(files, sentence, read):
+    with pytest.raises(ValueError, match=sentence):
+        read({"a.png": PNG, "b.png": PNG} | files)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (
+            {TABLE: '{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "title": "two"}'},
+            "1 of its 2 rows have no .*: row 2",
+        ),
+        ({TABLE: '{"file_name": "a.png", "text": "one"}\n{"file_name": "a.png", "text": "two"}'}, "a caption of another file"),
+        (
+            {"a.txt": "one", "captions/b.txt": "two"},
+            "1 of 2 caption files not used.*captions/b.txt: a caption without an image",
+        ),
+        ({"a.txt": "one", "captions.csv": "file_name,text\nb.png,two"}, "captions.csv: a table of captions is called metadata"),
+        ({"a.txt": "one", "train.parquet": b"PAR1"}, "train.parquet: a table of captions is called metadata"),
+        ({"a.txt": "one", "metadata.csv": "name,words\nb.png,two"}, "metadata.csv: 1 of its 1 rows have no file_name"),
+    ],
+)
+def test_captions_that_are_not_used_are_said_also_where_others_are(files, reason, read):
+    found, warnings, skipped = read({"a.png": PNG, "b.png": PNG} | files)
+    assert found == {"a.png": "one", "b.png": None}
+    assert re.search(reason, " ".join([*warnings, *skipped.values()]))
+    assert bool(warnings) == ("another file" not in reason)
 
 
 def test_captions_of_images_that_are_left_out_are_counted(read):

@@ -87,7 +87,7 @@ def test_a_caption_is_utf8_on_one_line_and_an_empty_one_counts_as_none(content, 
     [
         ("café".encode("latin-1"), "is not UTF-8 text: save it as UTF-8"),
         (b"x" * 70_000, "is 70000 bytes: a caption has at most 65536"),
-        (b"a\0b", "holds control characters: save it as plain text in UTF-8"),
+        (b"a\0b", "holds control characters, or half of one character: save it as plain text in UTF-8"),
         ("in UTF-16".encode("utf-16-le"), "holds control characters"),
         ("in UTF-16".encode("utf-16-be"), "holds control characters"),
         (b"\x1b[31mred", "holds control characters"),
@@ -116,8 +116,11 @@ def test_the_report_counts_and_names_everything_that_was_skipped(read):
     assert lines[1] == "Buckets: 64x64: 1, 80x48: 1"
     assert lines[2].startswith("Warning: 3 of 5 images left out: broken.jpg: ")
     assert lines[2].endswith("; tiny.png: 31x200 pixels: at least 32 on each side are needed")
-    assert lines[3].startswith("Skipped broken.jpg: ")
-    assert lines[4:] == [
+    assert lines[3] == (
+        "Warning: 1 of 2 caption files not used, or not in full: lonely.txt: a caption without an image of that name"
+    )
+    assert lines[4].startswith("Skipped broken.jpg: ")
+    assert lines[5:] == [
         "Skipped lonely.txt: a caption without an image of that name",
         f"Skipped notes.pdf: not an image ({FORMAT_NAMES})",
         f"Skipped text.png: its content is no image ({FORMAT_NAMES})",

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -211,3 +212,31 @@ def test_a_heic_photo_is_turned_upright_once_and_has_its_profile_applied():
     assert found.size == (96, 64)
     assert min(found.getpixel((90, 30))) > 230  # what is at the top of the stored image is at the right
     assert np.abs(np.array(found.getpixel((20, 30))) - SEEN).max() > 15
+
+
+def test_a_damaged_heic_is_an_unreadable_image_wherever_it_is_damaged():
+    content = encoded(picture(640, 480), "HEIF", quality=90)
+    for at in range(0, 400, 3):
+        damaged = bytearray(content)
+        damaged[at] ^= 0xFF
+        with suppress(*UNREADABLE):
+            to_rgb(bytes(damaged))
+
+
+def test_a_profile_that_pillow_drops_is_a_line_too():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    content, lines = encoded(picture(), icc_profile=profile), []
+    start = content.index(b"iCCP")
+    size = int.from_bytes(content[start - 4 : start], "big")
+    chunk = bytearray(content[start : start + 4 + size])
+    chunk[60] ^= 0xFF  # in what is compressed
+    end = start + 4 + size
+    damaged = content[:start] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + content[end + 4 :]
+    assert to_rgb(damaged, note=lines.append).size == (64, 64)
+    assert lines == ["its color profile cannot be applied, so its colors are read as sRGB"]
+
+
+def test_a_png_with_a_large_profile_is_read():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    content = encoded(picture(), icc_profile=profile + bytes(2 * 1024**2))
+    assert to_rgb(content, note=lambda line: None).size == (64, 64)

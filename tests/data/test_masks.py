@@ -91,3 +91,25 @@ def test_a_mask_that_does_not_fit_gets_its_sentence(more, sentence, tmp_path):
 def test_a_mask_without_its_image_is_named(tmp_path):
     _, report = read_dataset(write_zip(tmp_path / "d.zip", entries(c__mask__png=encoded(half()))), (64,))
     assert report.skipped == {"c.mask.png": "a mask without an image of that name"}
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [("photo.jpg", "photo.jpg.mask.png"), ("Photo.jpg", "photo.MASK.png"), ("photo.jpg", "photo-masklabel.png")],
+)
+def test_masks_are_found_by_other_spellings_of_their_images_name(image, mask, tmp_path):
+    files = {image: encoded(picture(), "JPEG"), mask: encoded(half())}
+    (photo,), report = read_dataset(write_zip(tmp_path / "d.zip", files), (64,))
+    assert photo.weights is not None and report.masks == 1 and not report.skipped
+
+
+def test_masks_that_are_not_used_and_folders_of_other_trainers_are_warned_about(tmp_path):
+    files = {"10_dog/a.png": encoded(picture()), "3_cat/b.png": encoded(picture()), "masks/a.png": encoded(half())}
+    files |= {"c.mask.png": encoded(half()), "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg": encoded(picture(), "JPEG")}
+    photos, report = read_dataset(write_zip(tmp_path / "d.zip", files), (64,))
+    assert [photo.file for photo in photos] == ["10_dog/a.png", "3_cat/b.png", "masks/a.png"]
+    assert [line for line in report.lines() if line.startswith("Warning")] == [
+        "Warning: 1 masks are of no image and not used: c.mask.png",
+        "Warning: 1 images in folders for masks or regularization are trained like all others: masks/a.png",
+        "Warning: the numbers in front of folder names are no repeats here: every image is trained equally often",
+    ]

@@ -1,6 +1,7 @@
 """Names in zips without the UTF-8 flag: the right code page, and never a lost file."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,24 @@ def test_names_in_utf8_without_the_flag_are_read_as_such(tmp_path):
         assert opened.infolist()[0].flag_bits & 0x800 == 0
     with open_archive(path) as archive:
         assert archive.names == ("é/写真.png",)
+
+
+def test_a_backslash_behind_a_character_of_a_code_page_is_a_folder(tmp_path):
+    raw = {"папка\\кот.png".encode("cp866"): PNG, "папка\\кот.txt".encode("cp866"): b"a cat"}
+    raw |= {"папка\\.DS_Store".encode("cp866"): b"x", "папка\\собака.png".encode("cp866"): PNG}
+    photos, report = read_dataset(legacy_zip(tmp_path / "data.zip", raw), (64,))
+    assert [(photo.file, photo.caption) for photo in photos] == [("папка/кот.png", "a cat"), ("папка/собака.png", None)]
+    assert not report.skipped
+
+
+def test_the_extra_field_with_a_name_in_utf8_counts(tmp_path):
+    path, entries = tmp_path / "data.zip", {"猫犬.png": PNG, "写真.png": PNG, "猫犬.txt": b"two", "写真.txt": b"one"}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            info = zipfile.ZipInfo("__" + name[-4:])  # as WinRAR writes it in a system without these characters
+            text = name.encode()
+            field = b"\x01" + zlib.crc32(info.filename.encode()).to_bytes(4, "little") + text
+            info.extra = b"\x75\x70" + len(field).to_bytes(2, "little") + field
+            archive.writestr(info, content)
+    photos, _ = read_dataset(path, (64,))
+    assert {photo.file: photo.caption for photo in photos} == {"猫犬.png": "two", "写真.png": "one"}
