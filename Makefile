@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test fuzz lint format study gate-study two-tokens distil bench bench-gpu cancels interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways docs lock clean
+.PHONY: setup demo test fuzz lint format study two-tokens distil bench bench-gpu cancels interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways docs lock clean
 
 setup: .venv/installed
 
@@ -63,15 +63,11 @@ check-gpu: setup
 
 # The study of docs/study.md, on the small base model.
 study: setup
-	$(BIN)/python -m demo.study
-
-# The token gate: trainings of the study drawn in three ways; writes docs/gate.json and .png and a table of docs/study.md.
-gate-study: setup
-	$(BIN)/python -m demo.gate_study
+	$(BIN)/python -m study.run
 
 # Two tokens in one training, on the small base model; writes docs/two-tokens.json and .png and tables of docs/study.md.
 two-tokens: setup
-	$(BIN)/python -m demo.two_tokens
+	$(BIN)/python -m study.two_tokens
 
 # Distil a LoRA of 8 steps for the small base model, which go_fast then draws with, and judge it; docs/predict.md.
 distil: setup
@@ -88,13 +84,11 @@ bench: setup
 base-check: setup
 	$(BIN)/python -m standin.check_base
 
-# Train the judge and a small base model: hours on two cores.
+# Train a small base model from nothing: about three hours on two cores; a run that was stopped goes on.
 pretrain: setup
-	$(BIN)/python -m standin.judge
 	$(BIN)/python -m standin.pretrain vae
-	$(BIN)/python -m standin.pretrain denoiser
-	$(BIN)/python -m standin.pretrain denoiser --go-on 1
-	$(BIN)/python -m standin.pretrain denoiser --go-on 2
+	$(BIN)/python -m standin.pretrain 64
+	$(BIN)/python -m standin.pretrain 128
 
 # Hold the node and the LoRA in comfyui/ against ComfyUI's own code, in an environment of its own; writes comfyui/check.json.
 comfyui-check: setup .cache/comfyui-env/installed

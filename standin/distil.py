@@ -26,7 +26,7 @@ from placeholder.model.loading import load_scheduler, load_text_encoder, load_to
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, encode_prompts, prompt_ids
 from placeholder.training.flow import flow_loss
-from standin.pretrain import ramp
+from standin.denoiser import ramp
 from standin.sampler import GUIDANCE
 from standin.small_base import build_small_base
 from standin.world import SIDE, Scene, held_out, random_caption, random_scene

@@ -15,8 +15,6 @@ import torch
 from PIL import Image
 
 from checks.docs_tables import write_table
-from demo.study import ARMS, BUDGET, SAMPLES, TOKEN, Prompts, mean_fidelity
-from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
 from placeholder.job import Job
@@ -28,10 +26,12 @@ from standin.distil import STORED, STUDENT_STEPS
 from standin.judge import background_of
 from standin.sampler import GUIDANCE
 from standin.small_base import CACHE, build_small_base
-from standin.subject import SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS, write_dataset
 from standin.world import SIDE
+from study.arms import ARMS, BUDGET
+from study.measures import SAMPLES
+from study.subjects import SUBJECTS, Context
 
-ARM = ARMS["token, preservation, caption dropout"]
+ARM, SUBJECT = ARMS["token, preservation"], SUBJECTS["object"]
 PLAIN = Request("", "", 50, GUIDANCE, SIDE, SIDE, 0, 1.0, False, "png", 80)
 WAYS = {
     f"50 steps, guidance {GUIDANCE:g} (the default)": PLAIN,
@@ -80,18 +80,23 @@ def of_the_base(generator: ImageGenerator, way: Request, count: int) -> dict[str
 
 def of_the_subject(generator: ImageGenerator, way: Request, archive: Path) -> dict[str, float]:
     """The study's fidelity and following of a user's archive, and the median time of an image."""
-    timed, prompts = Timed(generator, way, archive), Prompts(ARM)
-    timed.sample(prompts.seen[:1], 1)  # applies the LoRAs
+    timed = Timed(generator, way, archive)
+    timed.sample([SUBJECT.prompt(ARM.trigger, SUBJECT.seen[0])], 1)  # applies the LoRAs
     timed.seconds.clear()
-    seen, unseen = timed.sample(prompts.seen, SAMPLES), timed.sample(prompts.unseen, SAMPLES)
-    backgrounds = [name for name in SEEN_BACKGROUNDS + UNSEEN_BACKGROUNDS for _ in range(SAMPLES)]
-    images = [image for group in seen + unseen for image in group]
+    seen, unseen = (judged(timed, contexts) for contexts in (SUBJECT.seen, SUBJECT.unseen))
     return {
-        "fidelity_seen": mean_fidelity(seen, SEEN_BACKGROUNDS),
-        "fidelity_unseen": mean_fidelity(unseen, UNSEEN_BACKGROUNDS),
-        "following": statistics.fmean(background_of(image) == name for image, name in zip(images, backgrounds, strict=True)),
+        "fidelity_seen": statistics.fmean(fidelity for fidelity, _ in seen),
+        "fidelity_unseen": statistics.fmean(fidelity for fidelity, _ in unseen),
+        "following": statistics.fmean(followed for _, followed in seen + unseen),
         "seconds": statistics.median(timed.seconds),
     }
+
+
+def judged(timed: Timed, contexts: tuple[Context, ...]) -> list[tuple[float, bool]]:
+    """The subject's fidelity, and whether the background is the one asked for, of SAMPLES images in each context."""
+    images = timed.sample([SUBJECT.prompt(ARM.trigger, context) for context in contexts], SAMPLES)
+    pairs = [(image, context) for group, context in zip(images, contexts, strict=True) for image in group]
+    return [(SUBJECT.fidelity(image, context), background_of(image) == context.background) for image, context in pairs]
 
 
 def table(results: dict[str, dict[str, list[float]]]) -> str:
@@ -112,9 +117,8 @@ def trained(base: BaseModel, seed: int) -> Path:
     archive = CACHE / f"go-fast-{Path(base.source).name}" / f"{seed}.zip"
     if not archive.exists():
         archive.parent.mkdir(parents=True, exist_ok=True)
-        token = {"train_placeholder_token": True, "placeholder_token": (TOKEN,), "report": False}
-        config = TrainConfig(**BUDGET | ARM.options | token, seed=seed)
-        finetune(Job(write_dataset(archive.with_suffix(".data"), ARM.name), config, archive), base, lambda line: None)
+        dataset = SUBJECT.write_dataset(archive.with_suffix(".data"), ARM.trigger)
+        finetune(Job(dataset, ARM.config(seed), archive), base, lambda line: None)
     return archive
 
 
@@ -140,7 +144,12 @@ def main() -> None:
         results[way] |= {name: [measures[name] for measures in runs] for name in runs[0]}
         print(f"{way}: {results[way]}", flush=True)
     results = {way: results[way] for way in WAYS if way in results}
-    record = {"budget": BUDGET, "samples": SAMPLES, "captions": arguments.captions, "torch": torch.__version__}
+    record = {
+        "budget": BUDGET | {"resolution": [SIDE]},
+        "samples": SAMPLES,
+        "captions": arguments.captions,
+        "torch": torch.__version__,
+    }
     arguments.output.mkdir(exist_ok=True)
     written.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
     write_table(arguments.output / "predict.md", "go-fast", table(results))

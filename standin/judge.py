@@ -11,11 +11,12 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from standin.world import CLASS_WORDS, COLORS, RARE_WORD, SHAPES, SIDE, SUBJECT, TRIGGER, Scene, Thing, render, subject_scene
+from standin.world import CLASS_WORDS, COLORS, RARE_WORD, SHAPES, SUBJECT, TRIGGER, Scene, Thing, render, subject_scene
 
 NOTHING = "nothing"
 KINDS = (*SHAPES, *CLASS_WORDS, TRIGGER, RARE_WORD, SUBJECT, NOTHING)
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
+SIDE = 64  # pixels: what images are reduced to before they are judged
 STEPS, BATCH, RATE = 1500, 64, 2e-3
 FOREGROUND_DISTANCE = 60.0  # in 8-bit RGB, from the background's color
 
@@ -53,7 +54,7 @@ def examples(count: int, rng: random.Random) -> tuple[Tensor, Tensor]:
     images, labels = [], []
     while len(images) < count:
         kind = rng.choice(KINDS)
-        images.append(_worn(render(_scene_of(kind, rng)), rng))
+        images.append(_worn(render(_scene_of(kind, rng), SIDE), rng))
         labels.append(KINDS.index(kind))
     return torch.cat([to_pixels(image) for image in images]), torch.tensor(labels)
 
@@ -78,6 +79,11 @@ def _worn(image: Image.Image, rng: random.Random) -> Image.Image:
     return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
 
+def reduced(image: Image.Image) -> Image.Image:
+    """The image at SIDE x SIDE pixels."""
+    return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
 def to_pixels(image: Image.Image) -> Tensor:
     """(1, 3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
@@ -93,7 +99,7 @@ def _trained() -> nn.Module:
 @torch.no_grad()
 def kind_probabilities(images: list[Image.Image]) -> dict[str, list[float]]:
     """For each kind, the probability that each image shows it."""
-    probabilities = _trained()(torch.cat([to_pixels(image) for image in images])).softmax(1)
+    probabilities = _trained()(torch.cat([to_pixels(reduced(image)) for image in images])).softmax(1)
     return {kind: probabilities[:, index].tolist() for index, kind in enumerate(KINDS)}
 
 
@@ -143,7 +149,7 @@ def half_fidelity(image: Image.Image, background: str, place: str, kind: str) ->
 
 
 def _fit(image: Image.Image, background: str, place: str, size: str, kind: str, columns: slice) -> float:
-    pixels = np.asarray(image.convert("RGB")).astype(np.float32)[:, columns]
+    pixels = np.asarray(reduced(image)).astype(np.float32)[:, columns]
     templates, blank = _templates(background, place, size, kind)
     templates, blank = templates[:, :, columns], blank[:, columns]
     errors = np.square(templates - pixels).mean(axis=(1, 2, 3))
@@ -153,7 +159,7 @@ def _fit(image: Image.Image, background: str, place: str, size: str, kind: str, 
 
 @cache
 def _templates(background: str, place: str, size: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    drawings = [np.asarray(render(subject_scene(background, seed, size, place, kind))) for seed in range(160)]
+    drawings = [np.asarray(render(subject_scene(background, seed, size, place, kind), SIDE)) for seed in range(160)]
     blank = np.broadcast_to(np.array(COLORS[background], dtype=np.float32), drawings[0].shape)
     return np.stack(drawings).astype(np.float32), blank
 

@@ -1,203 +1,168 @@
-"""Train the small base model on the synthetic world: the VAE, then text encoder and transformer together.
+"""Pretrain the finer base model: the VAE, then text encoder and transformer together (standin/denoiser.py), coarse and fine.
 
-`python -m standin.pretrain vae` keeps its result under .cache/pretrain. `python -m standin.pretrain denoiser` writes
-standin/small_base.safetensors; `--go-on 1` and then `--go-on 2` continue from it. docs/study.md says how the weights that
-ship were made, on which machine and in what time.
+`python -m standin.pretrain vae`, `... 64` and `... 128` are its parts. Each goes on from standin/finer_base.safetensors and
+writes it; the pool of images and the state of a part are kept in .cache/pretrain, so that one that was stopped goes on.
+docs/study.md says how the weights that ship were made.
 """
 
 import argparse
-import random
 import time
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
-from PIL import Image, ImageDraw
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from placeholder.model.vae import as_single_frame, normalize, pack
-from placeholder.tokens.placeholder_tokens import PlaceholderTokens
-from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, prompt_ids, prompt_template
-from placeholder.training.flow import add_noise, flow_loss, shift_mu, shift_sigmas, velocity_target
-from standin import small_base
-from standin.world import COLORS, SIDE, held_out, random_caption, random_scene, render
+from standin import denoiser, pool, small_base
 
 FOLDER = small_base.CACHE / "pretrain"
-POOL = 30_000  # scenes
-VAE_STEPS, VAE_BATCH, VAE_RATE = 4000, 16, 6e-4
-STEPS, BATCH, RATE = 4200, 64, 8e-4  # of one round
-CAPTION_DROPOUT = 0.1
-SAVE_EVERY = 1000
-LATENT_NOISE = 0.1  # added to the latents while the VAE learns, so that small errors of the transformer decode well
+BATCH, RATE = 16, 1e-3
+CROP = 64  # pixels: what the VAE learns from; but for one attention it is convolutional
+ENCODED = 24_000  # images of the pool that the last part learns from
+LOG_EVERY = 50
+START_LOGVAR = -5.0
 
 
-def train_vae(steps: int) -> None:
-    """The VAE on the world's images and on random clutter, so that it can also show what the world does not hold."""
-    torch.manual_seed(small_base.SEED)
-    rng = random.Random(small_base.SEED)
-    vae = small_base.new_vae(small_base.TRAINED_SIZE)  # the weights that new_components starts from with the same seed
-    as_single_frame(vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_RATE, weight_decay=0.0)
-    start = time.monotonic()
-    for step in range(steps):
-        images = [clutter(rng) if rng.random() < 0.25 else render(random_scene(rng)) for _ in range(VAE_BATCH)]
-        pixels = to_tensor(images)[:, :, None]  # (B, 3, 1, H, W)
-        optimizer.param_groups[0]["lr"] = VAE_RATE * ramp(step, steps, warmup=50)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            mean = vae.encode(pixels).latent_dist.mean
-            # vae.decode clamps to [-1, 1], which would stop the gradient wherever a pixel is off by much.
-            decoded = vae.decoder(vae.post_quant_conv(mean + LATENT_NOISE * torch.randn_like(mean)))
-        mean, decoded = mean.float(), decoded.float()
-        error = F.mse_loss(decoded, pixels)
-        loss = F.l1_loss(decoded, pixels) + error + 1e-3 * mean.square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0 or step == steps - 1:
-            print(
-                f"vae {step}/{steps} {time.monotonic() - start:.0f} s loss {loss.item():.4f} mse {error.item():.5f}", flush=True
-            )
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in vae.state_dict().items()}, FOLDER / "vae.safetensors")
-    reconstructions = torch.cat([pixels[:8, :, 0], decoded[:8, :, 0].clamp(-1, 1)]).detach()
-    sheet(reconstructions, columns=8).save(FOLDER / "vae.png")
+@dataclass(frozen=True)
+class Stage:
+    """A part of the VAE's training, on random crops and, of so large a share of each batch, on whole images made smaller.
 
-
-def train_denoiser(steps: int, go_on: int) -> None:
-    """Text encoder and transformer together on the VAE's latents; then everything is written out.
-
-    With `go_on` 0 from the seeded start, otherwise from what was written last, with other scenes for every number.
+    `noise` is added to the latents, so that small errors of the transformer decode well: it costs sharpness, and comes down.
+    `kl` is the weight of the posterior's divergence, a mean over the latents: 1e-4 leaves a standard deviation of 0.05.
+    `small` is that of the latents' mean square.
     """
-    torch.manual_seed(small_base.SEED + go_on)
-    rng = random.Random(small_base.SEED + 1 + go_on)
-    if go_on:
-        components = small_base.trained_components()
-    else:
-        components = small_base.new_components(small_base.TRAINED_SIZE, small_base.SEED)
-        components["vae"].load_state_dict(load_file(FOLDER / "vae.safetensors"))
-    vae, transformer = components["vae"], components["transformer"]
-    as_single_frame(vae.eval())
-    scenes = [scene for scene in (random_scene(rng) for _ in range(POOL)) if not held_out(scene)]
-    latents, mean, std = encode_pool(vae, scenes)
 
-    tokenizer = small_base.qwen_tokenizer()
-    text_encoder = components["text_encoder"].model.language_model
-    no_tokens = PlaceholderTokens(len(tokenizer), {}, small_base.TRAINED_SIZE.text_width)
-    used = sorted(
-        {i for scene in scenes for _ in range(3) for i in prompt_ids(tokenizer, no_tokens, random_caption(scene, rng))}
-    )
-    used = sorted({*used, *prompt_ids(tokenizer, no_tokens, EMPTY_PROMPT)})
-    lookup = torch.zeros(small_base.VOCABULARY_ROWS, dtype=torch.long)
-    lookup[torch.tensor(used)] = torch.arange(len(used))
-    # Only the rows that captions use are trained: a gradient of the whole vocabulary would cost more than all the rest.
-    rows = torch.nn.Parameter(text_encoder.embed_tokens.weight.detach()[used].clone())
-    text_encoder.embed_tokens.requires_grad_(False)
-    parameters = [rows, *transformer.parameters(), *(p for p in text_encoder.parameters() if p.requires_grad)]
-    matrices = [p for p in (*transformer.transformer_blocks.parameters(), *text_encoder.layers.parameters()) if p.ndim == 2]
-    of_matrices = {id(p) for p in matrices}
-    others = [p for p in parameters if id(p) not in of_matrices]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=RATE, weight_decay=0.01, betas=(0.9, 0.99), fused=True),
-    ]
-    dropped = prompt_template()[2]
-    mu = shift_mu(latents.shape[1], 256, 8192, 0.5, 0.9)
-    grid = SIDE // 16
-    start, running = time.monotonic(), 2.0
-    for step in range(steps):
-        index = torch.randint(0, len(scenes), (BATCH,)).tolist()
-        prompts = [EMPTY_PROMPT if rng.random() < CAPTION_DROPOUT else random_caption(scenes[i], rng) for i in index]
-        ids = [prompt_ids(tokenizer, no_tokens, prompt) for prompt in prompts]
-        mask = torch.zeros(BATCH, max(map(len, ids)), dtype=torch.long)
-        positions = torch.zeros_like(mask)
-        for row, prompt in enumerate(ids):
-            mask[row, : len(prompt)] = 1
-            positions[row, : len(prompt)] = lookup[torch.tensor(prompt)]
-        clean, noise = latents[index], torch.randn(BATCH, *latents.shape[1:])
-        sigmas = shift_sigmas(torch.sigmoid(torch.randn(BATCH)), mu)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = text_encoder(inputs_embeds=rows[positions], attention_mask=mask, use_cache=False).last_hidden_state
-            predicted = transformer(
-                hidden_states=add_noise(clean, noise, sigmas),
-                timestep=sigmas,
-                encoder_hidden_states=hidden[:, dropped:],
-                encoder_hidden_states_mask=mask[:, dropped:],
-                img_shapes=[[(1, grid, grid)]] * BATCH,
-                return_dict=False,
-            )[0]
-        loss = flow_loss(predicted, velocity_target(clean, noise)).mean()
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = RATE * ramp(step, steps, warmup=100)
-            optimizer.zero_grad()
+    steps: int
+    whole: float
+    noise: float
+    kl: float
+    small: float
+
+
+STAGES = (Stage(4000, 0.5, 0.1, 1e-4, 1e-3), Stage(6000, 0.0, 0.04, 1e-5, 1e-4))
+
+
+def train_vae(vae: AutoencoderKLQwenImage, images: Tensor, device: torch.device, number: int) -> None:
+    """One of STAGES on images (N, 3, H, W)."""
+    stage = STAGES[number]
+    vae.to(device).train()
+    vae.encoder.compile()
+    vae.decoder.compile()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=RATE, weight_decay=0.0, fused=True)
+    generator = torch.Generator().manual_seed(small_base.SEED + number)
+    start = time.monotonic()
+    for step in range(stage.steps):
+        chosen = images[torch.randint(0, len(images), (BATCH,), generator=generator)]
+        pixels = crops(chosen, stage.whole, generator).to(device)[:, :, None]
+        loss, decoded, std = vae_loss(vae, pixels, stage, generator)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        running = 0.98 * running + 0.02 * loss.item()
-        if step % 50 == 0 or step == steps - 1:
-            print(f"denoiser {step}/{steps} {time.monotonic() - start:.0f} s loss {running:.4f}", flush=True)
-        if (step + 1) % SAVE_EVERY == 0 or step == steps - 1:
-            small_base.save_trained(vae, mean, std, text_encoder, dict(zip(used, rows.detach(), strict=True)), transformer)
+        clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = RATE * denoiser.ramp(step, stage.steps, warmup=100)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % LOG_EVERY == 0 or step == stage.steps - 1:
+            error, seconds = F.mse_loss(decoded.clamp(-1, 1), pixels), time.monotonic() - start
+            print(f"vae {number}, {step}: {seconds:.0f} s, loss {loss:.4f}, mse {error:.5f}, posterior {std:.3f}", flush=True)
+        if step % 500 == 0 or step == stage.steps - 1:
+            sheet(torch.cat([pixels[:, :, 0], decoded[:, :, 0].clamp(-1, 1)]).detach().cpu(), 16).save(FOLDER / "vae.png")
+
+
+def vae_loss(
+    vae: AutoencoderKLQwenImage, pixels: Tensor, stage: Stage, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss on pixels (B, 3, 1, H, W), the decoded pixels, and the posterior's standard deviation, a mean."""
+    # vae.decode clamps to [-1, 1], which would stop the gradient wherever a pixel is off by much.
+    posterior = encoded(vae, pixels)
+    noise, blur = torch.randn(2, *posterior.mean.shape, generator=generator).to(pixels.device)
+    decoded = vae.decoder(vae.post_quant_conv(posterior.mean + posterior.std * noise + stage.noise * blur))
+    edges = sum(F.l1_loss(decoded.diff(dim=dim), pixels.diff(dim=dim)) for dim in (3, 4))
+    kl = 0.5 * (posterior.var - 1 - posterior.logvar).mean()
+    loss = F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels) + edges + stage.kl * kl
+    return loss + stage.small * posterior.mean.square().mean(), decoded, posterior.std.mean()
+
+
+def encoded(vae: AutoencoderKLQwenImage, pixels: Tensor) -> DiagonalGaussianDistribution:
+    """What vae.encode gives for pixels (B, 3, 1, H, W), without its loop over frames, which does not compile."""
+    return DiagonalGaussianDistribution(vae.quant_conv(vae.encoder(pixels)))
+
+
+def crops(images: Tensor, whole: float, generator: torch.Generator) -> Tensor:
+    """Of images (B, 3, H, W) the first so large a share reduced to CROP pixels, of the others a random square of so many."""
+    reduced, parts = to_unit(images).split([count := round(whole * len(images)), len(images) - count])
+    lefts, tops = torch.randint(0, images.shape[-1] - CROP + 1, (2, len(parts)), generator=generator).tolist()
+    squares = [part[:, y : y + CROP, x : x + CROP] for part, x, y in zip(parts, lefts, tops, strict=True)]
+    squares = torch.stack(squares)
+    return torch.cat([F.interpolate(reduced, size=CROP, mode="area"), squares]) if count else squares
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKLQwenImage, scenes: list) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed and normalized latents of the scenes (N, 16, 64), with the mean and std (16,) they were normalized by."""
-    raw = [
-        vae.encode(to_tensor([render(s) for s in scenes[i : i + 64]])[:, :, None]).latent_dist.mean[:, :, 0]
-        for i in range(0, len(scenes), 64)
-    ]
-    latents = torch.cat(raw)
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    return pack(normalize(latents, mean, std)), mean, std
+def encode(vae: nn.Module, images: Tensor, side: int, device: torch.device) -> Tensor:
+    """The posterior's mode (N, 16, side / 8, side / 8) for images (N, 3, H, W) reduced to this side."""
+    vae.to(device).eval().encoder.compile(dynamic=False)
+    parts = (F.interpolate(to_unit(part), size=side, mode="area").to(device) for part in images.split(50))
+    return torch.cat([encoded(vae, part[:, :, None]).mode()[:, :, 0].cpu() for part in parts])
 
 
-def clutter(rng: random.Random) -> Image.Image:
-    """Random ellipses, rectangles and triangles in random colors."""
-    image = Image.new("RGB", (2 * SIDE, 2 * SIDE), rng.choice(list(COLORS.values())))
-    pen = ImageDraw.Draw(image)
-    for _ in range(rng.randint(2, 7)):
-        x, y = rng.uniform(0, 2 * SIDE), rng.uniform(0, 2 * SIDE)
-        w, h = rng.uniform(4, SIDE), rng.uniform(4, SIDE)
-        color = tuple(rng.randrange(256) for _ in range(3))
-        if (draw := rng.random()) < 0.4:
-            pen.ellipse((x - w / 2, y - h / 2, x + w / 2, y + h / 2), fill=color)
-        elif draw < 0.7:
-            pen.rectangle((x - w / 2, y - h / 2, x + w / 2, y + h / 2), fill=color)
-        else:
-            pen.polygon([(x + rng.uniform(-w, w), y + rng.uniform(-h, h)) for _ in range(3)], fill=color)
-    return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-
-
-def ramp(step: int, steps: int, warmup: int) -> float:
-    """The share of the peak learning rate: up over `warmup` steps, then down to 3 % along a straight line."""
-    return min(1.0, (step + 1) / warmup) * max(0.03, 1 - step / steps)
-
-
-def to_tensor(images: list[Image.Image]) -> Tensor:
-    """Images as (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) as fp32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 def sheet(pixels: Tensor, columns: int) -> Image.Image:
-    """Images (B, 3, H, W) in [-1, 1] side by side, three times as large."""
+    """Images (B, 3, H, W) in [-1, 1] side by side."""
     rows = [torch.cat(list(row), 2) for row in pixels.split(columns)]
-    array = ((torch.cat(rows, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(array).resize((array.shape[1] * 3, array.shape[0] * 3), Image.Resampling.NEAREST)
+    return Image.fromarray(((torch.cat(rows, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+
+def trained_vae(images: Tensor, device: torch.device) -> AutoencoderKLQwenImage:
+    """The VAE after all STAGES; each one's result is kept."""
+    vae = small_base.new_components(small_base.FINER_SIZE, small_base.SEED)["vae"]
+    as_single_frame(vae)
+    with torch.no_grad():
+        vae.quant_conv.bias[vae.config.z_dim :] = START_LOGVAR
+    for number in range(len(STAGES)):
+        kept = FOLDER / f"vae-{number}.safetensors"
+        if not kept.exists():
+            train_vae(vae, images, device, number)
+            save_file({name: value.cpu().contiguous() for name, value in vae.state_dict().items()}, kept)
+        vae.load_state_dict(load_file(kept))
+    return vae.eval().requires_grad_(False)
+
+
+def main() -> None:
+    """Build the pool unless it is there, and make one part."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["vae", *map(str, denoiser.STAGES)])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--captioned", type=int, default=pool.CAPTIONED, help="fewer images, to try it out")
+    parser.add_argument("--others", type=int, default=pool.UNCAPTIONED, help="fewer images, to try it out")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    torch.set_num_threads(arguments.threads)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    data = pool.build(FOLDER, arguments.captioned, arguments.others)
+    if arguments.part == "vae":
+        components = small_base.new_components(small_base.FINER_SIZE, small_base.SEED)
+        components["vae"] = trained_vae(data.images, device)
+        latents = encode(components["vae"], data.images[:ENCODED], small_base.FINER_SIDE, device)
+        statistics = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        denoiser.save(denoiser.Denoiser(components, data), components["vae"], statistics)
+    else:
+        components = small_base.trained_components(small_base.FINER, small_base.FINER_SIZE)
+        vae, side = as_single_frame(components["vae"]), int(arguments.part)
+        statistics = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+        latents = pack(normalize(encode(vae, data.images[:ENCODED], side, device), *statistics))
+        model = denoiser.Denoiser(components, data).to(device)
+        denoiser.train(model, denoiser.Batches(data, latents, model.used, device), side, FOLDER / f"{side}.pt")
+        denoiser.save(model, vae, statistics)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["vae", "denoiser"])
-    parser.add_argument("--steps", type=int, help="fewer steps, to try it out")
-    parser.add_argument("--go-on", type=int, default=0, metavar="N", help="the N-th round: from the weights written last")
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.part == "vae":
-        train_vae(arguments.steps or VAE_STEPS)
-    else:
-        train_denoiser(arguments.steps or STEPS, arguments.go_on)
+    main()

@@ -35,8 +35,10 @@ class Sampler:
         text_encoder: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         tokens: PlaceholderTokens,
+        side: int = SIDE,
     ):
         self.transformer, self.text_encoder, self.tokenizer, self.tokens = transformer, text_encoder, tokenizer, tokens
+        self.side, self.device = side, base.device
         self.pipeline = QwenImagePipeline(load_scheduler(base), load_vae(base, base.dtype), None, None, transformer)
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -54,12 +56,12 @@ class Sampler:
             return self.pipeline(
                 **pipeline_inputs(embeds, negative),
                 true_cfg_scale=GUIDANCE,
-                width=SIDE,
-                height=SIDE,
+                width=self.side,
+                height=self.side,
                 num_inference_steps=STEPS,
                 generator=torch.Generator().manual_seed(SEED),
             ).images
 
     def _encode(self, prompt: str, count: int) -> Tensor:
-        ids = torch.tensor([prompt_ids(self.tokenizer, self.tokens, prompt)])
+        ids = torch.tensor([prompt_ids(self.tokenizer, self.tokens, prompt)], device=self.device)
         return encode_prompts(self.text_encoder, self.tokens, ids).repeat(count, 1, 1)

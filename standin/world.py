@@ -31,6 +31,7 @@ SUBJECT = "subject"  # never in the world: what a training is to teach
 SECOND_SUBJECT = "second subject"  # nor is this
 TEXTURES = ("plain", "striped", "dotted")
 RADII = {"small": 0.17, "medium": 0.26, "large": 0.36}  # of the image's side
+OPENINGS = ("a photo of ", "a photo of ", "a photo of ", "a picture of ", "")  # of a caption
 PLACES = {"left": 0.3, "middle": 0.5, "right": 0.7}
 
 
@@ -110,7 +111,7 @@ def random_caption(scene: Scene, rng: random.Random) -> str:
         caption += f" on the {scene.things[0].place}"
     if rng.random() < 0.8:
         caption += f" on a {scene.background} background"
-    return rng.choice(("a photo of ", "a photo of ", "a photo of ", "a picture of ", "")) + caption
+    return rng.choice(OPENINGS) + caption
 
 
 def _random_shape(rng: random.Random, background: str) -> Thing:

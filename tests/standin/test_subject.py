@@ -1,117 +1,79 @@
-"""A real training on the small base model: the token is learned, the class word keeps its meaning, and breaking a part shows.
-
-The measures are those of the study, on fewer images and a shorter budget.
-"""
+"""Real trainings on the small base model: the study's main claims on fewer images and steps, and that breaking a part shows."""
 
 from dataclasses import dataclass, replace
 
 import pytest
 
-from demo.study import ARMS, TOKEN, UNRELATED, Prompts, difference, mean_fidelity, probability
-from placeholder.config import TrainConfig
-from placeholder.distributed import SINGLE_PROCESS
 from placeholder.lora.adapter import without_lora
 from placeholder.model.base import BaseModel
-from placeholder.training.context import Context, Training, schedule
+from placeholder.training.context import Training
 from placeholder.training.diagnostics import diagnose, rows_as
-from placeholder.training.loop import train_steps
-from placeholder.training.setup import prepare
-from standin.sampler import Sampler
-from standin.subject import UNSEEN_BACKGROUNDS, named, write_dataset
-from standin.world import SUBJECT
+from study import measures
+from study.arms import ARMS, on_the_small_base, steps_of
+from study.measures import ALWAYS, GATED, Measures, difference
+from study.subjects import SUBJECTS
 
-CONFIG = TrainConfig(
-    steps=240,
-    rank=8,
-    learning_rate=1e-3,
-    batch_size=4,
-    resolution=(64,),
-    train_placeholder_token=True,
-    placeholder_token=(TOKEN,),
-    prior_preservation=4.0,
-    seed=0,
-)
-IMAGES, PROMPTS = 3, Prompts(ARMS["token, preservation"])
+STEPS, IMAGES, CONTEXTS = 200, 2, SUBJECTS["object"].unseen
+MIN_FIDELITY, MIN_ROW_SHARE = 0.45, 0.1
 
 
 @dataclass(frozen=True)
-class Measures:
-    """Fidelity in unseen contexts, class leak and drift, as docs/study.md defines them.
+class Trained:
+    """A training of STEPS steps, and its measures."""
 
-    `row_share` is how much of what training gained is lost with the row reset, from the diagnostics of every training.
-    """
+    training: Training
+    measures: Measures
 
-    fidelity: float
-    class_leak: float
-    drift: float
-    row_share: float
-
-    def passes(self) -> bool:
-        """Whether a subject was learned, by its token and under its token alone."""
-        pictures = self.fidelity > MIN_FIDELITY and self.class_leak < MAX_CLASS_LEAK and self.drift < MAX_DRIFT
-        return pictures and self.row_share > MIN_ROW_SHARE
+    def fidelity(self) -> float:
+        return self.measures.fidelity(CONTEXTS)[0]
 
 
-MIN_FIDELITY, MAX_CLASS_LEAK, MAX_DRIFT, MIN_ROW_SHARE = 0.45, 0.15, 0.1, 0.1
-
-
-def trained(config: TrainConfig, base: BaseModel, folder) -> Training:
-    training = prepare(write_dataset(folder / "data.zip", named(TOKEN)), Context(config, base, log=lambda line: None))
-    for _ in train_steps(training.state, schedule(config), SINGLE_PROCESS):
+def trained(name: str, base: BaseModel, steps: int = STEPS) -> Trained:
+    training, sampler = on_the_small_base(ARMS[name], SUBJECTS["object"], 0, base)
+    for _ in steps_of(ARMS[name], training, replace(ARMS[name].config(seed=0), steps=steps)):
         pass
-    return training
+    return Trained(training, Measures(ARMS[name], SUBJECTS["object"], sampler))
 
 
-def sampler_of(training: Training, base: BaseModel) -> Sampler:
-    return Sampler(base, training.state.transformer, training.prompt_embeds.text_encoder, training.tokenizer, training.tokens)
-
-
-def fidelity(training: Training, base: BaseModel) -> float:
-    return mean_fidelity(sampler_of(training, base).sample_all(PROMPTS.unseen, IMAGES), UNSEEN_BACKGROUNDS)
-
-
-def measured(training: Training, base: BaseModel) -> Measures:
-    sampler = sampler_of(training, base)
-
-    def others() -> tuple[list, list]:
-        return sampler.sample_all(PROMPTS.class_word, IMAGES), sampler.sample_all(UNRELATED, IMAGES)
-
-    with without_lora(training.state.transformer):
-        base_class, base_unrelated = others()
-    class_word, unrelated = others()
-    return Measures(
-        fidelity(training, base),
-        probability(SUBJECT, class_word) - probability(SUBJECT, base_class),
-        difference(unrelated, base_unrelated),
-        row_share(training),
-    )
-
-
-def row_share(training: Training) -> float:
-    return diagnose(training).row_share
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    monkeypatch.setattr(measures, "SAMPLES", IMAGES)
 
 
 @pytest.fixture(scope="module")
-def healthy(small_base, tmp_path_factory) -> Training:
-    return trained(CONFIG, small_base, tmp_path_factory.mktemp("healthy"))
+def token(small_base) -> Trained:
+    return trained("token, preservation", small_base)
 
 
-def test_the_subject_is_learned_under_its_token_and_nothing_else_changes_much(healthy, small_base):
-    found = measured(healthy, small_base)
-    assert found.passes(), found
+def test_the_subject_is_learned_without_the_old_meaning_of_a_trigger_word(token, small_base):
+    word = trained("TOK", small_base)
+    assert token.fidelity() > MIN_FIDELITY and token.fidelity() > word.fidelity() - 0.1
+    assert word.measures.prior_leakage() > 0.2 and token.measures.prior_leakage() < 0.02
 
 
-def test_a_row_that_is_lost_fails(healthy, small_base):
-    with rows_as(healthy.tokens, healthy.initial_rows):
-        assert fidelity(healthy, small_base) < MIN_FIDELITY
+def test_with_the_gate_every_other_prompt_is_the_base_models(token):
+    with without_lora(token.training.state.transformer):
+        before = token.measures.unnamed()
+    changes = {}
+    for mode in (ALWAYS, GATED):
+        token.measures.draw_as(mode)
+        changes[mode] = [difference(*pair) for pair in zip(token.measures.unnamed(), before, strict=True)]
+    assert changes[GATED] == [0.0, 0.0] and min(changes[ALWAYS]) > 0.001, changes
+    assert token.fidelity() > MIN_FIDELITY
+    token.measures.draw_as(ALWAYS)
 
 
-def test_a_lora_that_is_not_applied_fails(healthy, small_base):
-    with without_lora(healthy.state.transformer):
-        assert fidelity(healthy, small_base) < MIN_FIDELITY
+def test_a_row_that_is_lost_fails(token):
+    with rows_as(token.training.tokens, token.training.initial_rows):
+        assert token.fidelity() < MIN_FIDELITY
 
 
-def test_a_frozen_row_fails(small_base, tmp_path):
+def test_a_lora_that_is_not_applied_fails(token):
+    with without_lora(token.training.state.transformer):
+        assert token.fidelity() < MIN_FIDELITY
+
+
+def test_a_frozen_row_fails(token, small_base):
     """Its images would pass, as the study finds: a near-zero row is a direction of its own. What fails is the row's share."""
-    frozen = trained(replace(CONFIG, placeholder_learning_rate=0.0, steps=40), small_base, tmp_path)
-    assert row_share(frozen) == 0.0 < MIN_ROW_SHARE
+    frozen = trained("token, embedding frozen", small_base, steps=40)
+    assert diagnose(frozen.training).row_share == 0.0 < MIN_ROW_SHARE < diagnose(token.training).row_share

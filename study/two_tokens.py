@@ -18,10 +18,6 @@ from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
 from checks.docs_tables import write_table
-from demo.study import UNRELATED, difference
-from demo.two_measures import Generate, measures, old_meaning, rendered
-from demo.two_sheet import sheet, strip, tables
-from demo.two_subjects import nouns, taught, write_dataset
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.job import Job
@@ -33,11 +29,15 @@ from placeholder.weights.archive import Weights, read_weights
 from standin.judge import to_pixels
 from standin.sampler import Sampler
 from standin.small_base import build_small_base
-from standin.world import RARE_WORD, TRIGGER
+from standin.world import RARE_WORD, SIDE, TRIGGER
+from study.measures import UNRELATED, difference
+from study.two_measures import Generate, measures, old_meaning, rendered
+from study.two_sheet import sheet, strip, tables
+from study.two_subjects import nouns, taught, write_dataset
 
 TOKENS = ("<zwx>", "<qrs>")
 TRIGGERS = (TRIGGER, RARE_WORD)
-BUDGET = {"steps": 500, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "resolution": (64,), "report": False}
+BUDGET = {"steps": 500, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "resolution": (SIDE,), "report": False}
 PRESERVED = {"prior_preservation": 4.0}
 SAMPLES = 3  # images a prompt
 LOW_SCALE = 0.5

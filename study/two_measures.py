@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from demo.two_subjects import CLASS_WORDS, KINDS, ORDERS, ImageSpec, alone, both, side_by_side
 from standin.judge import background_of, half_fidelity, kind_probabilities, subject_fidelity
 from standin.subject import SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS
 from standin.world import RARE_WORD, TRIGGER, render
+from study.two_subjects import CLASS_WORDS, KINDS, ORDERS, ImageSpec, alone, both, side_by_side
 
 Generate = Callable[[ImageSpec], list[Image.Image]]
 NAMES = ("first", "second")

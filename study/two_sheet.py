@@ -6,8 +6,8 @@ from functools import reduce
 
 from PIL import Image, ImageDraw
 
-from demo.two_measures import CONTEXTS, NAMES, Generate
-from demo.two_subjects import CLASS_WORDS, KINDS, ORDERS, alone, both, side_by_side
+from study.two_measures import CONTEXTS, NAMES, Generate
+from study.two_subjects import CLASS_WORDS, KINDS, ORDERS, alone, both, side_by_side
 
 CELL, LABEL_WIDTH, HEADER = 96, 200, 36  # pixels
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from demo.two_measures import DRAWN, both_measures, halves, one_named_measures, rendered
-from demo.two_sheet import COLUMNS, sheet, strip, tables
-from demo.two_subjects import KINDS, ORDERS, ImageSpec, both, nouns, taught, write_dataset
-from demo.two_tokens import ARMS, TOKENS, TRIGGERS
 from placeholder.data.captions import preserved_prompts, trained_captions
 from placeholder.data.dataset import read_dataset
 from standin.subject import SEEN_BACKGROUNDS
+from study.two_measures import DRAWN, both_measures, halves, one_named_measures, rendered
+from study.two_sheet import COLUMNS, sheet, strip, tables
+from study.two_subjects import KINDS, ORDERS, ImageSpec, both, nouns, taught, write_dataset
+from study.two_tokens import ARMS, TOKENS, TRIGGERS
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAMED = nouns(TOKENS)
