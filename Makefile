@@ -2,12 +2,13 @@
 PYTHON ?= python3
 # The local torch. The container's is the one in requirements.txt; use TORCH=torch==2.11.0 for the same here.
 TORCH ?= torch==2.13.0
+PYTHON_OF_CONTAINER ?= python3.12
 BIN := .venv/bin
 # One thread a process: the small base model is too small to share, and two spinning thread pools slow each other down.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test fuzz lint format study two-tokens distil bench bench-gpu cancels interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways docs lock clean
+.PHONY: setup demo test test-lock fuzz lint format study two-tokens distil bench bench-gpu cancels interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways docs lock clean
 
 setup: .venv/installed
 
@@ -24,6 +25,16 @@ demo: setup
 # Two processes with a thread each; the tests of a file stay together, the files keep their order.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The same in the container's Python with what requirements.lock pins, its own torch among it; 5 GB.
+test-lock: .venv-lock/installed
+	.venv-lock/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.venv-lock/installed: requirements.lock requirements-dev.txt
+	$(PYTHON_OF_CONTAINER) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet --require-hashes -r requirements.lock
+	.venv-lock/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
 
 # Read thousands of mutated archives, data sets and configuration files; takes about a minute.
 fuzz: setup

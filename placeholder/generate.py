@@ -12,12 +12,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from placeholder.devices import KEPT_FREE
 from placeholder.errors import Log, readable_errors
 from placeholder.lora.distilled import FastLora, line_of
 from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
 from placeholder.model.offloading import cache_first_block, stop_caching
 from placeholder.model.placement import placement_of
+from placeholder.model.vae import tile_where_needed
 from placeholder.options import MAX_SEED
 from placeholder.request import Request
 from placeholder.tokens.prompt_encoder import encode_prompts, pipeline_inputs, prompt_ids, tokenized
@@ -36,7 +38,7 @@ class ImageGenerator:
     """
 
     def __init__(self, base: BaseModel, log: Log = print, fast: FastLora | None = None, free: int | None = None):
-        self.base, self.log, self.fast = base, log, fast
+        self.base, self.log, self.fast, self.free = base, log, fast, free
         base.fetch(log)
         self.tokenizer = load_tokenizer(base)
         placement = placement_of(base, free)
@@ -92,6 +94,9 @@ class ImageGenerator:
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         self.log(f"Seed: {seed}{' (drawn)' if request.seed is None else ''}, size: {request.width}x{request.height}")
         prompts = pipeline_inputs(*self._prompt_embeds(request))
+        usable = round((1 - KEPT_FREE) * (self.base.free_bytes() if self.free is None else self.free))
+        if line := tile_where_needed(self.pipeline.vae, request.width, request.height, usable):
+            self.log(line)
         start = time.monotonic()
 
         def progress(_pipeline, index: int, _timestep, kept: dict) -> dict:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from placeholder.model.base import QWEN_IMAGE
 
 PIXELS_A_TOKEN = QWEN_IMAGE.pixels_per_token
+# Feature maps as wide as the decoder's last level and as large as the image that decoding has at once: counted on the shapes of
+# Qwen-Image's VAE, 17.5 at 1664x928, 17.4 at 1328x1328, 17.2 at 2048x2048.
+FEATURE_MAPS = 17.5
 
 
 def as_single_frame(vae: nn.Module) -> nn.Module:
@@ -50,6 +53,21 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     batch, _, channels = tokens.shape
     patches = tokens.view(batch, height, width, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(batch, channels // 4, height * 2, width * 2)
+
+
+def decoding_bytes(vae: nn.Module, width: int, height: int) -> int:
+    """Peak bytes of decoding an image of width x height pixels at once, without the libraries' workspaces."""
+    return round(FEATURE_MAPS * vae.config.base_dim * vae.dtype.itemsize * width * height)
+
+
+def tile_where_needed(vae: nn.Module, width: int, height: int, free: int) -> str | None:
+    """Decode in overlapping tiles if the whole image does not fit into `free` bytes; returns a log line then."""
+    needed = decoding_bytes(vae, width, height)
+    if needed <= free or (width <= vae.tile_sample_min_width and height <= vae.tile_sample_min_height):
+        vae.disable_tiling()
+        return None
+    vae.enable_tiling()
+    return f"Memory: decoding {width}x{height} pixels needs {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB may be used: in tiles"
 
 
 @torch.no_grad()

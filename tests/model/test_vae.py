@@ -1,13 +1,18 @@
 """The VAE on single images and its latents: the same numbers as diffusers' and the pipeline's, with less work."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from placeholder.model.loading import load_vae
-from placeholder.model.vae import as_single_frame, encode_image, pack, unpack
+from placeholder.model.vae import as_single_frame, decoding_bytes, encode_image, pack, tile_where_needed, unpack
 from tests.support.samples import picture
 from tests.support.stock import stock_pipeline
 
@@ -68,3 +73,56 @@ def test_an_encoded_image_comes_back_through_the_pipelines_denormalization(base,
     raw = ours.encode(images[:, :, None]).latent_dist.mode()
     torch.testing.assert_close(latents * std + mean, raw, rtol=1e-4, atol=1e-4)
     assert raw.std() > 0
+
+
+class LiveBytes(TorchDispatchMode):
+    """The peak of the bytes of all storages that were made inside and are referred to."""
+
+    live, peak = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.note, outputs)
+        return outputs
+
+    def note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+
+    def forget(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.live -= size
+
+    def __enter__(self):
+        self.known: set[int] = set()
+        return super().__enter__()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("width", "height"), [(1664, 928), (1328, 1328)])
+def test_the_bytes_of_decoding_are_counted_as_the_full_size_vae_has_them(width, height):
+    with FakeTensorMode():
+        vae = as_single_frame(AutoencoderKLQwenImage())
+        latents = torch.zeros(1, 16, 1, height // 8, width // 8)
+        with LiveBytes() as counted:
+            vae.decode(latents)
+        assert 1 < decoding_bytes(vae, width, height) / counted.peak < 1.1  # in bf16, which norms leave, nearer to 1
+
+
+@torch.no_grad()
+def test_an_image_is_decoded_in_tiles_where_it_does_not_fit_and_whole_again_where_it_does(ours):
+    latents = torch.randn(1, 16, 1, 36, 40, generator=torch.Generator().manual_seed(0))
+    needed = decoding_bytes(ours, 320, 288)
+    assert tile_where_needed(ours, 320, 288, needed) is None
+    whole = ours.decode(latents).sample
+    line = tile_where_needed(ours, 320, 288, needed - 1)
+    assert line == "Memory: decoding 320x288 pixels needs 0.052 GB, 0.052 GB may be used: in tiles"
+    tiled = ours.decode(latents).sample
+    assert tiled.shape == whole.shape and 0 < (tiled - whole).abs().mean() < 0.1 * whole.std()
+    assert tile_where_needed(ours, 256, 256, 0) is None  # no larger than a tile
+    assert tile_where_needed(ours, 320, 288, needed) is None
+    assert torch.equal(ours.decode(latents).sample, whole)
