@@ -8,7 +8,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-lock fuzz lint format study two-tokens distil bench bench-gpu cancels interruptions soak scale base-check pretrain check-gpu comfyui-check four-ways docs lock clean
+.PHONY: setup demo test test-lock fuzz lint format study two-tokens distil bench bench-gpu cancels interruptions soak scale base-check pretrain check-gpu check-cuda comfyui-check four-ways docs lock clean
 
 setup: .venv/installed
 
@@ -71,6 +71,10 @@ scale: setup
 # Train and draw with the full-size model, random weights, on a CUDA GPU; writes benchmarks/full_size.json.
 check-gpu: setup
 	$(BIN)/python -m benchmarks.full_size
+
+# The CUDA path on a pretended GPU, on the CPU: waits, copies, kernels and memory of a step; needs g++, takes a minute.
+check-cuda: setup
+	$(BIN)/python -m checks.cuda
 
 # The study of docs/study.md, on the small base model.
 study: setup

@@ -1,0 +1,214 @@
+"""The CUDA path without a GPU: trainings and a prediction at full width with two layers, on a pretended card of 80 GB.
+
+`make check-cuda` fails where tensors of two devices or dtypes meet, a step waits for the GPU, walks over the modules of a model
+or copies without non_blocking, the blocks' attention is not a fused kernel without a mask, more bytes are in use than planned,
+or a step has more kernels than checks/cuda.json has. `--fault` puts a fault in, which has to be found.
+"""
+
+from checks.fake_cuda import fake_cuda  # isort: skip - before torch
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks import full_size
+from placeholder.config import TrainConfig
+from placeholder.finetune import finetune
+from placeholder.generate import ImageGenerator
+from placeholder.job import Job
+from placeholder.request import Request
+from placeholder.training import diagnostics, loop
+
+COUNTS = Path(__file__).with_name("cuda.json")
+HEADS = 24  # of the transformer's blocks
+SIZES = {
+    "text_encoder": {"text_config": full_size.FULL_TEXT_ENCODER | {"num_hidden_layers": 2}},
+    "transformer": {"num_layers": 2},
+}
+TOKEN = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",)}
+PRESERVED = TOKEN | {"prior_preservation": 4.0, "prior_preservation_interval": 2}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "token": TOKEN,
+    "baseline": {},
+    "token, preservation": PRESERVED,
+    "token, int8": TOKEN | {"quantize": True},
+    "token, batch 2, blocks checkpointed": PRESERVED | {"batch_size": 2},
+}
+SMALL_CARD = {"token, batch 2, blocks checkpointed": 6.2e9}  # bytes of the card; 80 GB for the others
+FAST = ("token",)
+MARGIN = 1.03  # of the peak over the plan
+PREDICTION_WAITS = 7  # the masks of both prompts, the image, and the token gate, which looks at each prompt twice
+full_size.fill = lambda module, name: module  # there are no contents to fill
+diagnostics.SAMPLES = 2
+
+
+class Measured:
+    """What the gradients of all steps did on a card."""
+
+    def __init__(self, card: Any):
+        self.card, self.peak, self.steps, self.kernels = card, 0, 0, 0
+        self.waits, self.blocking, self.walks = Counter(), Counter(), Counter()
+
+    @contextmanager
+    def watching(self, fault: str | None) -> Iterator[None]:
+        """Measure every step that is made inside, with a fault in it where one is named."""
+        original = loop.gradients
+
+        def gradients(*arguments: Any) -> list[Tensor]:
+            waits, blocking, kernels = self.card.waits.copy(), self.card.blocking.copy(), self.card.kernels
+            self.card.peak = self.card.live
+            with FAULTS[fault]() if fault else nullcontext(), counted_walks(self.walks):
+                found = original(*arguments)
+                if fault in IN_THE_STEP:
+                    IN_THE_STEP[fault](found[0])
+            self.waits += self.card.waits - waits
+            self.blocking += self.card.blocking - blocking
+            self.kernels, self.steps = self.kernels + self.card.kernels - kernels, self.steps + 1
+            self.peak = max(self.peak, self.card.peak)
+            return found
+
+        with patch.object(loop, "gradients", gradients):
+            yield
+
+
+@contextmanager
+def counted_walks(walks: Counter) -> Iterator[None]:
+    """Count how often a model is asked for its dtype or device, for which diffusers walks over all its modules."""
+    with patch.multiple(ModelMixin, **{name: property(_counting(name, walks)) for name in ("dtype", "device")}):
+        yield
+
+
+def _counting(name: str, walks: Counter) -> Callable[[ModelMixin], Any]:
+    original = getattr(ModelMixin, name).fget
+
+    def asked(model: ModelMixin) -> Any:
+        walks[name] += 1
+        return original(model)
+
+    return asked
+
+
+class Report:
+    """What was checked; `failed` holds what was not as it should be."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def check(self, right: bool, what: str) -> None:
+        """Print a finding, and keep it where it is wrong."""
+        print(f"{'ok  ' if right else 'FAIL'} {what}", flush=True)
+        self.failed += [] if right else [what]
+
+
+def training(name: str, report: Report, counts: dict[str, int], fault: str | None = None, side: int = 512) -> int:
+    """One training of two steps with its checks; returns the kernels of a step."""
+    with fake_cuda(SMALL_CARD.get(name, 80e9)) as card, tempfile.TemporaryDirectory() as folder:
+        base = full_size.RandomBase("fake", torch.device("cuda"), torch.bfloat16, sizes=SIZES)
+        config = TrainConfig(steps=2, resolution=(side,), seed=0, report=False, **TRAININGS[name])
+        measured = Measured(card)
+        dataset = full_size.write_dataset(Path(folder) / "data.zip", side)
+        with measured.watching(fault):
+            meta = finetune(Job(dataset, config, Path(folder) / "weights.zip"), base, log=lambda line: None)
+    kernels = measured.kernels // measured.steps
+    report.check(not measured.waits, f"{name}: no step waits for the GPU {dict(measured.waits)}")
+    report.check(not measured.walks, f"{name}: no step walks over the modules {dict(measured.walks)}")
+    report.check(not measured.blocking, f"{name}: copies to the GPU do not block {dict(measured.blocking)}")
+    report.check(not card.mixed, f"{name}: no operation is on tensors of two devices {dict(card.mixed)}")
+    kinds = {kind for kind, heads in card.attention if heads == HEADS}
+    report.check(kinds == {"fused"}, f"{name}: the blocks' attention is fused, without a mask {kinds}")
+    planned = meta["expected_peak_gb"] * 1e9
+    report.check(measured.peak <= MARGIN * planned, f"{name}: {measured.peak / 1e9:.2f} GB of {planned / 1e9:.2f} planned")
+    allowed = counts.get(name, kernels)
+    report.check(kernels <= allowed, f"{name}: {kernels} kernels a step, {allowed} so far")
+    return kernels
+
+
+def prediction(report: Report) -> None:
+    """An image with its checks."""
+    with fake_cuda() as card:
+        base = full_size.RandomBase("fake", torch.device("cuda"), torch.bfloat16, sizes=SIZES)
+        generator = ImageGenerator(base, log=lambda line: None)
+        card.waits.clear()
+        generator.generate(Request("a photo", "", 2, 4.0, 512, 512, 0, 1.0, False, "png", 80), None)
+    waits = sum(card.waits.values())
+    report.check(waits <= PREDICTION_WAITS, f"prediction: {waits} waits for the GPU {dict(card.waits)}")
+    report.check(not card.mixed, f"prediction: no operation is on tensors of two devices {dict(card.mixed)}")
+    kinds = {kind for kind, heads in card.attention if heads == HEADS}
+    report.check(kinds == {"fused"}, f"prediction: the blocks' attention is fused, without a mask {kinds}")
+
+
+def _attention_with(**changed: Callable[[Tensor], Any]) -> Any:
+    """The blocks' attention with an argument of scaled_dot_product_attention made from the query."""
+    original = functional.scaled_dot_product_attention
+
+    def faulty(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if query.shape[1] != HEADS:
+            return original(query, key, value, *rest, **options)
+        return original(
+            **{"query": query, "key": key, "value": value} | options | {n: made(query) for n, made in changed.items()}
+        )
+
+    return patch.object(functional, "scaled_dot_product_attention", faulty)
+
+
+def _mask(query: Tensor) -> Tensor:
+    return torch.ones(query.shape[0], 1, 1, query.shape[2], dtype=torch.bool, device=query.device)
+
+
+IN_THE_STEP: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda loss: loss.item(),
+    "blocking copy": lambda loss: torch.zeros(8).to(loss.device),
+}
+FAULTS: dict[str, Callable[[], Any]] = dict.fromkeys(IN_THE_STEP, nullcontext) | {
+    "mask": lambda: _attention_with(attn_mask=_mask),
+    "fp32": lambda: _attention_with(key=lambda query: query.float()),
+    "memory": lambda: patch.object(loop, "sample_losses", _hoarding(loop.sample_losses)),
+}
+
+
+def _hoarding(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    kept: list[Tensor] = []
+
+    def losses(*arguments: Any) -> Tensor:
+        kept.append(torch.empty(int(0.06 * torch.cuda.memory_allocated()), dtype=torch.uint8, device="cuda"))
+        return original(*arguments)
+
+    return losses
+
+
+def main() -> None:
+    """Run all, or what is asked for; kernels that have become fewer are written down."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fast", action="store_true", help="one training alone")
+    parser.add_argument("--fault", choices=list(FAULTS), help="put a fault into that training, which has to be found")
+    arguments = parser.parse_args()
+    counts: dict[str, int] = json.loads(COUNTS.read_text()) if COUNTS.exists() else {}
+    report = Report()
+    if arguments.fault:
+        try:
+            training(FAST[0], report, counts, arguments.fault)
+        except RuntimeError as error:
+            report.check(False, str(error))
+        raise SystemExit(0 if report.failed else f"the fault {arguments.fault!r} was not found")
+    found = {name: training(name, report, counts) for name in (FAST if arguments.fast else TRAININGS)}
+    if not arguments.fast:
+        prediction(report)
+    if report.failed:
+        raise SystemExit(f"{len(report.failed)} failed")
+    if not arguments.fast:
+        COUNTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
