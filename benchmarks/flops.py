@@ -9,11 +9,16 @@ aten = torch.ops.aten
 
 
 def _forward(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    return sdpa_flop_count(query, _repeated(key, query), _repeated(value, query))
 
 
 def _backward(gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
+    return sdpa_backward_flop_count(gradient, query, _repeated(key, query), _repeated(value, query))
+
+
+def _repeated(shape: torch.Size, query: torch.Size) -> torch.Size:
+    """Keys or values (B, H, T, D) for each head of the query: torch 2.11's formulas do not know grouped-query attention."""
+    return torch.Size((shape[0], query[1], *shape[2:]))
 
 
 def flop_counter() -> FlopCounterMode:

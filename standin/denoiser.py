@@ -13,7 +13,7 @@ from placeholder.tokens.prompt_encoder import prompt_template
 from placeholder.training.flow import add_noise, flow_loss, shift_mu, shift_sigmas, velocity_target
 from standin import pool, small_base
 
-STAGES = {64: 6000, 128: 4000}  # steps by pixels: what a prompt asks for is learned faster on a quarter of the tokens
+STAGES = {64: 4600, 128: 4000}  # steps by pixels: what a prompt asks for is learned faster on a quarter of the tokens
 BATCH = 64
 RATE, MATRIX_RATE = 1e-3, 1.5e-3  # of AdamW, of Muon
 WEIGHT_DECAY = 0.01

@@ -25,6 +25,8 @@ from placeholder.transformer.checkpointing import BlockCheckpointing, Footprint,
 from placeholder.transformer.modulations import depend_on_timestep_alone, modulation_layers, row_bytes
 
 GB = 1e9
+# FakeTensors of the CPU alone: where a CUDA build of torch finds no GPU, the second thread that prepares for CUDA's crashes.
+HostFakes = type("HostFakes", (FakeTensorMode,), {"avoid_device_init": False})
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def fake_step(
     prompt = (0,) + (len(tokens.rows),) * (ids - 1)  # one placeholder, if there is any, and otherwise ids that none has
     example = Example(torch.zeros(grid[0] * grid[1], channels), grid, 0.0, prompt)
     batch = [draw_sample(example, (), 0.0, torch.Generator().manual_seed(0))] * batch_size
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with HostFakes(allow_non_fake_inputs=True):
         for module in [transformer, text_encoder] if names else [transformer]:
             module.to_empty(device="cpu")  # FakeTensors that claim to be there: their attention keeps what a GPU's keeps
         cached = torch.zeros(1, ids - prompt_template()[2], width)  # the embeddings of a prompt without a token, computed once
