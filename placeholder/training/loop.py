@@ -13,7 +13,7 @@ from placeholder.distributed import Processes
 from placeholder.errors import causes
 from placeholder.training.examples import BatchSampler, Sample, grouped
 from placeholder.training.losses import Denoiser, PromptEmbeds, preservation_losses, sample_losses
-from placeholder.training.optimizers import TokenOptimizer
+from placeholder.training.optimizers import FlatOptimizer, TokenOptimizer
 from placeholder.transformer.checkpointing import BlockCheckpointing
 from placeholder.transformer.compile import CompiledBlocks
 
@@ -41,7 +41,7 @@ class TrainState:
     denoiser: Denoiser
     prompt_embeds: PromptEmbeds
     lora: list[nn.Parameter]
-    lora_optimizer: torch.optim.Optimizer
+    lora_optimizer: torch.optim.Optimizer | FlatOptimizer
     sampler: BatchSampler
     checkpointing: BlockCheckpointing
     token_optimizer: TokenOptimizer | None = None

@@ -1,5 +1,7 @@
 """The optimizers: the LoRA's, chosen by name, and that of the placeholder tokens' embeddings."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,47 @@ TOKEN_WARMUP_STEPS = 10
 TOKEN_RMS_LIMIT = 1.5  # times the median rms of the vocabulary's rows
 
 
-def lora_optimizer(name: str, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+class FlatOptimizer:
+    """An optimizer of all parameters as one vector, of which they become views.
+
+    For optimizers that loop over parameters in Python and wait for the GPU at each: of one vector they wait once. Adam's and
+    Prodigy's updates are the same, because they are elementwise, Prodigy's step size apart, which is of all parameters anyway.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
+        self.parameters, sizes = parameters, [parameter.numel() for parameter in parameters]
+        self.vector = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+        for parameter, part in zip(parameters, self.vector.detach().split(sizes), strict=True):
+            parameter.data = part.view_as(parameter)
+        self.optimizer = make([self.vector])
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The one group of the optimizer."""
+        return self.optimizer.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def step(self) -> None:
+        """One update from the parameters' gradients; without one it counts as zero."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        self.vector.grad = torch.cat([gradient.flatten() for gradient in gradients])
+        self.optimizer.step()
+        self.vector.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the optimizer whose state this is."""
+        self.optimizer.load_state_dict(state)
+
+
+def lora_optimizer(name: str, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer | FlatOptimizer:
     """The optimizer called `name`; prodigy finds its own step size, so it makes no use of `learning_rate`.
 
     Raises ValueError for an unknown name.
@@ -23,13 +65,15 @@ def lora_optimizer(name: str, parameters: list[nn.Parameter], learning_rate: flo
         from prodigyopt import Prodigy
 
         # lr multiplies the estimated step size: 1.0 takes the estimate as it is (arXiv:2306.06101, algorithm 1).
-        return Prodigy(parameters, lr=1.0, weight_decay=LORA_WEIGHT_DECAY, use_bias_correction=True, safeguard_warmup=True)
+        options = {"lr": 1.0, "weight_decay": LORA_WEIGHT_DECAY, "use_bias_correction": True, "safeguard_warmup": True}
+        return FlatOptimizer(parameters, partial(Prodigy, **options))
     if name in ("adamw8bit", "adam8bit"):
         import bitsandbytes.optim
 
         if name == "adamw8bit":
-            return bitsandbytes.optim.AdamW8bit(parameters, lr=learning_rate, weight_decay=LORA_WEIGHT_DECAY)
-        return bitsandbytes.optim.Adam8bit(parameters, lr=learning_rate)
+            adamw = partial(bitsandbytes.optim.AdamW8bit, lr=learning_rate, weight_decay=LORA_WEIGHT_DECAY)
+            return FlatOptimizer(parameters, adamw)
+        return FlatOptimizer(parameters, partial(bitsandbytes.optim.Adam8bit, lr=learning_rate))
     raise ValueError(f"optimizer is {name!r}: choose one of adamw, adamw8bit, adam8bit, prodigy")
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from prodigyopt import Prodigy
 from torch import nn
 
 from placeholder.config import OPTIMIZERS
@@ -36,9 +37,46 @@ def test_the_8_bit_optimizers_hold_their_state_in_8_bits(name, bits):
     optimizer = lora_optimizer(name, [parameter], 1e-3)
     parameter.sum().backward()
     optimizer.step()
-    states = [value for value in optimizer.state[parameter].values() if torch.is_tensor(value) and value.numel() == 128 * 64]
+    kept = optimizer.optimizer.state[optimizer.vector].values()
+    states = [value for value in kept if torch.is_tensor(value) and value.numel() == 128 * 64]
     assert states
     assert all(state.dtype == torch.uint8 for state in states)
+
+
+def parameters() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((8, 4), (4, 8), (16, 2))]
+
+
+def test_prodigy_of_all_parameters_as_one_is_prodigy_of_each_and_reads_the_device_twice_a_step(monkeypatch):
+    reads, item = [], torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: reads.append(tensor) or item(tensor))
+
+    def trained(chosen: list[nn.Parameter], optimizer) -> list[torch.Tensor]:
+        for _ in range(40):
+            optimizer.zero_grad()
+            sum((parameter - 3).square().mean() for parameter in chosen).backward()
+            optimizer.step()
+        return [parameter.detach() for parameter in chosen]
+
+    flat, apart = parameters(), parameters()
+    found = trained(flat, lora_optimizer("prodigy", flat, 1e-3))
+    assert len(reads) == 2 * 40
+    options = {"lr": 1.0, "weight_decay": 1e-4, "use_bias_correction": True, "safeguard_warmup": True}
+    expected = trained(apart, Prodigy(apart, **options))
+    assert len(reads) == 2 * 40 * (1 + len(apart))
+    for one, other, start in zip(found, expected, parameters(), strict=True):
+        torch.testing.assert_close(one - start, other - start, rtol=1e-2, atol=1e-7)
+        assert (one - start).abs().min() > 1e-4
+
+
+def test_a_parameter_without_a_gradient_stays_as_it_is():
+    chosen = parameters()
+    optimizer = lora_optimizer("adam8bit", chosen, 1e-2)
+    chosen[0].sum().backward()
+    optimizer.step()
+    moved = [not torch.equal(parameter, start) for parameter, start in zip(chosen, parameters(), strict=True)]
+    assert moved == [True, False, False]
 
 
 def test_adam8bit_alone_has_no_weight_decay():
