@@ -83,7 +83,7 @@ def comparison(runs: list[dict]) -> str:
         cells = [cell(ours)]
         for mode in (ALWAYS, GATED):
             other = grid(runs, REFERENCE, measure(mode, name))
-            cells += [f"{np.nanmean(other):.2f}", cell(ours - other)]
+            cells += [f"{np.nanmean(other):.2f}" if other.size else "", cell(ours - other) if ours.shape == other.shape else ""]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -51,7 +51,9 @@ def test_the_subject_is_learned_without_the_old_meaning_of_a_trigger_word(token,
     assert word.measures.prior_leakage() > 0.2 and token.measures.prior_leakage() < 0.02
 
 
-def test_with_the_gate_every_other_prompt_is_the_base_models(token):
+def test_with_the_gate_every_other_prompt_is_the_base_models(token, monkeypatch):
+    monkeypatch.setattr(token.measures, "class_contexts", token.measures.class_contexts[:1])
+    monkeypatch.setattr(measures, "UNRELATED", measures.UNRELATED[:1])
     with without_lora(token.training.state.transformer):
         before = token.measures.unnamed()
     changes = {}

@@ -67,6 +67,8 @@ def test_an_image_is_nearest_to_itself_and_embeddings_have_length_one(models):
 
 def test_the_command_writes_the_table_with_every_arm_that_was_asked_for(models, photographs, base, tmp_path, monkeypatch):
     monkeypatch.setenv(MODEL_VARIABLE, base.source)
+    monkeypatch.setattr(real, "PLACES", real.PLACES[:2])
+    monkeypatch.setattr(real, "UNRELATED", real.UNRELATED[:1])
     output, arms = tmp_path / "output", ["TOK, preservation", "token"]
     options = ["--class-word", "house", "--arms", *arms, "--seeds", "1", "--samples", "1", "--steps", "4", "--rank", "2"]
     options += ["--learning-rate", "0.01", "--resolution", "64", "--output", str(output)]
