@@ -99,7 +99,7 @@ bench: setup
 base-check: setup
 	$(BIN)/python -m standin.check_base
 
-# Train a small base model from nothing: about three hours on two cores; a run that was stopped goes on.
+# Train the finer base model from nothing: hours on two cores; a run that was stopped goes on.
 pretrain: setup
 	$(BIN)/python -m standin.pretrain vae
 	$(BIN)/python -m standin.pretrain 64

@@ -1,8 +1,8 @@
 """A small stand-in for Qwen-Image: the same five classes and the real Qwen2.5 vocabulary, trained on the synthetic world.
 
 What training changed of a seeded start is in standin/small_base.safetensors; `build_small_base` puts both together as a
-diffusers folder. It knows colored shapes and a few things at 64 pixels, nothing else. The finer one of standin/pretrain.py
-knows them at 128 pixels, and some photographs. Tests of the plumbing take a still smaller one that is not trained at all.
+diffusers folder. It knows colored shapes and a few things at 64 pixels, nothing else. The finer one of standin/pretrain.py, for
+128 pixels, is not finished and not used. Tests of the plumbing take a still smaller one that is not trained at all.
 """
 
 import hashlib

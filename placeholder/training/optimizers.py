@@ -17,8 +17,8 @@ TOKEN_RMS_LIMIT = 1.5  # times the median rms of the vocabulary's rows
 class FlatOptimizer:
     """An optimizer of all parameters as one vector, of which they become views.
 
-    For optimizers that loop over parameters in Python and wait for the GPU at each: of one vector they wait once. Adam's and
-    Prodigy's updates are the same, because they are elementwise, Prodigy's step size apart, which is of all parameters anyway.
+    For optimizers that loop over parameters in Python and wait for the GPU at each. Prodigy's updates are the same: they are
+    elementwise but for the step size, which is of all parameters anyway. 8-bit states are quantized in other blocks.
     """
 
     def __init__(self, parameters: list[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):

@@ -47,3 +47,11 @@ def test_offloading_changes_no_pixel(base, zero_prior, baseline, factor):
     expected, found = images(plain), images(offloading)
     assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
     assert not np.array_equal(expected[1], expected[2]) and np.array_equal(expected[1], expected[3])
+
+
+@pytest.mark.parametrize(("free", "lines"), [(None, 0), (0, 1)])
+def test_a_prediction_decodes_in_tiles_where_the_image_does_not_fit_and_says_so(base, free, lines):
+    log: list[str] = []
+    request = replace(REQUEST, prompt="a photo", width=320, height=288, steps=1)
+    ImageGenerator(base, log.append, free=free).generate(request, None)
+    assert sum("decoding 320x288 pixels" in line and line.endswith("in tiles") for line in log) == lines
