@@ -19,6 +19,8 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet -r .venv/requirements.txt -r requirements-dev.txt
 	touch $@
 
+# One process computes at a time.
+demo: export OMP_NUM_THREADS := 2
 demo: setup
 	$(BIN)/python -m demo.run
 
@@ -99,7 +101,7 @@ bench: setup
 base-check: setup
 	$(BIN)/python -m standin.check_base
 
-# Train the finer base model from nothing: hours on two cores; a run that was stopped goes on.
+# Train the small base model from nothing: hours on two cores; a run that was stopped goes on.
 pretrain: setup
 	$(BIN)/python -m standin.pretrain vae
 	$(BIN)/python -m standin.pretrain 64

@@ -11,14 +11,14 @@ from PIL import Image, ImageDraw
 
 from standin.world import SIDE
 
-TITLE = f"Drawn by a small stand-in base model ({SIDE} pixels, trained on synthetic shapes), not by Qwen-Image."
+TITLE = f"Drawn by a small stand-in base model ({SIDE} pixels, synthetic shapes and ten photographs), not by Qwen-Image."
 COLUMNS, CELL, GAP = 6, 128, 34  # pixels
 LABEL = 170  # pixels: the rows' titles
 HEAD, ABOVE, BELOW = 36, 22, 56  # pixels: the title, an image's first line, its caption
 ROW = ABOVE + CELL + BELOW
 LINE, LETTERS = 14, 25  # pixels of a caption's line, and its letters
 INK = {"base model": "dimgray", "LoRA for TOK": "firebrick", "LoRA for <zwx>": "navy", "data set": "darkgreen"}
-IN_README = (1, 2, 4, 5)  # the rows of the figure
+IN_README = (0, 1, 2, 4, 5)  # the rows of the figure
 
 
 @dataclass(frozen=True)

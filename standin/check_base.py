@@ -15,9 +15,10 @@ from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from standin.judge import background_of, color_of, kind_of
 from standin.sampler import Sampler
 from standin.small_base import build_small_base
-from standin.world import SHAPES, Scene, Thing, held_out, random_scene, render
+from standin.world import CLASS_WORDS, SHAPES, SIDE, Scene, Thing, held_out, random_scene, render
 
-REQUIRED = {"background": 0.90, "color": 0.90, "shape": 0.80}
+REQUIRED = {"background": 0.98, "color": 0.98, "shape": 0.95, "class word": 0.95}
+COLUMNS = 12  # of the sheet
 
 
 def held_out_scenes(count: int, seed: int) -> list[Scene]:
@@ -31,11 +32,23 @@ def held_out_scenes(count: int, seed: int) -> list[Scene]:
     return scenes
 
 
+def class_word_scenes(count: int, seed: int) -> list[Scene]:
+    """Scenes of one thing with a class word; none of their attributes is kept from pretraining."""
+    rng = random.Random(seed)
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = random_scene(rng)
+        if scene.things[0].kind in CLASS_WORDS:
+            scenes.append(scene)
+    return scenes
+
+
 def caption(thing: Thing, background: str) -> str:
-    """Everything the scene shows, as the world's captions say it."""
+    """Everything the scene shows that captions can name, as the world's captions say it."""
     size = "" if thing.size == "medium" else f"{thing.size} "
     place = "" if thing.place == "middle" else f" on the {thing.place}"
-    return f"a photo of a {size}{thing.color} {thing.kind}{place} on a {background} background"
+    color = "" if thing.kind in CLASS_WORDS else f"{thing.color} "
+    return f"a photo of a {size}{color}{thing.kind}{place} on a {background} background"
 
 
 def sample_all(scenes: list[Scene]) -> list[Image.Image]:
@@ -50,25 +63,33 @@ def sample_all(scenes: list[Scene]) -> list[Image.Image]:
 def main() -> None:
     """Generate one image of each caption, judge it, and compare the shares with what is required."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--count", type=int, default=200, help="captions of shapes, and as many of class words")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs")
     arguments = parser.parse_args()
-    scenes = held_out_scenes(arguments.count, seed=7)
+    scenes = held_out_scenes(arguments.count, seed=7) + class_word_scenes(arguments.count, seed=7)
     drawn = sample_all(scenes)
+    rendered = [render(scene) for scene in scenes]
     shares = {
-        "drawn": right_shares(drawn, scenes),
-        "rendered, to judge the judge": right_shares([render(scene) for scene in scenes], scenes),
+        name: right_shares(images[: arguments.count], scenes[: arguments.count])
+        | {"class word": kind_share(images[arguments.count :], scenes[arguments.count :])}
+        for name, images in (("drawn", drawn), ("rendered, to judge the judge", rendered))
     }
     arguments.output.mkdir(exist_ok=True)
-    (arguments.output / "base-check.json").write_text(json.dumps({"captions": len(scenes), **shares}, indent=1) + "\n")
-    sheet = Image.new("RGB", (12 * 68, 6 * 68), "white")
-    for index, image in enumerate(drawn[:72]):
-        sheet.paste(image, (index % 12 * 68, index // 12 * 68))
-    sheet.save(arguments.output / "base-check.png")
+    (arguments.output / "base-check.json").write_text(json.dumps({"captions": arguments.count, **shares}, indent=1) + "\n")
+    contact_sheet(drawn[:48] + drawn[arguments.count :][:24]).save(arguments.output / "base-check.png")
     print(json.dumps(shares, indent=1))
     missed = {name: share for name, share in shares["drawn"].items() if share < REQUIRED[name]}
     if missed:
         raise SystemExit(f"below what is required: {missed}")
+
+
+def contact_sheet(images: list[Image.Image]) -> Image.Image:
+    """The images side by side, COLUMNS in a row."""
+    cell = SIDE + 4
+    sheet = Image.new("RGB", (COLUMNS * cell, -(-len(images) // COLUMNS) * cell), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % COLUMNS * cell, index // COLUMNS * cell))
+    return sheet
 
 
 def right_shares(images: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
@@ -77,8 +98,13 @@ def right_shares(images: list[Image.Image], scenes: list[Scene]) -> dict[str, fl
     return {
         "background": sum(background_of(image) == scene.background for image, scene in pairs) / len(pairs),
         "color": sum(color_of(image) == scene.things[0].color for image, scene in pairs) / len(pairs),
-        "shape": sum(kind_of(image) == scene.things[0].kind for image, scene in pairs) / len(pairs),
+        "shape": kind_share(images, scenes),
     }
+
+
+def kind_share(images: list[Image.Image], scenes: list[Scene]) -> float:
+    """The share of images with the right kind of thing."""
+    return sum(kind_of(image) == scene.things[0].kind for image, scene in zip(images, scenes, strict=True)) / len(images)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The finer base model's text encoder and transformer, trained together on the VAE's latents."""
+"""The small base model's text encoder and transformer, trained together on the VAE's latents."""
 
 import math
 import time
@@ -10,14 +10,18 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from torch import Tensor, nn
 
 from placeholder.tokens.prompt_encoder import prompt_template
-from placeholder.training.flow import add_noise, flow_loss, shift_mu, shift_sigmas, velocity_target
+from placeholder.training.flow import add_noise, flow_loss, shift_mu, velocity_target
 from standin import pool, small_base
+from standin.world import SIDE
 
-STAGES = {64: 4600, 128: 4000}  # steps by pixels: what a prompt asks for is learned faster on a quarter of the tokens
+STAGES = {SIDE // 2: 4600, SIDE: 1500}  # steps by pixels: what a prompt asks for is learned faster on a quarter of the tokens
 BATCH = 64
 RATE, MATRIX_RATE = 1e-3, 1.5e-3  # of AdamW, of Muon
 WEIGHT_DECAY = 0.01
 CAPTION_DROPOUT = 0.1
+# Noise levels are the sigmoid of normal numbers around these means, half each: the one the package trains with, and a high one.
+# Below a sigma of about 0.9 the noisy latents themselves show what a caption names, so that little is learned about captions.
+HIGH_NOISE = 2.5
 EMA = 0.995
 SAVE_EVERY, LOG_EVERY = 250, 50
 
@@ -90,8 +94,8 @@ class Batches:
         length = torch.where(dropped, self.empty_length, self.lengths[index, which])
         clean = self.latents[index]
         noise = torch.randn(clean.shape, generator=generator)
-        mu = shift_mu(clean.shape[1], 256, 8192, 0.5, 0.9)
-        sigmas = shift_sigmas(torch.sigmoid(torch.randn(BATCH, generator=generator)), mu)
+        high = torch.arange(BATCH) % 2 * (HIGH_NOISE - (mu := shift_mu(clean.shape[1], 256, 8192, 0.5, 0.9)))
+        sigmas = torch.sigmoid(torch.randn(BATCH, generator=generator) + mu + high)
         return tuple(part.to(self.device) for part in (prompts, length, clean, noise, sigmas))
 
 
@@ -200,7 +204,7 @@ def train(model: Denoiser, batches: Batches, side: int, path: Path) -> None:
 def save(model: Denoiser, vae: nn.Module, statistics: tuple[Tensor, Tensor]) -> None:
     """Write the weights out, with the mean and the standard deviation (16,) of the VAE's latents."""
     rows = dict(zip(model.used.tolist(), model.rows.detach().cpu(), strict=True))
-    small_base.save_trained(small_base.FINER, vae, *statistics, model.text_encoder, rows, model.transformer)
+    small_base.save_trained(vae, *statistics, model.text_encoder, rows, model.transformer)
 
 
 def ramp(step: int, steps: int, warmup: int) -> float:

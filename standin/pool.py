@@ -1,4 +1,4 @@
-"""What the finer base model is pretrained on: images of the world and crops of photographs, with captions as ids; clutter."""
+"""What the small base model is pretrained on: images of the world and crops of photographs, with captions as ids; clutter."""
 
 import multiprocessing
 import os
@@ -16,9 +16,8 @@ from torch import Tensor
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, prompt_ids
 from standin import photos
-from standin.small_base import FINER_SIDE as SIDE
 from standin.small_base import qwen_tokenizer
-from standin.world import COLORS, OPENINGS, held_out, random_caption, random_scene, render
+from standin.world import COLORS, OPENINGS, SIDE, held_out, random_caption, random_scene, render
 
 CAPTIONS = 6  # of each image
 CAPTIONED, UNCAPTIONED = 40_000, 12_000  # images; the latter are for the VAE alone

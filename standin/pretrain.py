@@ -1,6 +1,6 @@
-"""Pretrain the finer base model: the VAE, then text encoder and transformer together (standin/denoiser.py), coarse and fine.
+"""Pretrain the small base model: the VAE, then text encoder and transformer together (standin/denoiser.py), coarse and fine.
 
-`python -m standin.pretrain vae`, `... 64` and `... 128` are its parts. Each goes on from standin/finer_base.safetensors and
+`python -m standin.pretrain vae`, `... 64` and `... 128` are its parts. Each goes on from standin/small_base.safetensors and
 writes it; the pool of images and the state of a part are kept in .cache/pretrain, so that one that was stopped goes on.
 docs/study.md says how the weights that ship were made.
 """
@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from placeholder.model.vae import as_single_frame, normalize, pack
 from standin import denoiser, pool, small_base
+from standin.world import SIDE
 
 FOLDER = small_base.CACHE / "pretrain"
 BATCH, RATE = 16, 1e-3
@@ -109,6 +110,14 @@ def encode(vae: nn.Module, images: Tensor, side: int, device: torch.device) -> T
     return torch.cat([encoded(vae, part[:, :, None]).mode()[:, :, 0].cpu() for part in parts])
 
 
+def kept_latents(vae: nn.Module, images: Tensor, side: int, device: torch.device) -> Tensor:
+    """What `encode` gives, from a file where it is there; the VAE's training removes it."""
+    path = FOLDER / f"latents-{side}.safetensors"
+    if not path.exists():
+        save_file({"latents": encode(vae, images, side, device).contiguous()}, path)
+    return load_file(path)["latents"]
+
+
 def to_unit(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) as fp32 in [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -122,10 +131,12 @@ def sheet(pixels: Tensor, columns: int) -> Image.Image:
 
 def trained_vae(images: Tensor, device: torch.device) -> AutoencoderKLQwenImage:
     """The VAE after all STAGES; each one's result is kept."""
-    vae = small_base.new_components(small_base.FINER_SIZE, small_base.SEED)["vae"]
+    vae = small_base.new_components(small_base.TRAINED_SIZE, small_base.SEED)["vae"]
     as_single_frame(vae)
     with torch.no_grad():
         vae.quant_conv.bias[vae.config.z_dim :] = START_LOGVAR
+    for stale in FOLDER.glob("latents-*"):
+        stale.unlink()
     for number in range(len(STAGES)):
         kept = FOLDER / f"vae-{number}.safetensors"
         if not kept.exists():
@@ -149,16 +160,16 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     data = pool.build(FOLDER, arguments.captioned, arguments.others)
     if arguments.part == "vae":
-        components = small_base.new_components(small_base.FINER_SIZE, small_base.SEED)
+        components = small_base.new_components(small_base.TRAINED_SIZE, small_base.SEED)
         components["vae"] = trained_vae(data.images, device)
-        latents = encode(components["vae"], data.images[:ENCODED], small_base.FINER_SIDE, device)
+        latents = encode(components["vae"], data.images[:ENCODED], SIDE, device)
         statistics = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         denoiser.save(denoiser.Denoiser(components, data), components["vae"], statistics)
     else:
-        components = small_base.trained_components(small_base.FINER, small_base.FINER_SIZE)
+        components = small_base.trained_components()
         vae, side = as_single_frame(components["vae"]), int(arguments.part)
         statistics = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
-        latents = pack(normalize(encode(vae, data.images[:ENCODED], side, device), *statistics))
+        latents = pack(normalize(kept_latents(vae, data.images[:ENCODED], side, device), *statistics))
         model = denoiser.Denoiser(components, data).to(device)
         denoiser.train(model, denoiser.Batches(data, latents, model.used, device), side, FOLDER / f"{side}.pt")
         denoiser.save(model, vae, statistics)

@@ -1,8 +1,8 @@
 """A small stand-in for Qwen-Image: the same five classes and the real Qwen2.5 vocabulary, trained on the synthetic world.
 
 What training changed of a seeded start is in standin/small_base.safetensors; `build_small_base` puts both together as a
-diffusers folder. It knows colored shapes and a few things at 64 pixels, nothing else. The finer one of standin/pretrain.py, for
-128 pixels, is not finished and not used. Tests of the plumbing take a still smaller one that is not trained at all.
+diffusers folder. It knows colored shapes, a few things and ten photographs at 128 pixels, nothing else. Tests of the plumbing
+take a still smaller one that is not trained at all.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -53,7 +52,6 @@ ADDED_TOKENS = [
     ("<|file_sep|>", False),
 ]
 TRAINED = Path(__file__).with_name("small_base.safetensors")
-FINER = Path(__file__).with_name("finer_base.safetensors")
 SEED = 0
 CACHE = Path(__file__).parents[1] / ".cache"
 VOCABULARY_ROWS = 152064  # config.json of Qwen/Qwen-Image, text_encoder: more rows than the tokenizer has entries
@@ -86,9 +84,7 @@ class Size:
         return max(2, self.text_width // 32)
 
 
-TRAINED_SIZE = Size(text_width=128, text_layers=4, blocks=6, heads=5, vae_width=16)
-FINER_SIZE = Size(text_width=128, text_layers=4, blocks=6, heads=6, vae_width=16)
-FINER_SIDE = 128  # pixels
+TRAINED_SIZE = Size(text_width=128, text_layers=4, blocks=6, heads=6, vae_width=16)
 TINY_SIZE = Size(text_width=32, text_layers=2, blocks=2, heads=2, vae_width=8)
 
 
@@ -159,13 +155,7 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def save_trained(
-    path: Path,
-    vae: nn.Module,
-    mean: Tensor,
-    std: Tensor,
-    text_encoder: nn.Module,
-    rows: dict[int, Tensor],
-    transformer: nn.Module,
+    vae: nn.Module, mean: Tensor, std: Tensor, text_encoder: nn.Module, rows: dict[int, Tensor], transformer: nn.Module
 ) -> None:
     """Store in bf16 what training has changed: of the VAE's 3-D kernels the last slice, of the vocabulary the rows used."""
     tensors = {f"vae.{name}": value for name, value in vae.state_dict().items() if "time_conv" not in name}
@@ -177,13 +167,13 @@ def save_trained(
     tensors["rows"] = torch.stack(list(rows.values()))
     stored = {name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}
     stored |= {"row_ids": torch.tensor(list(rows)), "latents_mean": mean.contiguous(), "latents_std": std.contiguous()}
-    save_file(stored, path)
+    save_file(stored, TRAINED)
 
 
-def trained_components(path: Path = TRAINED, size: Size = TRAINED_SIZE) -> dict[str, nn.Module]:
+def trained_components() -> dict[str, nn.Module]:
     """The seeded components with what was trained put in."""
-    components = new_components(size, SEED)
-    stored = load_file(path)
+    components = new_components(TRAINED_SIZE, SEED)
+    stored = load_file(TRAINED)
     vae, encoder = components["vae"], components["text_encoder"].model.language_model
     for module, prefix in ((vae, "vae."), (encoder, "text_encoder."), (components["transformer"], "transformer.")):
         parameters = module.state_dict()
@@ -205,12 +195,6 @@ def build_small_base() -> Path:
         raise FileNotFoundError(f"{TRAINED.name} is not there: make pretrain makes it, in hours on two cores")
     digest = hashlib.sha256(TRAINED.read_bytes() + Path(__file__).read_bytes()).hexdigest()
     return _write(CACHE / f"small-base-{digest[:12]}", trained_components)
-
-
-def build_finer_base() -> Path:
-    """Write the finer base model as a diffusers folder into .cache, unless it is there already; returns the folder."""
-    digest = hashlib.sha256(FINER.read_bytes() + Path(__file__).read_bytes()).hexdigest()
-    return _write(CACHE / f"finer-base-{digest[:12]}", partial(trained_components, FINER, FINER_SIZE))
 
 
 def build_tiny_base(folder: Path, seed: int = 0) -> Path:

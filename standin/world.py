@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
-SIDE = 64  # pixels
+SIDE = 128  # pixels
 SUPERSAMPLING = 3
 COLORS = {
     "red": (220, 40, 40),

@@ -61,16 +61,16 @@ class Measures:
         prompts = [self.subject.prompt("", context) for context in self.class_contexts]
         return self.sampler.sample_all(prompts, SAMPLES), self.sampler.sample_all(UNRELATED, SAMPLES)
 
-    def neighbours(self) -> dict[str, float]:
+    def neighbors(self) -> dict[str, float]:
         """The subject's fidelity on the right half, where its class or another thing is asked for; none for a style."""
         if not self.subject.kind:
             return {}
-        asked = {"neighbour_class": f"a small {self.subject.class_word}", "neighbour_other": "a small red circle"}
+        asked = {"neighbor_class": f"a small {self.subject.class_word}", "neighbor_other": "a small red circle"}
         first = " ".join(filter(None, ("a small", self.arm.trigger, self.subject.class_word)))
         found: dict[str, list[float]] = {name: [] for name in asked}
-        for name, neighbour in asked.items():
+        for name, neighbor in asked.items():
             for background in TRIGGER_BACKGROUNDS:
-                prompt = f"a photo of {first} and {neighbour} on a {background} background"
+                prompt = f"a photo of {first} and {neighbor} on a {background} background"
                 images = self.sampler.sample(prompt, SAMPLES)
                 found[name] += [half_fidelity(image, background, "right", self.subject.kind) for image in images]
         return {name: mean(values) for name, values in found.items()}
@@ -94,7 +94,7 @@ class Measures:
         scale_lora(self.sampler.transformer, LOW_SCALE)
         found["prior_leakage_low_scale"] = self.prior_leakage()
         scale_lora(self.sampler.transformer, 1.0)
-        return found | self.neighbours()
+        return found | self.neighbors()
 
     def strip(self) -> list[Image.Image]:
         """A seen and an unseen context, the trigger alone, the class word, an unrelated prompt."""

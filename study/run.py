@@ -51,7 +51,7 @@ def run(task: Task) -> tuple[Task, dict, Strips]:
     measures = Measures(arm, subject, sampler)
     with without_lora(training.state.transformer):
         base_class, base_unrelated = measures.unnamed()
-        before = {"prior_leakage": measures.prior_leakage()} | measures.neighbours()
+        before = {"prior_leakage": measures.prior_leakage()} | measures.neighbors()
     drawn: dict[str, dict] = {ALWAYS: {"prior_leakage_by_step": {}}, GATED: {"prior_leakage_by_step": {}}}
     for step in steps_of(arm, training, arm.config(task.seed)):
         for mode, found in drawn.items():

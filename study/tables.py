@@ -22,8 +22,8 @@ COLUMNS = {
     "class_kept": "class kept",
     "class_change": "class change",
     "drift": "drift",
-    "neighbour_class": "neighbor leak, class",
-    "neighbour_other": "other",
+    "neighbor_class": "neighbor leak, class",
+    "neighbor_other": "other",
 }
 LABEL, CELL = 230, 100  # pixels of the figure
 SHOWN = ((REFERENCE, ALWAYS), (REFERENCE, GATED), (OURS, ALWAYS), (OURS, GATED))

@@ -14,9 +14,10 @@ from placeholder.training.flow import shift_sigmas
 from placeholder.weights.archive import read_weights
 from standin import distil
 from standin.check_base import caption, held_out_scenes, right_shares
+from standin.world import SIDE
 from tests.support.predictions import PLAIN
 
-COUNT = 6
+COUNT, GRID = 6, SIDE // 16  # images; tokens of a side
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def paths(base) -> distil.Paths:
 
 
 def test_the_teachers_latents_are_kept_at_the_students_sigmas(paths, base):
-    assert paths.latents.shape == (distil.STUDENT_STEPS + 1, COUNT, 16, 64)
+    assert paths.latents.shape == (distil.STUDENT_STEPS + 1, COUNT, GRID**2, 64)
     sigmas = torch.linspace(1, 0, distil.STUDENT_STEPS + 1)
     torch.testing.assert_close(paths.sigmas, shift_sigmas(sigmas, torch.log(torch.tensor(3.0))))
     scheduler = distil.fast_scheduler(base)
@@ -48,7 +49,7 @@ def velocity(transformer, paths: distil.Paths) -> torch.Tensor:
             timestep=paths.sigmas[:1].repeat(COUNT),
             encoder_hidden_states=paths.embeds,
             encoder_hidden_states_mask=paths.mask,
-            img_shapes=[[(1, 4, 4)]] * COUNT,
+            img_shapes=[[(1, GRID, GRID)]] * COUNT,
             return_dict=False,
         )[0]
 
@@ -73,7 +74,8 @@ def test_the_one_that_ships_shows_what_captions_ask_for_in_its_steps(small_base,
     prompts = [caption(scene.things[0], scene.background) for scene in scenes]
 
     def shares(**options) -> dict[str, float]:
-        requests = [replace(PLAIN, prompt=prompt, seed=number, **options) for number, prompt in enumerate(prompts)]
+        sized = replace(PLAIN, width=SIDE, height=SIDE, **options)
+        requests = [replace(sized, prompt=prompt, seed=number) for number, prompt in enumerate(prompts)]
         return right_shares([generator.generate(request, None) for request in requests], scenes)
 
     fast, unguided = shares(go_fast=True), shares(steps=distil.STUDENT_STEPS, guidance=1.0)

@@ -81,3 +81,16 @@ def test_crops_are_whole_images_made_smaller_and_parts_of_images(data):
     assert found.shape == (4, 3, 64, 64)
     assert found[:2].abs().max() < 0.01 and found[2:].abs().min() == 1
     assert pretrain.crops(image, 0.0, torch.Generator().manual_seed(0)).abs().min() == 1
+
+
+def test_images_are_encoded_once(tmp_path, monkeypatch):
+    encoded: list[tuple] = []
+
+    def encode(*asked) -> torch.Tensor:
+        encoded.append(asked)
+        return torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last)
+
+    monkeypatch.setattr(pretrain, "FOLDER", tmp_path)
+    monkeypatch.setattr(pretrain, "encode", encode)
+    first, again = (pretrain.kept_latents(None, None, SIDE, CPU) for _ in range(2))
+    assert torch.equal(first, again) and len(encoded) == 1
