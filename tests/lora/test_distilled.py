@@ -95,8 +95,10 @@ def test_the_image_is_that_of_stock_diffusers_with_both_loras(scale, steps, draw
         height=64,
         generator=torch.Generator().manual_seed(PLAIN.seed),
     ).images[0]
-    assert np.array_equal(found, np.asarray(image))
-    assert not np.array_equal(found, draw(replace(asked, go_fast=False), archive))
+    # Ours adds a LoRA's output by one addmm, PEFT in two operations: on some processors single pixels are rounded otherwise.
+    other = draw(replace(asked, go_fast=False), archive)
+    differs, without = (np.mean(np.asarray(drawn) != found) for drawn in (image, other))
+    assert np.abs(found.astype(int) - np.asarray(image)).max() <= 1 and differs < 0.01 < 0.1 < without
 
 
 def test_it_is_off_again_bit_for_bit(draw, zero_prior, baseline, as_before):
