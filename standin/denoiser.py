@@ -20,7 +20,7 @@ RATE, MATRIX_RATE = 1e-3, 1.5e-3  # of AdamW, of Muon
 WEIGHT_DECAY = 0.01
 CAPTION_DROPOUT = 0.1
 # Noise levels are the sigmoid of normal numbers around these means, half each: the one the package trains with, and a high one.
-# Below a sigma of about 0.9 the noisy latents themselves show what a caption names, so that little is learned about captions.
+# Below a sigma of about 0.9 (estimated) the noisy latents themselves show what a caption names: little is learned of captions.
 HIGH_NOISE = 2.5
 EMA = 0.995
 SAVE_EVERY, LOG_EVERY = 250, 50
