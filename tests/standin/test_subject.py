@@ -52,7 +52,7 @@ def token(small_base) -> Trained:
 
 
 def test_the_subject_is_learned_without_the_old_meaning_of_a_trigger_word(token, small_base):
-    """At half the strength of the LoRA, where after enough steps it has overruled the trigger word."""
+    """The old meaning is measured at half the LoRA's scale: at the full one enough steps overrule the trigger word."""
     word = trained("TOK", small_base, steps=100)
     assert token.fidelity() > MIN_FIDELITY
     assert word.prior_leakage() > 0.5 and token.prior_leakage() < 0.02
