@@ -48,19 +48,20 @@ def line_of(fast: FastLora | None) -> str:
 def load_fast_lora(base: BaseModel, log: Log, fetch: Callable[..., Path] = fetch_file) -> FastLora | None:
     """The LoRA that QWEN_IMAGE_FAST_LORA names (a path, a URL, or owner/name/file.safetensors@revision on the hub), checked.
 
-    Unset, it is the published one for Qwen/Qwen-Image. None, and the log says why, for another base model, for `none`, and
+    Unset, it is the published one of the base model. None, and the log says why, for a base model without one, for `none`, and
     where the published one cannot be fetched. QWEN_IMAGE_FAST_STEPS is the number of steps where its name does not tell. Raises
     ValueError, one sentence, where the named one or that number cannot be used. Of the base model only the configuration is
     read.
     """
     source = os.environ.get(FAST_VARIABLE, "")
-    if source == NONE or not (source or base.source == QWEN_IMAGE.repository):
+    published = QWEN_IMAGE.published.get(base.source)
+    if source == NONE or not (source or published):
         log(f"go_fast: no step-distilled LoRA ({FAST_VARIABLE} is {source or 'not set'}), so it is the first-block cache")
         return None
     given = os.environ.get(STEPS_VARIABLE)
     steps = whole(STEPS_VARIABLE, given, 1, MAX_STEPS) if given else None
     try:
-        fast = _load(source or QWEN_IMAGE.distilled_lora, steps, base, log, fetch)
+        fast = _load(source or published.distilled_lora, steps, base, log, fetch)
     except ValueError as error:
         if source:
             raise ValueError(f"{FAST_VARIABLE} cannot be used: {error}") from error

@@ -38,13 +38,33 @@ MODEL_VARIABLE = "QWEN_IMAGE_MODEL"
 
 
 @dataclass(frozen=True)
+class Published:
+    """A base model of the hub: its commit, and its step-distilled LoRA as owner/name/file@commit (Apache-2.0)."""
+
+    revision: str
+    distilled_lora: str
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Everything that is particular to one family of base models; the defaults are Qwen-Image's (arXiv:2508.02324)."""
 
     name: str = "Qwen-Image"
-    repository: str = "Qwen/Qwen-Image"
-    # The head of its main branch since 2025, 57.7 GB. Seeds and archives give the same images only with the same commit.
-    revision: str = "75e0b4be04f60ec59a75f475837eced720f823b6"
+    # The default first. Seeds and archives give the same images only with the same commit.
+    published: Mapping[str, Published] = field(
+        default_factory=lambda: {
+            "Qwen/Qwen-Image": Published(
+                "75e0b4be04f60ec59a75f475837eced720f823b6",
+                "lightx2v/Qwen-Image-Lightning/Qwen-Image-Lightning-8steps-V2.0.safetensors"
+                "@813e69cd4c5627f2c7b921667f79690a0e12bd4e",
+            ),
+            "Qwen/Qwen-Image-2512": Published(
+                "25468b98e3276ca6700de15c6628e51b7de54a26",
+                "lightx2v/Qwen-Image-2512-Lightning/Qwen-Image-2512-Lightning-8steps-V1.0-bf16.safetensors"
+                "@a52649c9d0f6e1a248bff13f0df33bb8a2abdb52",
+            ),
+        }
+    )
 
     pipeline: type[DiffusionPipeline] = QwenImagePipeline
     transformer: type[ModelMixin] = QwenImageTransformer2DModel
@@ -70,11 +90,8 @@ class Architecture:
     )
     embedding_key: str = "qwen25_7b"  # under which ComfyUI looks for embeddings of this text encoder
 
-    # owner/name/file@revision, Apache-2.0, 1.7 GB; the commit is the one that uploaded the file.
-    distilled_lora: str = (
-        "lightx2v/Qwen-Image-Lightning/Qwen-Image-Lightning-8steps-V2.0.safetensors@813e69cd4c5627f2c7b921667f79690a0e12bd4e"
-    )
-    # The scheduler's settings for it, from its model card: a fixed shift of 3 at any size, no stretching to shift_terminal.
+    # The scheduler settings for a step-distilled LoRA, from the model card of Qwen-Image's: a fixed shift of 3 at any size, no
+    # stretching to shift_terminal.
     distilled_schedule: Mapping[str, Any] = field(
         default_factory=lambda: {
             "use_dynamic_shifting": True,
@@ -88,7 +105,7 @@ class Architecture:
 
 
 QWEN_IMAGE = Architecture()
-DEFAULT_MODEL = QWEN_IMAGE.repository
+DEFAULT_MODEL = next(iter(QWEN_IMAGE.published))
 
 
 @dataclass(frozen=True)
@@ -110,13 +127,14 @@ class BaseModel:
         Raises ValueError for a malformed revision, and when the full-size model is asked for and there is no CUDA GPU.
         """
         source, revision = split_revision(os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL)
-        if source == DEFAULT_MODEL:
-            revision = revision or QWEN_IMAGE.revision
+        published = QWEN_IMAGE.published.get(source)
+        if published:
+            revision = revision or published.revision
         if torch.cuda.is_available():
             return cls(source, torch.device("cuda"), torch.bfloat16, revision=revision)
-        if source == DEFAULT_MODEL:
+        if published:
             raise ValueError(
-                f"no CUDA GPU was found and {DEFAULT_MODEL} needs one: run on a GPU, or name a small model in {MODEL_VARIABLE}"
+                f"no CUDA GPU was found and {source} needs one: run on a GPU, or name a small model in {MODEL_VARIABLE}"
             )
         return cls(source, torch.device("cpu"), torch.float32, revision=revision)
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import QwenImagePipeline
 
 from demo.server import ROOT
-from placeholder.model.base import DEFAULT_MODEL, QWEN_IMAGE, BaseModel
+from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_transformer, load_vae
 from tests.support.samples import write_dataset
 
@@ -37,7 +37,9 @@ def test_the_base_model_is_the_one_that_the_environment_names(monkeypatch, tmp_p
     assert found("some/folder", cuda=False) == BaseModel("some/folder", torch.device("cpu"), torch.float32)
     assert found("some/folder") == BaseModel("some/folder", torch.device("cuda"), torch.bfloat16)
     for blank in ("", None):
-        assert (found(blank).source, found(blank or "").revision) == ("Qwen/Qwen-Image", QWEN_IMAGE.revision)
+        assert found(blank) == found("Qwen/Qwen-Image")
+    for published in ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"):
+        assert (found(published).source, found(published).revision) == (published, QWEN_IMAGE.published[published].revision)
     assert found("Qwen/Qwen-Image@main").revision == "main"
     for revision in ("v1.0", "refs/pr/7", "0123456789abcdef0123456789abcdef01234567"):
         assert (found(f"some/model@{revision}").source, found(f"some/model@{revision}").revision) == ("some/model", revision)
@@ -55,10 +57,11 @@ def test_a_malformed_revision_gets_its_sentence(name, monkeypatch):
         BaseModel.from_environment()
 
 
-def test_the_full_size_model_without_a_gpu_gets_its_sentence(monkeypatch):
+@pytest.mark.parametrize("published", QWEN_IMAGE.published)
+def test_the_full_size_model_without_a_gpu_gets_its_sentence(published, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("QWEN_IMAGE_MODEL", DEFAULT_MODEL)
-    with pytest.raises(ValueError, match="no CUDA GPU was found and Qwen/Qwen-Image needs one: run on a GPU, or name a small"):
+    monkeypatch.setenv("QWEN_IMAGE_MODEL", published)
+    with pytest.raises(ValueError, match=f"no CUDA GPU was found and {published} needs one: run on a GPU, or name a small"):
         BaseModel.from_environment()
 
 
