@@ -9,6 +9,7 @@ from checks.fake_cuda import fake_cuda  # isort: skip - before torch
 
 import argparse
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,9 +21,9 @@ from unittest.mock import patch
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
-from torch.nn import functional
 
 from benchmarks import full_size
+from checks.cuda_faults import FAULTS, FINDINGS, HEADS, IN_THE_STEP
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
@@ -31,7 +32,6 @@ from placeholder.request import Request
 from placeholder.training import diagnostics, loop
 
 COUNTS = Path(__file__).with_name("cuda.json")
-HEADS = 24  # of the transformer's blocks
 SIZES = {
     "text_encoder": {"text_config": full_size.FULL_TEXT_ENCODER | {"num_hidden_layers": 2}},
     "transformer": {"num_layers": 2},
@@ -44,9 +44,13 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "token, preservation": PRESERVED,
     "token, int8": TOKEN | {"quantize": True},
     "token, batch 2, blocks checkpointed": PRESERVED | {"batch_size": 2},
+    "token, text encoder offloaded": TOKEN | {"quantize": True},
 }
-SMALL_CARD = {"token, batch 2, blocks checkpointed": 6.2e9}  # bytes of the card; 80 GB for the others
+# Bytes of the card; 80 GB for the others.
+SMALL_CARD = {"token, batch 2, blocks checkpointed": 5.1e9, "token, text encoder offloaded": 2.0e9}
+PREDICTIONS = {"prediction": 80e9, "prediction, offloaded": 1.5e9}
 FAST, FAST_FAULTS = ("token",), ("item",)
+SMALL_COPY = 2**20  # elements: latents, sigmas and indices, which are copied once an image
 MARGIN = 1.03  # of the peak over the plan
 PREDICTION_WAITS = 7  # the masks of both prompts, the image, and the token gate, which looks at each prompt twice
 full_size.fill = lambda module, name: module  # there are no contents to fill
@@ -116,15 +120,17 @@ def training(name: str, report: Report, counts: dict[str, int], fault: str | Non
     with fake_cuda(SMALL_CARD.get(name, 80e9)) as card, tempfile.TemporaryDirectory() as folder:
         base = full_size.RandomBase("fake", torch.device("cuda"), torch.bfloat16, sizes=SIZES)
         config = TrainConfig(steps=2, resolution=(side,), seed=0, report=False, **TRAININGS[name])
-        measured = Measured(card)
+        measured, log = Measured(card), []
         dataset = full_size.write_dataset(Path(folder) / "data.zip", side)
         with measured.watching(fault):
-            meta = finetune(Job(dataset, config, Path(folder) / "weights.zip"), base, log=lambda line: None)
+            meta = finetune(Job(dataset, config, Path(folder) / "weights.zip"), base, log=log.append)
     kernels = measured.kernels // measured.steps
     report.check(not measured.waits, f"{name}: no step waits for the GPU {dict(measured.waits)}")
     report.check(not measured.walks, f"{name}: no step walks over the modules {dict(measured.walks)}")
     report.check(not measured.blocking, f"{name}: copies to the GPU do not block {dict(measured.blocking)}")
     report.check(not card.mixed, f"{name}: no operation is on tensors of two devices {dict(card.mixed)}")
+    planned_offload = any("text encoder, offloaded" in line for line in log)
+    report.check(planned_offload == ("offloaded" in name), f"{name}: the plan offloads the text encoder: {planned_offload}")
     kinds = {kind for kind, heads in card.attention if heads == HEADS}
     report.check(kinds == {"fused"}, f"{name}: the blocks' attention is fused, without a mask {kinds}")
     planned = meta["expected_peak_gb"] * 1e9
@@ -134,66 +140,23 @@ def training(name: str, report: Report, counts: dict[str, int], fault: str | Non
     return kernels
 
 
-def prediction(report: Report) -> None:
+def prediction(name: str, report: Report) -> None:
     """An image with its checks."""
-    with fake_cuda() as card:
+    log: list[str] = []
+    with fake_cuda(PREDICTIONS[name]) as card:
         base = full_size.RandomBase("fake", torch.device("cuda"), torch.bfloat16, sizes=SIZES)
-        generator = ImageGenerator(base, log=lambda line: None)
+        generator = ImageGenerator(base, log.append)
         card.waits.clear()
+        card.blocking.clear()
         generator.generate(Request("a photo", "", 2, 4.0, 512, 512, 0, 1.0, False, "png", 80), None)
-    waits = sum(card.waits.values())
-    report.check(waits <= PREDICTION_WAITS, f"prediction: {waits} waits for the GPU {dict(card.waits)}")
-    report.check(not card.mixed, f"prediction: no operation is on tensors of two devices {dict(card.mixed)}")
+    waits, offloaded = sum(card.waits.values()), "offloaded" in name
+    report.check(log[0].count("offloaded") == 2 * offloaded, f"{name}: {log[0]}")
+    report.check(waits <= PREDICTION_WAITS, f"{name}: {waits} waits for the GPU {dict(card.waits)}")
+    large = {what: count for what, count in card.blocking.items() if math.prod(what[0]) > SMALL_COPY}
+    report.check(not large, f"{name}: large copies to the GPU do not block {large}")
+    report.check(not card.mixed, f"{name}: no operation is on tensors of two devices {dict(card.mixed)}")
     kinds = {kind for kind, heads in card.attention if heads == HEADS}
-    report.check(kinds == {"fused"}, f"prediction: the blocks' attention is fused, without a mask {kinds}")
-
-
-def _attention_with(**changed: Callable[[Tensor], Any]) -> Any:
-    """The blocks' attention with an argument of scaled_dot_product_attention made from the query."""
-    original = functional.scaled_dot_product_attention
-
-    def faulty(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if query.shape[1] != HEADS:
-            return original(query, key, value, *rest, **options)
-        return original(
-            **{"query": query, "key": key, "value": value} | options | {n: made(query) for n, made in changed.items()}
-        )
-
-    return patch.object(functional, "scaled_dot_product_attention", faulty)
-
-
-def _mask(query: Tensor) -> Tensor:
-    return torch.ones(query.shape[0], 1, 1, query.shape[2], dtype=torch.bool, device=query.device)
-
-
-IN_THE_STEP: dict[str, Callable[[Tensor], Any]] = {
-    "item": lambda loss: loss.item(),
-    "blocking copy": lambda loss: torch.zeros(8).to(loss.device),
-}
-FAULTS: dict[str, Callable[[], Any]] = dict.fromkeys(IN_THE_STEP, nullcontext) | {
-    "mask": lambda: _attention_with(attn_mask=_mask),
-    "fp32": lambda: _attention_with(key=lambda query: query.float()),
-    "memory": lambda: patch.object(loop, "sample_losses", _hoarding(loop.sample_losses)),
-}
-
-
-def _hoarding(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    kept: list[Tensor] = []
-
-    def losses(*arguments: Any) -> Tensor:
-        kept.append(torch.empty(int(0.06 * torch.cuda.memory_allocated()), dtype=torch.uint8, device="cuda"))
-        return original(*arguments)
-
-    return losses
-
-
-FINDINGS = {  # what has to be said of each fault, so that none is found by another check than its own
-    "item": "no step waits for the GPU",
-    "blocking copy": "copies to the GPU do not block",
-    "mask": "the blocks' attention is fused",
-    "fp32": "attention on torch.bfloat16, torch.float32",
-    "memory": "GB of",
-}
+    report.check(kinds == {"fused"}, f"{name}: the blocks' attention is fused, without a mask {kinds}")
 
 
 def is_found(fault: str) -> bool:
@@ -215,7 +178,8 @@ def main() -> None:
     report = Report()
     found = {name: training(name, report, counts) for name in (FAST if fast else TRAININGS)}
     if not fast:
-        prediction(report)
+        for name in PREDICTIONS:
+            prediction(name, report)
     for fault in FAST_FAULTS if fast else FAULTS:
         report.check(is_found(fault), f"the fault {fault!r} is found")
     if report.failed:

@@ -58,9 +58,7 @@ class ImageGenerator:
         self.schedulers = (scheduler, type(scheduler).from_config(scheduler.config, shift_terminal=None))
         self.fast_scheduler = type(scheduler).from_config(scheduler.config, **QWEN_IMAGE.distilled_schedule)
         width = self.text_encoder.embed_tokens.embedding_dim
-        self.weights = AppliedWeights(
-            self.pipeline.transformer, self.tokenizer, width, base, placement.offload_transformer, log
-        )
+        self.weights = AppliedWeights(self.pipeline.transformer, self.tokenizer, width, base, log)
         self.prompt_embeds = lru_cache(maxsize=PROMPTS_KEPT)(self._encode)
         self.caching = False
 
@@ -142,8 +140,7 @@ class ImageGenerator:
     def _encode(self, prompt: str, _applied: Applied) -> Tensor:
         """Prompt embeddings (1, T, D) with the tokens of the archives that are applied."""
         tokens = self.weights.tokens
-        input_ids = torch.tensor([prompt_ids(self.tokenizer, tokens, prompt)], device=self.base.device)
-        return encode_prompts(self.text_encoder, tokens, input_ids)
+        return encode_prompts(self.text_encoder, tokens, torch.tensor([prompt_ids(self.tokenizer, tokens, prompt)]))
 
     @contextmanager
     def _caching(self, wanted: bool) -> Iterator[None]:

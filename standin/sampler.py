@@ -36,9 +36,10 @@ class Sampler:
         tokenizer: PreTrainedTokenizerBase,
         tokens: PlaceholderTokens,
         side: int = SIDE,
+        steps: int = STEPS,
     ):
         self.transformer, self.text_encoder, self.tokenizer, self.tokens = transformer, text_encoder, tokenizer, tokens
-        self.side, self.device = side, base.device
+        self.side, self.steps = side, steps
         self.pipeline = QwenImagePipeline(load_scheduler(base), load_vae(base, base.dtype), None, None, transformer)
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -58,10 +59,10 @@ class Sampler:
                 true_cfg_scale=GUIDANCE,
                 width=self.side,
                 height=self.side,
-                num_inference_steps=STEPS,
+                num_inference_steps=self.steps,
                 generator=torch.Generator().manual_seed(SEED),
             ).images
 
     def _encode(self, prompt: str, count: int) -> Tensor:
-        ids = torch.tensor([prompt_ids(self.tokenizer, self.tokens, prompt)], device=self.device)
+        ids = torch.tensor([prompt_ids(self.tokenizer, self.tokens, prompt)])
         return encode_prompts(self.text_encoder, self.tokens, ids).repeat(count, 1, 1)

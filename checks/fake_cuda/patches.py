@@ -129,7 +129,7 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
             continue
         with torch.no_grad():
             applied = function(parameter)
-        if isinstance(applied, FakeTensor) or is_traceable_wrapper_subclass(applied):
+        if FakeTensor in (type(applied), type(parameter.data)) or is_traceable_wrapper_subclass(applied):
             module._parameters[name] = nn.Parameter(applied, requires_grad=parameter.requires_grad)
         elif applied is not parameter:
             parameter.data = applied

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 from placeholder.model.base import QWEN_IMAGE, BaseModel
-from placeholder.model.offloading import offload as offload_layers
-from placeholder.model.quantization import Quantization, quantize
+from placeholder.model.offloading import stream
+from placeholder.model.quantization import Quantization, quantize, quantized_bytes
 from placeholder.model.vae import as_single_frame
 from placeholder.transformer.modulations import tabulate
 
@@ -49,7 +49,8 @@ def load_vae(base: BaseModel, dtype: torch.dtype) -> nn.Module:
 def load_text_encoder(base: BaseModel, quantization: Quantization = "none", offload: bool = False) -> nn.Module:
     """The language model inside Qwen2.5-VL, frozen: without the vision tower and the head that computes logits.
 
-    `offload`: its weights stay in host memory, and its layers go to the device one by one while they compute.
+    The embedding matrix stays in host memory, where ids are looked up. `offload`: so do the layers, each of which is on the
+    device while it computes.
     """
     vlm = base.component(QWEN_IMAGE.text_encoder, "text_encoder", dtype=base.dtype, use_safetensors=True)
     return language_model(vlm, base, quantization, offload)
@@ -57,15 +58,31 @@ def load_text_encoder(base: BaseModel, quantization: Quantization = "none", offl
 
 def language_model(vlm: nn.Module, base: BaseModel, quantization: Quantization = "none", offload: bool = False) -> nn.Module:
     """What `load_text_encoder` returns, from the whole Qwen2.5-VL; the rest is freed with the last reference to it."""
-    text_encoder = vlm.model.language_model
+    text_encoder = vlm.model.language_model.requires_grad_(False).eval()
     quantize(text_encoder.layers, quantization, base.device)
-    return _placed(text_encoder, base, offload)
+    text_encoder.embed_tokens.cpu()
+    text_encoder.norm.to(base.device)
+    text_encoder.rotary_emb.to(base.device)
+    if offload:
+        stream(text_encoder.layers, base.device)
+    else:
+        text_encoder.layers.to(base.device)
+    return text_encoder
+
+
+def text_encoder_bytes(base: BaseModel, quantization: Quantization = "none", offload: bool = False) -> int:
+    """Bytes that the text encoder of `load_text_encoder` has on the device, offloaded: with its largest layer."""
+    shell = text_encoder_shell(base)
+    if offload:
+        return max(sum(parameter.nbytes for parameter in layer.parameters()) for layer in shell.layers)
+    embedding = 0 if base.device.type == "cpu" else shell.embed_tokens.weight.nbytes
+    return quantized_bytes(shell, shell.layers, quantization) - embedding
 
 
 def load_transformer(
     base: BaseModel, quantization: Quantization = "none", sigmas: Tensor | None = None, offload: bool = False
 ) -> nn.Module:
-    """The denoising transformer, frozen; for `offload` see `load_text_encoder`.
+    """The denoising transformer, frozen. `offload`: its blocks stay in host memory; each is on the device while it computes.
 
     With `sigmas` (N,) its modulations are a table for these in host memory, computed from unquantized weights.
     """
@@ -73,15 +90,14 @@ def load_transformer(
     if sigmas is not None:
         tabulate(transformer, sigmas, base.device)
     quantize(transformer.transformer_blocks, quantization, base.device)
-    return _placed(transformer, base, offload)
-
-
-def _placed(module: nn.Module, base: BaseModel, offload: bool) -> nn.Module:
-    module.requires_grad_(False).eval()
+    transformer.requires_grad_(False).eval()
     if not offload:
-        return module.to(base.device)
-    offload_layers(module, base.device)
-    return module
+        return transformer.to(base.device)
+    for name, part in transformer.named_children():
+        if name != "transformer_blocks":
+            part.to(base.device)
+    stream(transformer.transformer_blocks, base.device)
+    return transformer
 
 
 def transformer_shell(base: BaseModel) -> nn.Module:

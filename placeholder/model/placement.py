@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from placeholder.devices import KEPT_FREE
 from placeholder.model.base import BaseModel
-from placeholder.model.loading import text_encoder_shell, transformer_shell
+from placeholder.model.loading import text_encoder_bytes, transformer_shell
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,5 @@ def place(transformer: int, text_encoder: int, free: int) -> Placement:
 
 def placement_of(base: BaseModel, free: int | None = None) -> Placement:
     """The placement of a base model in `free` bytes, by default those free now; from its configuration, no weights are read."""
-    shells = transformer_shell(base), text_encoder_shell(base)
-    sizes = (sum(parameter.nbytes for parameter in shell.parameters()) for shell in shells)
-    return place(*sizes, base.free_bytes() if free is None else free)
+    transformer = sum(parameter.nbytes for parameter in transformer_shell(base).parameters())
+    return place(transformer, text_encoder_bytes(base), base.free_bytes() if free is None else free)

@@ -48,6 +48,11 @@ def quantized_bytes(module: nn.Module, part: nn.Module, quantization: Quantizati
     )
 
 
+def dequantized_bytes(part: nn.Module, quantization: Quantization) -> int:
+    """Bytes of the largest linear layer's weight, which is dequantized while it computes; 0 without quantization."""
+    return 0 if quantization == "none" else max(layer.weight.nbytes for layer in _linear_layers(part))
+
+
 def _bytes(weight: Tensor, quantization: Quantization) -> int:
     count = weight.numel()
     if quantization == "int8":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.config import TrainConfig
+from placeholder.devices import to_device
 from placeholder.errors import Log
 
 
@@ -57,15 +58,18 @@ class PlaceholderTokens(nn.Module):
     def embed(self, embed_tokens: nn.Embedding, input_ids: Tensor) -> Tensor:
         """Input embeddings (B, T, D) of ids (B, T): the vocabulary's rows, and the learned rows at the placeholders' ids.
 
-        The vocabulary is read at id 0 there, so the new ids need no row in it and it is never resized.
+        The ids are where `embed_tokens` is, which may be another device than that of the learned rows and of the result. The
+        vocabulary is read at id 0 for placeholders, so the new ids need no row in it and it is never resized.
         """
+        device = self.rows.device
         if len(self.rows) == 0:
-            return embed_tokens(input_ids)
+            return to_device(embed_tokens(input_ids), device)
         local = input_ids - self.first_id  # (B, T)
-        is_placeholder = (local >= 0) & (local < len(self.rows))
-        vocabulary = embed_tokens(input_ids.masked_fill(is_placeholder, 0))  # (B, T, D)
-        learned = nn.functional.embedding(local.clamp(0, len(self.rows) - 1), self.rows)  # (B, T, D)
-        return torch.where(is_placeholder[..., None], learned.to(vocabulary.dtype), vocabulary)
+        local = local.masked_fill((local < 0) | (local >= len(self.rows)), -1)
+        vocabulary = to_device(embed_tokens(input_ids.masked_fill(local >= 0, 0)), device)  # (B, T, D)
+        local = to_device(local, device)
+        learned = nn.functional.embedding(local.clamp(min=0), self.rows)  # (B, T, D)
+        return torch.where(local[..., None] >= 0, learned.to(vocabulary.dtype), vocabulary)
 
     def embeddings(self) -> dict[str, Tensor]:
         """A copy of each token's rows on the CPU: fp32 (k, D)."""

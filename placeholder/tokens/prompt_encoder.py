@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from placeholder.devices import to_device
 from placeholder.model.base import QWEN_IMAGE
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 
@@ -102,4 +101,4 @@ class PromptEncoder:
         return self._encode(prompts)
 
     def _encode(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
-        return encode_prompts(self.text_encoder, self.tokens, to_device(torch.tensor(prompts), self.tokens.rows.device))
+        return encode_prompts(self.text_encoder, self.tokens, torch.tensor(prompts))

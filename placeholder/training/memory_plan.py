@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from placeholder.devices import KEPT_FREE
 from placeholder.lora.adapter import add_lora
 from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.captioner import vlm_bytes
-from placeholder.model.loading import text_encoder_shell, transformer_shell
-from placeholder.model.quantization import QUANTIZATIONS, Quantization, quantized_bytes
+from placeholder.model.loading import text_encoder_bytes, text_encoder_shell, transformer_shell
+from placeholder.model.quantization import QUANTIZATIONS, Quantization, dequantized_bytes, quantized_bytes
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_template
 from placeholder.training.examples import Example, draw_sample
@@ -25,6 +26,7 @@ from placeholder.transformer.checkpointing import BlockCheckpointing, Footprint,
 from placeholder.transformer.modulations import depend_on_timestep_alone, modulation_layers, row_bytes
 
 GB = 1e9
+Grid = tuple[int, int]  # height and width in image tokens
 # FakeTensors of the CPU alone: where a CUDA build of torch finds no GPU, the second thread that prepares for CUDA's crashes.
 HostFakes = type("HostFakes", (FakeTensorMode,), {"avoid_device_init": False})
 
@@ -34,7 +36,7 @@ class Need:
     """Bytes that a training needs with the transformer quantized in one way, its modulations `tabled` or not.
 
     `encoding` is the peak before training, while the text encoder is whole or captions images; `text_encoder` is what of it
-    stays.
+    stays. `offloaded`: its layers stay in host memory, and each is on the GPU while it computes, forward and backward.
     """
 
     quantization: Quantization
@@ -44,6 +46,7 @@ class Need:
     text_encoder: int
     lora: int
     footprint: Footprint
+    offloaded: bool = False
 
     @property
     def name(self) -> str:
@@ -88,42 +91,40 @@ class Plan:
         rows = [
             ("GB expected", [f"{need.name}{' *' if need == self.chosen else ''}" for need in self.needs]),
             ("transformer", [_gb(need.transformer) for need in self.needs]),
-            ("text encoder", [_gb(need.text_encoder) for need in self.needs]),
+            (f"text encoder{', offloaded' * self.chosen.offloaded}", [_gb(need.text_encoder) for need in self.needs]),
             ("LoRA, gradients, optimizer", [_gb(need.lora) for need in self.needs]),
             ("activations", [_gb(need.footprint.total(count)) for need, count in zip(self.needs, counts, strict=True)]),
             ("peak", [_gb(need.peak(count)) for need, count in zip(self.needs, counts, strict=True)]),
             (f"checkpointed blocks, of {blocks}", [str(count) for count in counts]),
         ]
         lines = [f"Memory plan for {self.title}; {_gb(self.free)} GB may be used; * is what this training takes"]
-        return lines + [f"  {name:<28}" + "".join(f"{cell:>13}" for cell in cells) for name, cells in rows]
+        slower = "Warning: the text encoder does not fit: its layers are copied to the GPU whenever they compute, which is slow"
+        lines += [f"  {name:<28}" + "".join(f"{cell:>13}" for cell in cells) for name, cells in rows]
+        return lines + [slower] * self.chosen.offloaded
 
 
 def plan_memory(
-    base: BaseModel,
-    config: TrainConfig,
-    grid: tuple[int, int],
-    ids: int,
-    free: int,
-    stored: tuple[Quantization, bool] | None = None,
+    base: BaseModel, config: TrainConfig, grid: Grid, ids: int, free: int, stored: tuple[Quantization, bool] | None = None
 ) -> Plan:
     """Choose the transformer's quantization (with `quantize` the best that fits) and whether its modulations become a table.
 
-    `grid` is the height and width in image tokens of the largest crop, `ids` the length of the longest prompt with its
-    template, `free` the free bytes of the device, `stored` what the checkpoint to resume from was made with, which is kept.
-    Raises ValueError where nothing fits.
+    `grid` is that of the largest crop, `ids` the length of the longest prompt with its template, `free` the free bytes of the
+    device, `stored` what the checkpoint to resume from was made with, which is kept. Where nothing fits, the text encoder is
+    offloaded. Raises ValueError where nothing fits even so.
     """
     usable = round((1 - KEPT_FREE) * free)
-    needs = memory_needs(base, config, grid, ids)
-    pixels = QWEN_IMAGE.pixels_per_token
-    side = f"{grid[1] * pixels}x{grid[0] * pixels}"
-    token = "with a token" if config.tokens else "without a token"
-    title = f"training at {side} pixels, batch {config.batch_size}, rank {config.rank}, {token}"
-    allowed = [need for need in needs if (need.quantization != "none") == config.quantize]
-    if stored is not None:
-        allowed = [need for need in needs if (need.quantization, need.tabled) == stored]
-        if not allowed:
-            raise ValueError("the checkpoint was made on another kind of device: resume where it was made, on a GPU or a CPU")
-    fitting = [need for need in allowed if need.least <= usable]
+    kinds = QUANTIZATIONS[1:] if config.quantize else QUANTIZATIONS[:1]
+    wanted = [stored] if stored else list(product(kinds, (False, True)))
+    for offload in (False,) if base.device.type == "cpu" or config.quantize_te else (False, True):
+        needs = memory_needs(base, config, grid, ids, offload)
+        allowed = [need for need in needs if (need.quantization, need.tabled) in wanted]
+        if fitting := [need for need in allowed if need.least <= usable]:
+            break
+    side = "{1}x{0}".format(*(QWEN_IMAGE.pixels_per_token * tokens for tokens in grid))
+    token = "with" if config.tokens else "without"
+    title = f"training at {side} pixels, batch {config.batch_size}, rank {config.rank}, {token} a token"
+    if not allowed:
+        raise ValueError("the checkpoint was made on another kind of device: resume where it was made, on a GPU or a CPU")
     if not fitting:
         levers = ", or ".join(_levers(config, needs, allowed[-1], usable))
         raise ValueError(f"{title} needs {_gb(allowed[-1].least)} GB, {_gb(usable)} GB may be used: {levers}")
@@ -136,25 +137,26 @@ def _levers(config: TrainConfig, needs: tuple[Need, ...], need: Need, usable: in
     if config.autocaption and need.encoding > usable:
         return ["set autocaption to false and write the captions", "take a larger GPU"]
     quantized = not config.quantize and any(other.least <= usable for other in needs if other.quantization != "none")
-    last = "train without the token, so that the text encoder need not stay" if config.tokens else "take a larger GPU"
-    return ["set quantize to true"] * quantized + ["give a smaller resolution", last]
+    return ["set quantize to true"] * quantized + ["give a smaller resolution", "take a larger GPU"]
 
 
-def memory_needs(base: BaseModel, config: TrainConfig, grid: tuple[int, int], ids: int) -> tuple[Need, ...]:
-    """What the training needs with each quantization, the largest first; for the arguments see `plan_memory`.
+def memory_needs(base: BaseModel, config: TrainConfig, grid: Grid, ids: int, offload: bool = False) -> tuple[Need, ...]:
+    """What the training needs with each quantization, the largest first; `offload`: with an offloaded text encoder.
 
-    On a GPU quantized weights have their modulations tabled, others come with a table and without.
+    On a GPU quantized weights have their modulations tabled, others come with a table and without. For the other arguments see
+    `plan_memory`.
     """
-    transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
+    transformer = transformer_shell(base)
     weights = {kind: quantized_bytes(transformer, transformer.transformer_blocks, kind) for kind in QUANTIZATIONS}
+    dequantized = {kind: dequantized_bytes(transformer.transformer_blocks, kind) for kind in QUANTIZATIONS}
     embedder = quantized_bytes(transformer.time_text_embed, transformer.time_text_embed, "none")
     replaced = {
         kind: embedder + sum(quantized_bytes(layer, layer, kind) for layer in modulation_layers(transformer))
         for kind in QUANTIZATIONS
     }
-    table_row = row_bytes(transformer)
-    encoder_bytes = quantized_bytes(text_encoder, text_encoder.layers, "int8" if config.quantize_te else "none")
-    encoding = vlm_bytes(base) if config.autocaption else quantized_bytes(text_encoder, text_encoder.layers, "none")
+    rows = config.batch_size * row_bytes(transformer)
+    text_encoder = text_encoder_bytes(base, "int8" if config.quantize_te else "none", offload)
+    encoding = vlm_bytes(base) if config.autocaption else text_encoder
     footprint, lora = step_footprint(base, config.rank, config.batch_size, config.tokens, grid, ids)
     variants = [(kind, False) for kind in QUANTIZATIONS]
     if base.device.type != "cpu" and depend_on_timestep_alone(transformer):  # on a CPU a table would lie in the same memory
@@ -165,9 +167,10 @@ def memory_needs(base: BaseModel, config: TrainConfig, grid: tuple[int, int], id
             tabled,
             encoding=encoding,
             transformer=weights[kind] - tabled * replaced[kind],
-            text_encoder=encoder_bytes if config.tokens else 0,
+            text_encoder=text_encoder if config.tokens else 0,
             lora=(2 + STATES[config.optimizer]) * lora * torch.float32.itemsize,  # weights, gradients, the optimizer's states
-            footprint=replace(footprint, rest=footprint.rest + tabled * config.batch_size * table_row),
+            footprint=replace(footprint, rest=footprint.rest + tabled * rows + dequantized[kind]),
+            offloaded=offload,
         )
         for kind, tabled in variants
     )
@@ -175,7 +178,7 @@ def memory_needs(base: BaseModel, config: TrainConfig, grid: tuple[int, int], id
 
 @lru_cache(maxsize=16)
 def step_footprint(
-    base: BaseModel, rank: int, batch_size: int, tokens: tuple[str, ...], grid: tuple[int, int], ids: int
+    base: BaseModel, rank: int, batch_size: int, tokens: tuple[str, ...], grid: Grid, ids: int
 ) -> tuple[Footprint, int]:
     """What autograd keeps of a step, and the number of the LoRA's parameters; counted once for trainings of the same shapes."""
     transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
@@ -191,7 +194,7 @@ def fake_step(
     rank: int,
     batch_size: int,
     names: tuple[str, ...],
-    grid: tuple[int, int],
+    grid: Grid,
     ids: int,
 ) -> Iterator[Callable[[], Tensor]]:
     """Add a LoRA to the shells and yield a function that computes a step's loss on FakeTensors, which have no contents.

@@ -69,7 +69,8 @@ def prepare(
     data = TrainingData(report, captions, descriptions, digest, thumbnails)
     empty_ids = prompt_ids(tokenizer, tokens, EMPTY_PROMPT)
     examples = encode_photos(photos, prompts, context)
-    prompt_embeds, token_optimizer = encode_text([empty_ids, *prompts.all, *shown.values()], tokenizer, tokens, context)
+    texts = [empty_ids, *prompts.all, *shown.values()]
+    prompt_embeds, token_optimizer = encode_text(texts, tokenizer, tokens, context, plan.chosen.offloaded)
     sampler = BatchSampler(
         examples, empty_ids, config.batch_size * context.processes.world_size, config.caption_dropout, generator
     )
@@ -164,12 +165,16 @@ def sample_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, tokens: Placehol
 
 
 def encode_text(
-    prompts: list[tuple[int, ...]], tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, context: Context
+    prompts: list[tuple[int, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: PlaceholderTokens,
+    context: Context,
+    offload: bool,
 ) -> tuple[PromptEncoder, TokenOptimizer | None]:
     """The embeddings of prompts without a placeholder, cached; the text encoder stays only where tokens are trained."""
     config, token_optimizer = context.config, None
     with context.timing.part("load"):
-        text_encoder = load_text_encoder(context.base, "int8" if config.quantize_te else "none")
+        text_encoder = load_text_encoder(context.base, "int8" if config.quantize_te else "none", offload)
     prompt_embeds = PromptEncoder(text_encoder, tokens)
     with context.timing.part("cache"):
         cached = prompt_embeds.cache(prompts)

@@ -10,7 +10,6 @@ from placeholder.errors import Log, shown
 from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora, scale_loras, unload_lora
 from placeholder.lora.gate import TokenGate
 from placeholder.model.base import BaseModel
-from placeholder.model.offloading import offload, stop_offloading
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.vocabulary import archive_tokens, check_tokens
 from placeholder.transformer.layers import fuse_lora_addition
@@ -34,11 +33,10 @@ class AppliedWeights:
         tokenizer: PreTrainedTokenizerBase,
         width: int,
         base: BaseModel,
-        offloaded: bool,
         log: Log,
     ):
         self.transformer, self.tokenizer, self.width = transformer, tokenizer, width
-        self.base, self.offloaded, self.log = base, offloaded, log
+        self.base, self.log = base, log
         self.gate = TokenGate(transformer)
         self.archives: OrderedDict[str, Weights] = OrderedDict()  # by digest, the least recently used first
         self._reset()
@@ -76,13 +74,8 @@ class AppliedWeights:
         """Back to the base model alone, bit for bit."""
         if not self.applied and not self.has_fast:
             return
-        offload_again = self.offloaded and self.applied == INCOMPLETE  # the layers' hooks may be there in part
         self.applied = INCOMPLETE
-        if offload_again:
-            stop_offloading(self.transformer)
         unload_lora(self.transformer)
-        if offload_again:
-            offload(self.transformer, self.base.device)
         self._reset()
 
     def scale(self, scale: float, extra_scale: float, fast: bool) -> None:
@@ -149,7 +142,7 @@ class AppliedWeights:
 
     def _overwrite(self, wanted: Applied, parts: list[Weights]) -> bool:
         """Copy the one LoRA that is wanted into the layers of the one that is applied, if these are the same layers."""
-        if self.offloaded or [adapter for adapter, *_ in self.applied] != [adapter for adapter, *_ in wanted] or len(parts) > 1:
+        if [adapter for adapter, *_ in self.applied] != [adapter for adapter, *_ in wanted] or len(parts) > 1:
             return False
         before, self.applied = self.applied, INCOMPLETE
         if overwrite_lora(self.transformer, parts[0].lora):
@@ -159,8 +152,10 @@ class AppliedWeights:
 
     def _add(self, lora: dict[str, Tensor], adapter: str) -> None:
         load_lora(self.transformer, lora, adapter)
-        fused = not self.offloaded  # offloaded weights come to the device when their layers are called, which fusing does not
-        if adapter != FAST_ADAPTER:
-            self.gate.install(self.transformer, adapter, fused)
-        elif fused:
+        for name, parameter in self.transformer.named_parameters():
+            if ".lora_" in name:  # PEFT puts it beside the layer's weight, which is in host memory where blocks are offloaded
+                parameter.data = parameter.data.to(self.base.device)
+        if adapter == FAST_ADAPTER:
             fuse_lora_addition(self.transformer, adapter)
+        else:
+            self.gate.install(self.transformer, adapter, fused=True)

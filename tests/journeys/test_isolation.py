@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 
 from demo.server import CogServer, data_url, from_data_url
 from placeholder.generate import save_image
+from placeholder.model.offloading import Streamed
 from placeholder.request import Request
 from placeholder.weights.applied import INCOMPLETE
 from placeholder.weights.archive import LORA_NAME
@@ -82,15 +83,14 @@ def test_an_interruption_anywhere_while_two_archives_are_applied(images, cases, 
 
 def test_an_interruption_anywhere_while_an_offloaded_transformer_gets_weights(base, cases, expected):
     offloaded = Images(base, free=1)
-    assert offloaded.generator.weights.offloaded
-    files = ("hooks/group_offloading.py", "hooks/hooks.py", "placeholder/model/offloading.py")
+    assert offloaded.log[0].count("offloaded") == 2
 
     def as_fresh() -> bool:
         same = all(np.array_equal(offloaded(*cases[number]), expected[number]) for number in (0, 2))
-        layers = (m for m in offloaded.generator.pipeline.transformer.modules() if isinstance(m, torch.nn.Linear))
-        return same and all(layer._diffusers_hook.get_hook("group_offloading") for layer in layers)
+        blocks = offloaded.generator.pipeline.transformer.transformer_blocks
+        return same and all(isinstance(block.forward, Streamed) for block in blocks)
 
-    interrupt_anywhere(offloaded, files, cases[0], cases[2], "remove_hook", as_fresh)
+    interrupt_anywhere(offloaded, CHANGING, cases[0], cases[2], "_compute", as_fresh)
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_offloading_changes_no_pixel(draw, base, fast, zero_prior, as_before):
     cases = [(FAST_NAMED, zero_prior.archive), (FAST, None)]
     expected = [draw(*case) for case in cases]
     offloading = Images(base, fast, free=1)
-    assert offloading.generator.weights.offloaded
+    assert offloading.log[0].count("offloaded") == 2
     for _ in range(2):
         assert all(np.array_equal(offloading(*case), image) for case, image in zip(cases, expected, strict=True))
         assert as_before(offloading)
@@ -196,11 +196,12 @@ def qwen_image(base) -> BaseModel:
     return TinyQwenImage(DEFAULT_MODEL, base.device, torch.bfloat16, tiny=base)
 
 
-def test_for_qwen_image_it_is_the_published_one(qwen_image, published, monkeypatch):
+@pytest.mark.parametrize("name", QWEN_IMAGE.published)
+def test_for_qwen_image_it_is_the_published_one(name, qwen_image, published, monkeypatch):
     monkeypatch.delenv(FAST_VARIABLE, raising=False)
-    asked = []
-    found = load_fast_lora(qwen_image, lambda line: None, lambda *given: asked.append(given[:3]) or published)
-    path, _, revision = QWEN_IMAGE.distilled_lora.partition("@")
+    asked, fetch = [], lambda *given: asked.append(given[:3]) or published
+    found = load_fast_lora(replace(qwen_image, source=name), lambda line: None, fetch)
+    path, _, revision = QWEN_IMAGE.published[name].distilled_lora.partition("@")
     repository, _, file = path.rpartition("/")
     assert asked == [(repository, file, revision)] and found.steps == 8 and found.name == file
     assert {value.dtype for value in found.lora.values()} == {torch.bfloat16}
@@ -237,7 +238,7 @@ def test_a_number_of_steps_that_a_name_does_not_tell_is_asked_for(name):
 
 def test_a_number_of_steps_that_is_none_stops_the_start_whatever_the_lora(base, monkeypatch):
     monkeypatch.setenv(STEPS_VARIABLE, "many")
-    published = replace(base, source=QWEN_IMAGE.repository)
+    published = replace(base, source=DEFAULT_MODEL)
     with pytest.raises(ValueError, match=f"^{STEPS_VARIABLE} is 'many': give a whole number from 1 to 200"):
         load_fast_lora(published, print, lambda *_: pytest.fail("it was fetched"))
 

@@ -1,5 +1,6 @@
 """Prediction on cards of several sizes: what is offloaded, and that offloading changes no pixel."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,11 @@ import torch
 
 from benchmarks.full_size import RandomBase
 from placeholder.generate import ImageGenerator
+from placeholder.model.loading import load_text_encoder
+from placeholder.model.offloading import stream
 from placeholder.model.placement import place, placement_of
 from placeholder.request import Request
+from placeholder.transformer.checkpointing import saved_bytes
 
 REQUEST = Request("a photo of <zwx>", "", 2, 4.0, 64, 64, 3, 1.0, False, "png", 80)
 FULL_SIZE = RandomBase("Qwen-Image with random weights", torch.device("cpu"), torch.bfloat16)
@@ -47,6 +51,24 @@ def test_offloading_changes_no_pixel(base, zero_prior, baseline, factor):
     expected, found = images(plain), images(offloading)
     assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
     assert not np.array_equal(expected[1], expected[2]) and np.array_equal(expected[1], expected[3])
+
+
+def test_a_streamed_layer_gives_the_same_gradients_and_keeps_no_weight(base):
+    """Its weights are a part of one vector in host memory; autograd keeps its input alone."""
+    layers = load_text_encoder(base).layers
+    streamed = copy.deepcopy(layers)
+    stream(streamed, torch.device("cpu"))
+    hidden = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    options = {"position_embeddings": (torch.ones(2, 7, 16), torch.zeros(2, 7, 16)), "attention_mask": None}
+    found = [some[1](hidden, **options) for some in (layers, streamed)]
+    gradients = [torch.autograd.grad(one.square().sum(), hidden)[0] for one in found]
+    assert torch.equal(*found) and torch.equal(*gradients)
+    (storage,) = {parameter.untyped_storage().data_ptr() for parameter in streamed.parameters()}
+    assert storage == streamed[1].forward.weights.untyped_storage().data_ptr()
+    assert all(torch.equal(*both) for both in zip(layers.parameters(), streamed.parameters(), strict=True))
+    tables = options["position_embeddings"]
+    assert saved_bytes(lambda: streamed[1](hidden, **options), tables) == hidden.nbytes
+    assert saved_bytes(lambda: layers[1](hidden, **options), (*tables, *layers.parameters())) > 2 * hidden.nbytes
 
 
 @pytest.mark.parametrize(("free", "lines"), [(None, 0), (0, 1)])
