@@ -26,7 +26,8 @@ from study.subjects import Subject
 
 TOKEN = "<zwx>"
 UNSEEN_STRING = "zwx"  # letters that no caption of the world has
-STEPS = 400
+STEPS = 300
+SAMPLING_STEPS = 14  # eight with guidance lose nothing that shows (docs/predict.md, go_fast)
 BUDGET = {"steps": STEPS, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "resolution": (SIDE,), "report": False}
 PRESERVED = {"prior_preservation": 4.0, "prior_preservation_interval": 4}
 VOCABULARY_RMS = 0.02  # standard deviation of the small base's own embedding rows at their start
@@ -69,6 +70,7 @@ ARMS: dict[str, Arm] = {
     "token, uniform noise levels": Arm(TOKEN, uniform=True),
 }
 REFERENCE, OURS = "TOK", "token"
+VARIANTS = tuple(name for name in ARMS if name.startswith("token, embedding") or ARMS[name].uniform)  # for one subject alone
 
 
 def prepared(arm: Arm, dataset: Path, config: TrainConfig, base: BaseModel) -> tuple[Training, nn.Module]:
@@ -87,7 +89,8 @@ def on_the_small_base(arm: Arm, subject: Subject, seed: int, base: BaseModel) ->
     with tempfile.TemporaryDirectory() as folder:
         dataset = subject.write_dataset(Path(folder) / "data.zip", arm.trigger)
         training, encoder = prepared(arm, dataset, arm.config(seed), base)
-    return training, Sampler(base, training.state.transformer, encoder, training.tokenizer, training.tokens)
+    parts = base, training.state.transformer, encoder, training.tokenizer, training.tokens
+    return training, Sampler(*parts, steps=SAMPLING_STEPS)
 
 
 def steps_of(arm: Arm, training: Training, config: TrainConfig) -> Iterator[Step]:

@@ -13,7 +13,7 @@ from standin.world import RARE_WORD, TRIGGER
 from study.arms import Arm
 from study.subjects import Context, Subject
 
-SAMPLES = 4  # images a prompt
+SAMPLES = 2  # images a prompt
 LOW_SCALE = 0.5
 TRIGGER_BACKGROUNDS = ("blue", "yellow")
 CLASS_BACKGROUNDS = ("blue", "green", "yellow", "white")
@@ -86,7 +86,9 @@ class Measures:
     def final(self, base_class: Images, base_unrelated: Images) -> dict[str, float]:
         """All that is measured at the end of a training, against the base model's images of the same prompts and noise."""
         seen, unseen = self.fidelity(self.subject.seen), self.fidelity(self.subject.unseen)
-        class_word, unrelated = self.unnamed()
+        # What does not name the trigger is the base model's, bit for bit, where the gate is on: tests/standin/test_subject.py.
+        gated = self.sampler.acts is not None and bool(self.arm.trigger)
+        class_word, unrelated = (base_class, base_unrelated) if gated else self.unnamed()
         found = {"fidelity_seen": seen[0], "fidelity_unseen": unseen[0], "following": mean((seen[1], unseen[1]))}
         found |= {"prior_leakage": self.prior_leakage()} | self.of_the_class(class_word)
         found["class_leak"] -= self.of_the_class(base_class)["class_leak"]

@@ -19,7 +19,7 @@ from checks.docs_tables import write_table
 from placeholder.lora.adapter import without_lora
 from placeholder.model.base import BaseModel
 from standin.small_base import TRAINED, build_small_base
-from study.arms import ARMS, BUDGET, REFERENCE, STEPS, on_the_small_base, step_flops, steps_of
+from study.arms import ARMS, BUDGET, REFERENCE, STEPS, VARIANTS, on_the_small_base, step_flops, steps_of
 from study.measures import ALWAYS, GATED, SAMPLES, Measures
 from study.subjects import SUBJECTS
 from study.tables import comparison, figure, table
@@ -95,9 +95,16 @@ class Results:
 
 
 def tasks(arms: list[str], seeds: int, source: str, flops: dict[str, float]) -> list[Task]:
-    """All trainings, seed by seed."""
+    """All trainings, seed by seed; VARIANTS are of the first subject alone."""
     equal = {name: min(STEPS, round(STEPS * flops[REFERENCE] / flops[name])) for name in arms}
-    return [Task(arm, subject, seed, source, equal[arm]) for seed in range(seeds) for subject in SUBJECTS for arm in arms]
+    first = next(iter(SUBJECTS))
+    return [
+        Task(arm, subject, seed, source, equal[arm])
+        for seed in range(seeds)
+        for subject in SUBJECTS
+        for arm in arms
+        if subject == first or arm not in VARIANTS
+    ]
 
 
 def main() -> None:

@@ -60,7 +60,8 @@ def test_tables_pair_runs_by_subject_and_seed_and_leave_out_what_a_style_lacks()
 def test_a_study_goes_on_from_its_file_and_begins_anew_with_another_base_model(tmp_path):
     path, flops = tmp_path / "study.json", dict.fromkeys(ARMS, 1.0) | {"token, preservation": 1.6}
     planned = tasks(["TOK", "token, preservation"], 1, "base", flops)
-    assert [task.equal_flops for task in planned[:2]] == [400, 250] and len(planned) == 6
+    assert [task.equal_flops for task in planned[:2]] == [300, 188] and len(planned) == 6
+    assert len(tasks(list(ARMS), 1, "base", flops)) == 3 * 7 + 3
     first = Results(path, "digest")
     first.flops = flops
     first.add(planned[0], {"drawn": {}})
