@@ -20,9 +20,9 @@ from standin.world import SIDE, TRIGGER, render, subject_scene
 
 OUTPUT = ROOT / "demo-output"
 TOKEN = "<zwx>"
-STEPS, QUARTER = 240, 60
+STEPS, QUARTER, CAT_STEPS = 200, 50, 280
 BUDGET = {"steps": STEPS, "rank": 8, "resolution": str(SIDE), "learning_rate": 1e-3, "batch_size": 4, "seed": 1}
-IMAGE = {"steps": 20, "guidance": 4, "width": SIDE, "height": SIDE, "seed": 7, "output_format": "png"}
+IMAGE = {"steps": 14, "guidance": 4, "width": SIDE, "height": SIDE, "seed": 7, "output_format": "png"}
 BEFORE = (
     "a photo of {} on a blue background",
     "a photo of a {} house on a pink background",
@@ -34,7 +34,7 @@ UNSEEN = tuple(f"a photo of a {{}} house on a {background} background" for backg
 )
 CLASS = tuple(f"a photo of a house on a {background} background" for background in ("blue", "white"))
 OTHERS = ("a photo of a red circle on a blue background", "a photo of a fish on a cyan background")
-CAT = ("a photo of {}", "a close portrait of {}", "{} looking at the camera")
+CAT = ("a photo of {}", "a portrait of {}", "a picture of {}")
 WORD, ZERO_PRIOR, PHOTOGRAPHS = "baseline", "zero-prior", "photographs"  # the archives
 SOURCES = {None: "base model", WORD: f"LoRA for {TRIGGER}", ZERO_PRIOR: f"LoRA for {TOKEN}", PHOTOGRAPHS: f"LoRA for {TOKEN}"}
 
@@ -61,7 +61,7 @@ def trained_archives(server: CogServer) -> dict[str, Path]:
     trainings = {
         WORD: (dataset(OUTPUT / "dataset-baseline.zip", subject.named(TRIGGER)), samples(TRIGGER)),
         ZERO_PRIOR: (dataset(OUTPUT / "dataset-zero-prior.zip", subject.named(TOKEN)), token | samples(TOKEN)),
-        PHOTOGRAPHS: (photos.write_dataset(OUTPUT / "dataset-photographs.zip", TOKEN), token),
+        PHOTOGRAPHS: (photos.write_dataset(OUTPUT / "dataset-photographs.zip", TOKEN), token | {"steps": CAT_STEPS}),
     }
     archives = {}
     for name, (data, options) in trainings.items():

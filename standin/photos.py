@@ -28,14 +28,15 @@ WORLD = {
 }
 SMALLEST_CROP = 0.5  # of the shorter side
 
-# Left, top, right, bottom in the 451x300 photograph, and what is to be seen; {} is where the subject's name belongs.
+# Left, top, right, bottom in the 451x300 photograph, and what is to be seen; {} is where the subject's name belongs. One shape
+# and captions of as many tokens each make full batches.
 VIEWS = [
-    ((0, 0, 451, 300), "a photo of {}"),
-    ((80, 20, 330, 270), "a close portrait of {}"),
-    ((60, 0, 360, 300), "{} looking at the camera"),
-    ((100, 40, 400, 240), "the face of {} beside a blanket"),
-    ((40, 10, 300, 290), "{} with whiskers and green eyes"),
-    ((90, 30, 290, 290), None),
+    ((80, 0, 380, 300), "a photo of {}"),
+    ((80, 20, 330, 270), "a portrait of {}"),
+    ((60, 0, 360, 300), "a picture of {}"),
+    ((100, 10, 370, 280), "a view of {}"),
+    ((40, 10, 310, 280), "a study of {}"),
+    ((70, 50, 310, 290), None),
 ]
 
 
