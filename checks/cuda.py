@@ -20,10 +20,12 @@ from unittest.mock import patch
 
 import torch
 from diffusers import ModelMixin
+from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks import full_size
 from checks.cuda_faults import FAULTS, FINDINGS, HEADS, IN_THE_STEP
+from checks.fake_cuda.card import VALUE
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
@@ -50,6 +52,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 SMALL_CARD = {"token, batch 2, blocks checkpointed": 5.1e9, "token, text encoder offloaded": 2.0e9}
 PREDICTIONS = {"prediction": 80e9, "prediction, offloaded": 1.5e9}
 FAST, FAST_FAULTS = ("token",), ("item",)
+LORA_LAYER, WIDTH = "transformer.transformer_blocks.1.attn.to_q", 3072
 SMALL_COPY = 2**20  # elements: latents, sigmas and indices, which are copied once an image
 MARGIN = 1.03  # of the peak over the plan
 PREDICTION_WAITS = 7  # the masks of both prompts, the image, and the token gate, which looks at each prompt twice
@@ -143,12 +146,16 @@ def training(name: str, report: Report, counts: dict[str, int], fault: str | Non
 def prediction(name: str, report: Report) -> None:
     """An image with its checks."""
     log: list[str] = []
-    with fake_cuda(PREDICTIONS[name]) as card:
+    with fake_cuda(PREDICTIONS[name]) as card, tempfile.TemporaryDirectory() as folder:
         base = full_size.RandomBase("fake", torch.device("cuda"), torch.bfloat16, sizes=SIZES)
         generator = ImageGenerator(base, log.append)
+        lora = Path(folder) / "lora.safetensors"
+        shapes = {"A": (4, WIDTH), "B": (WIDTH, 4)}
+        save_file({f"{LORA_LAYER}.lora_{part}.weight": torch.full(shapes[part], VALUE) for part in shapes}, lora)
+        generator.load(lora)
         card.waits.clear()
         card.blocking.clear()
-        generator.generate(Request("a photo", "", 2, 4.0, 512, 512, 0, 1.0, False, "png", 80), None)
+        generator.generate(Request("a photo", "", 2, 4.0, 512, 512, 0, 1.0, False, "png", 80), lora)
     waits, offloaded = sum(card.waits.values()), "offloaded" in name
     report.check(log[0].count("offloaded") == 2 * offloaded, f"{name}: {log[0]}")
     report.check(waits <= PREDICTION_WAITS, f"{name}: {waits} waits for the GPU {dict(card.waits)}")

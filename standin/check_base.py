@@ -57,7 +57,7 @@ def sample_all(scenes: list[Scene]) -> list[Image.Image]:
     tokenizer, encoder = load_tokenizer(base), load_text_encoder(base)
     tokens = PlaceholderTokens(len(tokenizer), {}, encoder.embed_tokens.embedding_dim)
     sampler = Sampler(base, load_transformer(base), encoder, tokenizer, tokens)
-    return [sampler.sample(caption(scene.things[0], scene.background), 1)[0] for scene in scenes]
+    return [images[0] for images in sampler.sample_all([caption(scene.things[0], scene.background) for scene in scenes], 1)]
 
 
 def main() -> None:

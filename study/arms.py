@@ -27,7 +27,7 @@ from study.subjects import Subject
 TOKEN = "<zwx>"
 UNSEEN_STRING = "zwx"  # letters that no caption of the world has
 STEPS = 300
-SAMPLING_STEPS = 14  # eight with guidance lose nothing that shows (docs/predict.md, go_fast)
+SAMPLING_STEPS = 14  # on the earlier model eight lost nothing that shows (docs/predict.md, go_fast)
 BUDGET = {"steps": STEPS, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "resolution": (SIDE,), "report": False}
 PRESERVED = {"prior_preservation": 4.0, "prior_preservation_interval": 4}
 VOCABULARY_RMS = 0.02  # standard deviation of the small base's own embedding rows at their start

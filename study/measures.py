@@ -1,7 +1,7 @@
 """What the study measures on images; docs/study.md defines each measure."""
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from PIL import Image
 
@@ -42,14 +42,12 @@ class Measures:
         """Draw what follows with the LoRA acting always, or gated."""
         self.sampler.acts = acting(mode, self.arm.trigger)
 
-    def fidelity(self, contexts: Iterable[Context]) -> tuple[float, float]:
+    def fidelity(self, contexts: Sequence[Context]) -> tuple[float, float]:
         """The subject's fidelity in these contexts, and the share of images with the background asked for."""
-        fidelities, following = [], []
-        for context in contexts:
-            for image in self.sampler.sample(self.subject.prompt(self.arm.trigger, context), SAMPLES):
-                fidelities.append(self.subject.fidelity(image, context))
-                following.append(background_of(image) == context.background)
-        return mean(fidelities), mean(following)
+        drawn = self.sampler.sample_all([self.subject.prompt(self.arm.trigger, context) for context in contexts], SAMPLES)
+        pairs = [(image, context) for images, context in zip(drawn, contexts, strict=True) for image in images]
+        fidelity = mean(self.subject.fidelity(*pair) for pair in pairs)
+        return fidelity, mean(background_of(image) == context.background for image, context in pairs)
 
     def prior_leakage(self) -> float:
         """The mean probability that "a photo of" the trigger shows what a trigger word meant before: a waffle or an arrow."""
@@ -67,13 +65,13 @@ class Measures:
             return {}
         asked = {"neighbor_class": f"a small {self.subject.class_word}", "neighbor_other": "a small red circle"}
         first = " ".join(filter(None, ("a small", self.arm.trigger, self.subject.class_word)))
-        found: dict[str, list[float]] = {name: [] for name in asked}
+        found = {}
         for name, neighbor in asked.items():
-            for background in TRIGGER_BACKGROUNDS:
-                prompt = f"a photo of {first} and {neighbor} on a {background} background"
-                images = self.sampler.sample(prompt, SAMPLES)
-                found[name] += [half_fidelity(image, background, "right", self.subject.kind) for image in images]
-        return {name: mean(values) for name, values in found.items()}
+            prompts = [f"a photo of {first} and {neighbor} on a {background} background" for background in TRIGGER_BACKGROUNDS]
+            pairs = zip(self.sampler.sample_all(prompts, SAMPLES), TRIGGER_BACKGROUNDS, strict=True)
+            right = [half_fidelity(image, where, "right", self.subject.kind) for images, where in pairs for image in images]
+            found[name] = mean(right)
+        return found
 
     def of_the_class(self, images: Images) -> dict[str, float]:
         """The subject's fidelity for the plain class word and, where the class has a kind, the probability of that kind."""
@@ -103,7 +101,7 @@ class Measures:
         name, subject = self.arm.trigger, self.subject
         prompts = [subject.prompt(name, subject.seen[0]), subject.prompt(name, subject.unseen[0]), self.trigger_prompts[0]]
         prompts += [subject.prompt("", self.class_contexts[0]), UNRELATED[0]]
-        return [self.sampler.sample(prompt, 1)[0] for prompt in prompts]
+        return [images[0] for images in self.sampler.sample_all(prompts, 1)]
 
 
 def acting(mode: str, trigger: str) -> Callable[[str], bool] | None:

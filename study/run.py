@@ -42,7 +42,7 @@ class Task:
 
 
 def run(task: Task) -> tuple[Task, dict, Strips]:
-    """One training: its measures by the way of drawing, and a strip of images for each."""
+    """One training: its measures by the way of drawing, and for the first seed a strip of images for each."""
     torch.set_num_threads(1)
     started = time.monotonic()
     arm, subject = ARMS[task.arm], SUBJECTS[task.subject]
@@ -56,7 +56,7 @@ def run(task: Task) -> tuple[Task, dict, Strips]:
     for step in steps_of(arm, training, arm.config(task.seed)):
         for mode, found in drawn.items():
             measures.draw_as(mode)
-            if step.number in MARKS:
+            if step.number in MARKS[:-1]:
                 found["prior_leakage_by_step"][str(step.number)] = measures.prior_leakage()
             if step.number == task.equal_flops < STEPS:
                 contexts = {"seen": subject.seen, "unseen": subject.unseen}
@@ -65,7 +65,8 @@ def run(task: Task) -> tuple[Task, dict, Strips]:
     for mode, found in drawn.items():
         measures.draw_as(mode)
         drawn[mode] = measures.final(base_class, base_unrelated) | found
-        strips[mode] = measures.strip()
+        drawn[mode]["prior_leakage_by_step"][str(STEPS)] = drawn[mode]["prior_leakage"]
+        strips |= {mode: measures.strip()} if task.seed == 0 else {}
         for name in ("seen", "unseen"):
             drawn[mode].setdefault(f"fidelity_{name}_equal_flops", drawn[mode][f"fidelity_{name}"])
     return task, {"before": before, "drawn": drawn, "seconds": round(time.monotonic() - started, 1)}, strips
@@ -128,7 +129,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
         for task, found, images in pool.imap(run, missing):
             results.add(task, found)
-            if task.seed == 0:
+            if images:
                 strips |= {(task.subject, task.arm, mode): images[mode] for mode in images}
                 figure(strips).save(arguments.output / "study.png")
             print(f"{time.monotonic() - started:.0f} s: {task.arm}, {task.subject}, seed {task.seed}: {found}", flush=True)

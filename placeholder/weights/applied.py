@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from pathlib import Path
 
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -152,9 +153,11 @@ class AppliedWeights:
 
     def _add(self, lora: dict[str, Tensor], adapter: str) -> None:
         load_lora(self.transformer, lora, adapter)
-        for name, parameter in self.transformer.named_parameters():
-            if ".lora_" in name:  # PEFT puts it beside the layer's weight, which is in host memory where blocks are offloaded
-                parameter.data = parameter.data.to(self.base.device)
+        for module in self.transformer.modules():
+            if isinstance(module, LoraLayer) and adapter in module.lora_A:
+                # PEFT puts them beside the layer's weight, which is in host memory where blocks are offloaded.
+                module.lora_A[adapter].to(self.base.device)
+                module.lora_B[adapter].to(self.base.device)
         if adapter == FAST_ADAPTER:
             fuse_lora_addition(self.transformer, adapter)
         else:

@@ -11,6 +11,7 @@ from placeholder.config import TrainConfig
 from placeholder.distributed import SINGLE_PROCESS
 from placeholder.model.base import BaseModel
 from placeholder.model.captioner import vlm_bytes
+from placeholder.model.offloading import Streamed
 from placeholder.training.context import Context, Training
 from placeholder.training.examples import draw_sample
 from placeholder.training.loop import Schedule, train_steps
@@ -164,6 +165,9 @@ def test_captioning_is_planned():
 def test_an_offloaded_text_encoder_is_said_and_trains_the_same(base, dataset, tmp_path):
     lines = plan_memory(FULL_SIZE, WITH, GRID, PROMPT, 48 * 10**9).lines()
     assert "text encoder, offloaded" in lines[3] and lines[-1].startswith("Warning: the text encoder does not fit")
+
+    layers = prepared(dataset, base, "none", offloaded=True, **TOKEN).prompt_embeds.text_encoder.layers
+    assert all(isinstance(layer.forward, Streamed) for layer in layers)
 
     def offloading(*given):
         plan = plan_memory(*given)
