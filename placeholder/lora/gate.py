@@ -96,12 +96,10 @@ class GatedAddition(LoraVariant):
         acting = self.gate.acting.get(active_adapter)
         if acting is None or len(acting) == len(x):
             return self._added(module, active_adapter, x, result)
-        if acting:
-            added = self._added(module, active_adapter, x[acting], result[acting])
-            return result.index_copy(0, torch.tensor(acting, device=x.device), added.to(result.dtype))
-        if not self.fused:  # offloaded layers are fetched in a fixed order: they are called, though nothing comes of it
-            self._added(module, active_adapter, x, result)
-        return result
+        if not acting:
+            return result
+        added = self._added(module, active_adapter, x[acting], result[acting])
+        return result.index_copy(0, torch.tensor(acting, device=x.device), added.to(result.dtype))
 
     def _added(self, module: LoraLayer, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         if self.fused:

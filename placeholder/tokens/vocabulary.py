@@ -1,11 +1,13 @@
 """Checks of placeholder tokens against the tokenizer's vocabulary: which tokens can be new, and which ids they get."""
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.errors import shown
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 
+ROWS_AT_ONCE = 1024  # of the embedding matrix, in float32: 15 MB stay in a processor's cache, the whole are 2 GB
 MAX_TOKENS = 64  # of one training or one archive
 MAX_TOKEN_BYTES = 64  # its file in the archive has a percent-encoded name of at most three times as many
 
@@ -57,3 +59,10 @@ def archive_tokens(
             "it was trained on another base"
         )
     return tokens
+
+
+@torch.no_grad()
+def row_norms(embedding_matrix: Tensor, entries: int) -> Tensor:
+    """The norms (entries,) of the first rows of an embedding matrix (rows, D), in float32; the rest is padding."""
+    parts = embedding_matrix[:entries].split(ROWS_AT_ONCE)
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts])

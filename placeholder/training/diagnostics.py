@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from placeholder.lora.adapter import without_lora
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
+from placeholder.tokens.vocabulary import ROWS_AT_ONCE, row_norms
 from placeholder.training.context import Training
 from placeholder.training.examples import Example, Sample, draw_sample
 from placeholder.training.losses import sample_losses
@@ -113,14 +114,12 @@ def rows_as(tokens: PlaceholderTokens, rows: Tensor) -> Iterator[None]:
 @torch.no_grad()
 def nearest_tokens(tokens: PlaceholderTokens, vocabulary: Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list]]:
     """For each token the vocabulary entries of the highest cosine with its first row, best first."""
-    nearest = {}
-    for token, rows in tokens.embeddings().items():
-        row = rows[0].to(vocabulary.device)
-        parts = [
-            torch.nn.functional.cosine_similarity(part.float(), row[None], dim=1)
-            for part in vocabulary[: len(tokenizer)].split(16384)
-        ]
-        best = torch.cat(parts).topk(NEAREST)
-        entries = [tokenizer.decode([token_id]) for token_id in best.indices.tolist()]
-        nearest[token] = [[entry, cosine] for entry, cosine in zip(entries, best.values.tolist(), strict=True)]
-    return nearest
+    embeddings = tokens.embeddings()
+    rows = torch.stack([rows[0] for rows in embeddings.values()]).to(vocabulary.device)  # (tokens, D)
+    norms = row_norms(vocabulary, len(tokenizer))[:, None] * rows.norm(dim=1)
+    dots = torch.cat([part.float() @ rows.T for part in vocabulary[: len(tokenizer)].split(ROWS_AT_ONCE)])
+    best = (dots / norms.clamp_min(torch.finfo(norms.dtype).tiny)).topk(NEAREST, dim=0)
+    return {
+        token: [[tokenizer.decode([index]), cosine] for index, cosine in zip(ids, cosines, strict=True)]
+        for token, ids, cosines in zip(embeddings, best.indices.T.tolist(), best.values.T.tolist(), strict=True)
+    }

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from placeholder.tokens.vocabulary import row_norms
+
 LORA_WEIGHT_DECAY = 1e-4  # adam_weight_decay of diffusers' DreamBooth LoRA scripts
 # Numbers that each optimizer keeps for each parameter, in fp32, rounded up.
 STATES = {"adamw": 2, "adamw8bit": 1, "adam8bit": 1, "prodigy": 4}
@@ -120,8 +122,6 @@ class TokenOptimizer:
         self.adamw.load_state_dict(state["adamw"])
 
 
-@torch.no_grad()
 def token_rms_limit(vocabulary: Tensor, entries: int) -> float:
-    """TOKEN_RMS_LIMIT x the median rms of the first `entries` rows of the embedding matrix (rows, D); the rest is padding."""
-    rms = torch.cat([part.float().square().mean(dim=1) for part in vocabulary[:entries].split(16384)]).sqrt()
-    return TOKEN_RMS_LIMIT * rms.median().item()
+    """TOKEN_RMS_LIMIT x the median rms of the first `entries` rows of the embedding matrix (rows, D)."""
+    return TOKEN_RMS_LIMIT * row_norms(vocabulary, entries).median().item() / vocabulary.shape[1] ** 0.5

@@ -15,6 +15,7 @@ from placeholder.transformer.layers import Int8Linear
 # Of the blocks' code in one training: batches of one and of several images and first blocks with and without a gradient at
 # their input, each with sizes fixed and then open. PyTorch's default is 8.
 RECOMPILE_LIMIT = 16
+BACKEND = "inductor"
 OPTIONS = {
     "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
 }  # nothing in the blocks changes while they are compiled
@@ -29,7 +30,7 @@ def uncompiled() -> AbstractContextManager[None]:
 class CompiledBlocks:
     """A transformer whose blocks compile when they first run; they go on uncompiled where that fails."""
 
-    def __init__(self, transformer: nn.Module, log: Log, backend: str = "inductor"):
+    def __init__(self, transformer: nn.Module, log: Log):
         self.transformer, self.log, self._undo = transformer, log, ExitStack()
         for setting in _settings(any(isinstance(module, Int8Linear) for module in transformer.modules())):
             self._undo.enter_context(setting)
@@ -44,7 +45,7 @@ class CompiledBlocks:
         for hook in hooks:
             self._undo.callback(hook.remove)
         options = OPTIONS | ({"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {})
-        transformer.compile_repeated_blocks(fullgraph=True, backend=backend, options=options)
+        transformer.compile_repeated_blocks(fullgraph=True, backend=BACKEND, options=options)
 
     def failed(self, error: RuntimeError) -> bool:
         """Whether `error` comes from the compiler; the blocks are uncompiled then, and the log has a warning."""

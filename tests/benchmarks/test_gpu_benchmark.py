@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 
 from benchmarks import gpu
 from benchmarks.full_size import RandomBase
+from placeholder.transformer import compile as compilation
 from placeholder.transformer.compile import CompiledBlocks
 from tests.benchmarks.test_full_size import TINY
 
@@ -49,10 +50,11 @@ def eager_blocks(monkeypatch) -> list[CompiledBlocks]:
 
     @contextmanager
     def compiled_blocks(model, _wanted, log):
-        made.append(CompiledBlocks(model, log, backend="eager"))
+        made.append(CompiledBlocks(model, log))
         yield
         made[-1].undo()
 
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
     monkeypatch.setattr(gpu, "compiled_blocks", compiled_blocks)
     return made
 

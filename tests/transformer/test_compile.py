@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._inductor.config
+import torch._inductor.metrics
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0, apply_rotary_emb_qwen
 from torch._dynamo.utils import counters
 
@@ -12,6 +13,7 @@ from placeholder.config import TrainConfig
 from placeholder.lora.adapter import add_lora, without_lora
 from placeholder.model.quantization import quantize
 from placeholder.training.losses import Denoiser
+from placeholder.transformer import compile as compilation
 from placeholder.transformer.attention import RealRotaryAttention, real_rotations, rotate
 from placeholder.transformer.checkpointing import BlockCheckpointing, saved_bytes
 from placeholder.transformer.compile import RECOMPILE_LIMIT, CompiledBlocks, uncompiled
@@ -21,12 +23,18 @@ from tests.conftest import SHORT
 from tests.support.samples import train, write_dataset
 
 
-class Passes:
-    """Forward and backward passes of three small blocks with a LoRA that is not zero."""
+@pytest.fixture
+def traced(monkeypatch):
+    """What is compiled and how often, without the C++ code that inductor would make of it in a minute and more."""
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
 
-    def __init__(self):
+
+class Passes:
+    """Forward and backward passes of some small blocks with a LoRA that is not zero."""
+
+    def __init__(self, blocks: int = 3):
         torch.manual_seed(0)
-        self.transformer = new_transformer(Size(text_width=32, text_layers=1, blocks=3, heads=2, vae_width=8))
+        self.transformer = new_transformer(Size(text_width=32, text_layers=1, blocks=blocks, heads=2, vae_width=8))
         self.lora = add_lora(self.transformer.requires_grad_(False), 4, seed=0)
         with torch.no_grad():
             for parameter in self.lora:
@@ -53,6 +61,15 @@ class Passes:
         return loss.detach(), [parameter.grad for parameter in self.lora] + [noisy.grad, embeds.grad], base
 
 
+def alike(found, expected) -> None:
+    """Losses, gradients and predictions of the base model as `Passes.made` gives them are the same but for rounding."""
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert torch.allclose(found[2], expected[2], atol=1e-5)
+    for one, other in zip(found[1], expected[1], strict=True):
+        assert (one is None) == (other is None)
+        assert other is None or torch.allclose(one, other, rtol=1e-3, atol=1e-5 * other.abs().max() + 1e-9)
+
+
 @pytest.fixture(scope="module")
 def passes() -> Passes:
     return Passes()
@@ -77,19 +94,13 @@ def test_the_attention_is_that_of_diffusers(passes):
         assert torch.allclose(one, close, atol=1e-6) and one.shape == close.shape
 
 
-def test_compiled_blocks_give_the_gradients_of_uncompiled_ones(passes):
-    """What is compiled and how often, without the C++ code that inductor would make of it in a minute and more."""
+def test_compiled_blocks_give_the_gradients_of_uncompiled_ones(passes, traced):
     cases = [(2, (4, 4), 7, False, 0), (3, (3, 5), 9, False, 2), (4, (6, 6), 64, False, 3), (3, (4, 4), 16, True, 1)]
     expected = [passes.made(*case) for case in cases]
     before, warnings = counters["stats"]["unique_graphs"], []
-    compiled = CompiledBlocks(passes.transformer, warnings.append, backend="aot_eager")
-    for case, (loss, gradients, base) in zip(cases, expected, strict=True):
-        found_loss, found_gradients, found_base = passes.made(*case)
-        assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
-        assert torch.allclose(base, found_base, atol=1e-5)
-        for gradient, found in zip(gradients, found_gradients, strict=True):
-            assert (gradient is None) == (found is None)
-            assert gradient is None or torch.allclose(gradient, found, rtol=1e-3, atol=1e-5 * gradient.abs().max() + 1e-9)
+    compiled = CompiledBlocks(passes.transformer, warnings.append)
+    for case, made in zip(cases, expected, strict=True):
+        alike(passes.made(*case), made)
     assert warnings == []
     assert 0 < counters["stats"]["unique_graphs"] - before <= RECOMPILE_LIMIT
     compiled.undo()
@@ -99,7 +110,18 @@ def test_compiled_blocks_give_the_gradients_of_uncompiled_ones(passes):
     assert all(one is other or torch.equal(one, other) for one, other in zip(again[1], expected[-1][1], strict=True))
 
 
-def test_a_compiled_training_learns_what_an_uncompiled_one_learns(base, tmp_path):
+def test_the_code_that_inductor_makes_gives_the_same():
+    passes = Passes(blocks=1)
+    case = 2, (4, 4), 7, True, 0
+    expected, before = passes.made(*case), torch._inductor.metrics.generated_kernel_count
+    compiled = CompiledBlocks(passes.transformer, pytest.fail)
+    alike(passes.made(*case), expected)
+    assert torch._inductor.metrics.generated_kernel_count > before
+    compiled.undo()
+    torch.compiler.reset()
+
+
+def test_a_compiled_training_learns_what_an_uncompiled_one_learns(base, tmp_path, traced):
     dataset = write_dataset(tmp_path / "dataset.zip", ["a photo"])
     config = TrainConfig(**SHORT | {"steps": 3}, caption_dropout=0.0)
     plain = train(dataset, config, tmp_path / "plain.zip", base)
@@ -121,17 +143,16 @@ def test_without_a_compiler_the_training_goes_on_uncompiled(base, dataset, basel
     assert run.entry(LORA_NAME) == baseline.entry(LORA_NAME)
 
 
-def test_an_error_that_is_not_the_compilers_is_not_taken_for_one(passes):
-    compiled = CompiledBlocks(passes.transformer, pytest.fail, backend="aot_eager")
+def test_an_error_that_is_not_the_compilers_is_not_taken_for_one(passes, traced):
+    compiled = CompiledBlocks(passes.transformer, pytest.fail)
     assert not compiled.failed(RuntimeError("shapes do not fit"))
     compiled.undo()
 
 
-@pytest.mark.parametrize("kind", ["none", "int8"])
-def test_compiled_blocks_keep_no_more_than_the_plan_counts(kind):
+def test_compiled_blocks_keep_no_more_than_the_plan_counts(traced):
     """It counts uncompiled blocks; the compiler would keep 8-bit weights dequantized."""
     transformer = new_transformer(Size(text_width=32, text_layers=1, blocks=3, heads=2, vae_width=8)).requires_grad_(False)
-    quantize(transformer.transformer_blocks, kind, torch.device("cpu"))
+    quantize(transformer.transformer_blocks, "int8", torch.device("cpu"))
     add_lora(transformer, 4, seed=0)
     BlockCheckpointing(transformer, 0)
     inputs = torch.randn(1, 256, 64), torch.full((1,), 0.5), torch.randn(1, 20, 32), (16, 16)
@@ -140,7 +161,7 @@ def test_compiled_blocks_keep_no_more_than_the_plan_counts(kind):
         return Denoiser(transformer)(*inputs).square().mean()
 
     before = saved_bytes(loss, transformer.parameters())
-    compiled = CompiledBlocks(transformer, pytest.fail, backend="aot_eager")
+    compiled = CompiledBlocks(transformer, pytest.fail)
     loss().backward()
     assert saved_bytes(loss, transformer.parameters()) < before
     compiled.undo()
