@@ -13,8 +13,8 @@ from study.arms import ARMS, on_the_small_base, steps_of
 from study.measures import ALWAYS, GATED, LOW_SCALE, Measures, difference
 from study.subjects import SUBJECTS
 
-STEPS, IMAGES, CONTEXTS = 200, 2, SUBJECTS["object"].seen[:2] + SUBJECTS["object"].unseen[:1]
-MIN_FIDELITY, MIN_ROW_SHARE = 0.33, 0.1
+STEPS, IMAGES, CONTEXTS = 150, 2, SUBJECTS["object"].seen[:2] + SUBJECTS["object"].unseen[:1]
+MIN_FIDELITY, MIN_ROW_SHARE = 0.25, 0.1
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def token(small_base) -> Trained:
 
 def test_the_subject_is_learned_without_the_old_meaning_of_a_trigger_word(token, small_base):
     """The old meaning is measured at half the LoRA's scale: at the full one enough steps overrule the trigger word."""
-    word = trained("TOK", small_base, steps=100)
+    word = trained("TOK", small_base, steps=40)
     assert token.fidelity() > MIN_FIDELITY
     assert word.prior_leakage() > 0.5 and token.prior_leakage() < 0.02
 
@@ -84,5 +84,5 @@ def test_a_lora_that_is_not_applied_fails(token):
 
 def test_a_frozen_row_fails(token, small_base):
     """Its images would pass, as the study finds: a near-zero row is a direction of its own. What fails is the row's share."""
-    frozen = trained("token, embedding frozen", small_base, steps=40)
+    frozen = trained("token, embedding frozen", small_base, steps=8)
     assert diagnose(frozen.training).row_share == 0.0 < MIN_ROW_SHARE < diagnose(token.training).row_share
