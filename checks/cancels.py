@@ -80,7 +80,7 @@ def cancel_at(moments: Sequence[float], server: CogServer, inputs: dict[str, Any
 
 def archives(server: CogServer) -> int:
     """How many archives the server's trainings have written so far."""
-    return server.log.read_text().count("Weights archive proved")
+    return server.log.read_text().count("Weights archive verified")
 
 
 def main(count: int = COUNT) -> None:

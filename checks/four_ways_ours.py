@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,7 +30,6 @@ from demo.server import ROOT
 from placeholder.model.base import MODEL_VARIABLE, BaseModel
 from placeholder.model.loading import load_scheduler, load_text_encoder, load_transformer, load_vae
 from placeholder.service import cli as command_line
-from placeholder.training.flow import shift_mu
 from standin import subject
 from standin.small_base import build_small_base
 from tests.support.samples import read_zip
@@ -181,7 +181,7 @@ def write_reference(archive: Path, model: Path, folder: Path) -> None:
     facts = {
         **sizes(text_encoder, transformer),
         "vae": {name: vae.config[name] for name in ("num_res_blocks", "latents_mean", "latents_std")},
-        "shift": math.exp(shift_mu(tokens, *(schedule[name] for name in SHIFT_CONSTANTS))),
+        "shift": math.exp(calculate_shift(tokens, *(schedule[name] for name in SHIFT_CONSTANTS))),
         "prompts": PROMPTS,
         "picture": IMAGE,
     }

@@ -33,7 +33,6 @@ class Processes:
 
     world_size: int = 1
     rank: int = 0
-    local_rank: int = 0
     group: ProcessGroup | None = None
 
     @classmethod
@@ -44,7 +43,7 @@ class Processes:
             if state.num_processes == 1:
                 return cls()
             group = torch.distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
-            return cls(state.num_processes, state.process_index, state.local_process_index, group)
+            return cls(state.num_processes, state.process_index, group)
 
     def shard(self, batch: list[T]) -> list[T]:
         """This process's part of a batch that all of them know."""

@@ -49,7 +49,7 @@ def reason(error: BaseException) -> str:
 
 
 def check_download(name: str, head: bytes) -> None:
-    """ValueError for the first HEAD_BYTES of what a browser, a login or git put in a file's place, or of a pickle."""
+    """ValueError for the first HEAD_BYTES of what a browser, a login or git put in a file's place."""
     start = head.removeprefix(b"\xff\xfe").replace(b"\0", b"").lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype", b"<!--", b"<html", b"<?xml", b"<head", b"<script", b"<title", b"<meta", b"<body")):
         raise ValueError(f"{name} is a web page, not the file: give a direct link")

@@ -174,7 +174,7 @@ def write_verified(
     finally:
         unverified.unlink(missing_ok=True)
     context.log(
-        f"Weights archive proved: {len(weights.lora)} LoRA tensors, {len(weights.embeddings)} embeddings, "
+        f"Weights archive verified: {len(weights.lora)} LoRA tensors, {len(weights.embeddings)} embeddings, "
         f"{output.stat().st_size} bytes"
     )
 

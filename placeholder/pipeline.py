@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from placeholder.errors import quoted
 from placeholder.lora.adapter import ADAPTER, load_lora, scale_lora, unload_lora
 from placeholder.lora.gate import TokenGate
+from placeholder.model.base import QWEN_IMAGE
 from placeholder.model.download import local_file
 from placeholder.options import number
 from placeholder.request import MAX_SCALE
@@ -56,7 +57,8 @@ class LoadedArchive:
         if self.gate:
             for text, sample in zip(prompts, embeds, strict=True):
                 named = self.tokens.named(tokenized(self.pipe.tokenizer, self.tokens, text).ids)
-                self.gate.remember(sample, () if named else (ADAPTER,))
+                for kept in (sample, sample[: QWEN_IMAGE.max_prompt_tokens]):  # which the pipeline cuts it to by default
+                    self.gate.remember(kept, () if named else (ADAPTER,))
         return embeds, mask
 
     def _stock(self, prompts: list[str], device: torch.device | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor, nn
 
 from placeholder.tokens.prompt_encoder import prompt_template
-from placeholder.training.flow import add_noise, flow_loss, shift_mu, velocity_target
+from placeholder.training.flow import add_noise, flow_loss, velocity_target
 from standin import pool, small_base
 from standin.world import SIDE
 
@@ -94,7 +95,7 @@ class Batches:
         length = torch.where(dropped, self.empty_length, self.lengths[index, which])
         clean = self.latents[index]
         noise = torch.randn(clean.shape, generator=generator)
-        high = torch.arange(BATCH) % 2 * (HIGH_NOISE - (mu := shift_mu(clean.shape[1], 256, 8192, 0.5, 0.9)))
+        high = torch.arange(BATCH) % 2 * (HIGH_NOISE - (mu := calculate_shift(clean.shape[1], 256, 8192, 0.5, 0.9)))
         sigmas = torch.sigmoid(torch.randn(BATCH, generator=generator) + mu + high)
         return tuple(part.to(self.device) for part in (prompts, length, clean, noise, sigmas))
 

@@ -144,7 +144,7 @@ def test_the_log_says_what_happened_once_in_its_words(zero_prior):
         "Latents: 3 crops cached",
         "Text embeddings: 4 prompts cached",  # the captions without their token, and the empty one
         "LoRA: rank 4, 8192 parameters in 16 layers",
-        f"Weights archive proved: 32 LoRA tensors, 1 embeddings, {zero_prior.archive.stat().st_size} bytes",
+        f"Weights archive verified: 32 LoRA tensors, 1 embeddings, {zero_prior.archive.stat().st_size} bytes",
     ]
     assert [line for line in zero_prior.log if line in expected] == expected
     warnings = [line for line in zero_prior.log if line.startswith("Warning")]

@@ -87,7 +87,7 @@ def _owners(names: list[str], images: list[str]) -> dict[str, list[str] | str]:
     """
     exact, folded = defaultdict(list), defaultdict(list)
     for image in images:
-        for key in (_stem(image), _composed(image)):
+        for key in (stem(image), _composed(image)):
             exact[key].append(image)
             folded[key.casefold()].append(image)
     rivals = defaultdict(list)
@@ -95,7 +95,7 @@ def _owners(names: list[str], images: list[str]) -> dict[str, list[str] | str]:
         rivals[_composed(name).casefold()].append(name)
     owners: dict[str, list[str] | str] = {}
     for name in sorted(names, key=lambda name: (SUFFIXES.index(PurePosixPath(name).suffix.lower()), name)):
-        key = _stem(name)
+        key = stem(name)
         likely = exact.get(key) or folded.get(key.casefold(), [])
         unsure = key not in exact and (len(likely) > 1 or len(rivals[_composed(name).casefold()]) > 1)
         owners[name] = f"it could belong to {listed([*map(label, likely)], 3)}" if unsure and likely else likely or NO_IMAGE
@@ -204,7 +204,7 @@ def _one_line(text: str) -> str:
     return line
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
     """The name without its suffix, composed."""
     return _composed(str(PurePosixPath(name).with_suffix("")))
 

@@ -55,8 +55,13 @@ def _caption(photo: Photo, config: TrainConfig, descriptions: Iterator[str]) -> 
         parts = (config.autocaption_prefix or "", next(descriptions), config.autocaption_suffix or "")
         if text := " ".join(" ".join(parts).split()):
             return Caption(photo.name, text, "auto", photo.file)
-    plain = not config.tokens and config.default_caption == DEFAULT_CAPTION
-    return Caption(photo.name, PLAIN_DEFAULT_CAPTION if plain else config.default_caption, "default", photo.file)
+    filled = config.default_caption if config.tokens else plain_default_caption(config.default_caption)
+    return Caption(photo.name, filled, "default", photo.file)
+
+
+def plain_default_caption(caption: str) -> str:
+    """What a training without a token takes for `default_caption`: the default has no place for one then."""
+    return PLAIN_DEFAULT_CAPTION if caption == DEFAULT_CAPTION else caption
 
 
 def with_token(text: str, token: str) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from placeholder.data.archive import open_archive
 from placeholder.data.buckets import buckets_of, crop, to_image
-from placeholder.data.caption_files import CaptionFiles, is_caption_file, read_captions
+from placeholder.data.caption_files import CaptionFiles, is_caption_file, read_captions, stem
 from placeholder.data.entries import Archive, is_clutter
 from placeholder.data.images import FORMAT_NAMES, UNREADABLE, NotAnImageError, to_rgb
 from placeholder.data.masks import is_mask, masks_by_image, token_weights
@@ -138,9 +137,9 @@ def _contents(archive: Archive) -> tuple[list[str], CaptionFiles, dict[str, str]
     Files that tools leave behind are ignored silently.
     """
     names = sorted(name for name in archive.names if not is_clutter(name))
-    pictured = {name: _stem(name) for name in names if not is_caption_file(name)}
-    images = {name: stem for name, stem in pictured.items() if not is_mask(stem)}
-    masks, unused = masks_by_image({name: stem for name, stem in pictured.items() if is_mask(stem)}, images)
+    pictured = {name: stem(name) for name in names if not is_caption_file(name)}
+    images = {name: word for name, word in pictured.items() if not is_mask(word)}
+    masks, unused = masks_by_image({name: word for name, word in pictured.items() if is_mask(word)}, images)
     captions = read_captions(archive, [name for name in names if is_caption_file(name)], list(images))
     skipped = dict.fromkeys(unused, "a mask without an image of that name")
     warnings = captions.warnings() + _warnings(list(images), unused)
@@ -174,12 +173,12 @@ class UnusableImageError(Exception):
 
 
 def _image(archive: Archive, name: str, max_bytes: int, note: Log | None = None) -> Image.Image:
-    """The image, or UnusableImageError. Without `note` it is a mask, whose numbers are no colors."""
+    """The image, or UnusableImageError. Without `note` it is a mask: no colors, and what is transparent is black."""
     if (size := archive.size(name)) > max_bytes:
         raise UnusableImageError(f"it is {size} bytes: an image has at most {max_bytes}")
     content = archive.read(name)  # not tried: where the archive is damaged, nothing of it is used
     try:
-        return to_rgb(content, note=note)
+        return to_rgb(content, note=note, backdrop="white" if note else "black")
     except UNREADABLE as error:
         raise UnusableImageError(reason(error)) from error
 
@@ -190,11 +189,6 @@ def _mask(archive: Archive, name: str, max_bytes: int) -> Image.Image:
         return _image(archive, name, max_bytes)
     except UnusableImageError as error:
         raise ValueError(f"mask {label(name)} cannot be read ({error}): save it again, or leave it out") from error
-
-
-def _stem(name: str) -> str:
-    """The name without its suffix; composed, because macOS decomposes accents in the names of files."""
-    return unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
 
 
 def _report(photos: list[Photo], skipped: dict[str, str], left_out: list[str], notes: list[str]) -> DatasetReport:

@@ -36,8 +36,8 @@ class NotAnImageError(ValueError):
     """The content is of none of the formats."""
 
 
-def to_rgb(content: bytes, max_pixels: int = MAX_PIXELS, note: Log | None = None) -> Image.Image:
-    """An encoded image as 8-bit sRGB: upright by its EXIF orientation, transparency on white, 16-bit scaled down.
+def to_rgb(content: bytes, max_pixels: int = MAX_PIXELS, note: Log | None = None, backdrop: str = "white") -> Image.Image:
+    """An encoded image as 8-bit sRGB: upright by its EXIF orientation, transparency on `backdrop`, 16-bit scaled down.
 
     Of an animation or of several pages it is the first. An embedded ICC profile is applied, and `note` is told where that
     cannot be done; without `note` there are no colors to manage, and the numbers stay as they are. Raises NotAnImageError for
@@ -63,7 +63,7 @@ def to_rgb(content: bytes, max_pixels: int = MAX_PIXELS, note: Log | None = None
         profile = image.info.get("icc_profile")
         if note and not profile and "icc_profile" in image.info:  # Pillow found one, and could not read it
             note(BAD_PROFILE_LINE)
-        image = _managed(image, profile, note) if profile and note else _converted(image)
+        image = _managed(image, profile, note) if profile and note else _converted(image, backdrop)
     return image if turn is None else image.transpose(turn)
 
 
@@ -96,12 +96,12 @@ def _managed(image: Image.Image, profile: bytes, note: Log) -> Image.Image:
         return _converted(image)
 
 
-def _converted(image: Image.Image) -> Image.Image:
+def _converted(image: Image.Image, backdrop: str = "white") -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grays; Pillow's own conversion clips instead of scaling
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image if image.mode == "RGBA" else image.convert("RGBA")  # which would copy it
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image)
-    return white
+    found = Image.new("RGB", image.size, backdrop)
+    found.paste(image, mask=image)
+    return found

@@ -20,7 +20,6 @@ MAX_FILE_BYTES = 2 * 1024**3
 MAX_TOKENS_SHOWN = 64
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the PEFT configuration in the safetensors header
 TOKENS_KEY = "placeholder_tokens"  # where this package names the tokens of a LoRA there, as a JSON list
-TRIGGER_KEY = "modelspec.trigger_phrase"  # where its earlier versions did, as <one>, <two>
 UNSUPPORTED_METADATA = ("use_dora", "modules_to_save")
 # Initializations that change the base model's weights, which a file of the LoRA alone does not hold (peft.tuners.lora.layer).
 UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -121,14 +120,12 @@ def plain_lora(name: str, tensors: dict[str, Tensor], header: dict[str, str], wh
 
 
 def _tokens(header: dict[str, str]) -> tuple[str, ...]:
-    """The placeholder tokens that the header names. Trigger phrases of other trainers are words, and not meant."""
-    phrase = header.get(TRIGGER_KEY, "")
+    """The placeholder tokens that the header names."""
     try:
-        found = json.loads(header.get(TOKENS_KEY, "null"))
+        found = json.loads(header.get(TOKENS_KEY, "[]"))
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, list):
-        found = phrase.split(", ") if re.fullmatch(r"<[^<>\s:]+>(, <[^<>\s:]+>)*", phrase) else []
+        return ()
+    found = found if isinstance(found, list) else []
     return tuple(label(token) for token in found if isinstance(token, str))[:MAX_TOKENS_SHOWN]
 
 

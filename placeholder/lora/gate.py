@@ -87,10 +87,6 @@ class GatedAddition(LoraVariant):
     def __init__(self, gate: TokenGate, fused: bool):
         self.gate, self.fused = gate, fused
 
-    @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **options: Any) -> None:
-        """Nothing to set up."""
-
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **options: Any) -> Tensor:
         """`result`, the base layer's output (B, ..., O) for x (B, ..., I), with scale * B A x added where the LoRA acts."""
         acting = self.gate.acting.get(active_adapter)

@@ -113,7 +113,7 @@ def local_file(source: str) -> Iterator[Path]:
         yield Path(source)
         return
     with tempfile.TemporaryDirectory(prefix="placeholder-download-") as folder:
-        target = Path(folder) / "weights"
+        target = Path(folder) / "download"
         _download(source, target)
         yield target
 

@@ -1,7 +1,6 @@
 """Quantization of a frozen model's linear layers: int8 or nf4 weights, computation in the model's own dtype.
 
-In place, and not by a `quantization_config` for `from_pretrained`: diffusers refuses bitsandbytes without a GPU, and the text
-encoder is quantized after it has written captions.
+In place, and not by a `quantization_config` for `from_pretrained`: diffusers refuses bitsandbytes without a GPU.
 """
 
 from collections.abc import Callable, Iterator

@@ -11,6 +11,7 @@ from httpx2 import HTTPError
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
+from placeholder.data.captions import plain_default_caption
 from placeholder.errors import Log
 from placeholder.weights.layout import EMBEDDINGS_FOLDER, LORA_NAME, META_NAME, embedding_name
 
@@ -97,7 +98,7 @@ def model_card(meta: dict[str, Any], repo_id: str, images: list[str]) -> str:
         library_name="diffusers",
         pipeline_tag="text-to-image",
         license=BASE_LICENSE,
-        instance_prompt=f"a photo of {next(iter(tokens))}" if tokens else meta["default_caption"],
+        instance_prompt=f"a photo of {next(iter(tokens))}" if tokens else plain_default_caption(meta["default_caption"]),
         tags=["text-to-image", "diffusers", "lora", "qwen-image", "template:sd-lora"],
         widget=[{"text": caption, "output": {"url": GRID}}] if GRID in images else [],
     )

@@ -24,7 +24,6 @@ from placeholder.service.parser import INPUTS, parser
 
 SUFFIXES = {".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg", ".png": "png"}
 RANK_VARIABLE = "RANK"  # set by accelerate launch and torchrun
-MODEL_VARIABLE = "QWEN_IMAGE_MODEL"  # that of model/base.py, which imports torch
 WANDB_NAMES = ("wandb_project", "wandb_run", "wandb_entity")
 
 
@@ -53,7 +52,7 @@ def inputs_of(command: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _path(value: str) -> Path | str:
-    """Absolute, because the processes of a training run in another folder; a URL as it is."""
+    """Absolute, so that messages and records name it whole; a URL as it is."""
     return value if value.startswith(("http://", "https://")) else Path(value).absolute()
 
 
@@ -124,7 +123,6 @@ def train(given: dict[str, Any], console: Console, launch: Callable[[Job, Log], 
 
         repository = HubRepository.of(inputs["hf_repo_id"], inputs["hf_token"])
         repository.check()
-    _make_model_path_absolute()
     try:
         with fetched(inputs, "dataset", "resume_from") as files:
             written = launch(replace(job, **files), console)
@@ -136,13 +134,6 @@ def train(given: dict[str, Any], console: Console, launch: Callable[[Job, Log], 
     if written and repository:
         repository.upload(job.output, console)
     return job.output if written else None
-
-
-def _make_model_path_absolute() -> None:
-    """Make a folder in QWEN_IMAGE_MODEL absolute: the processes of a training run in another folder."""
-    source = os.environ.get(MODEL_VARIABLE, "")
-    if source and Path(source).is_dir():
-        os.environ[MODEL_VARIABLE] = str(Path(source).absolute())
 
 
 def predict(given: dict[str, Any], console: Console) -> Path:

@@ -60,22 +60,19 @@ def _train(job: Job, log: Log, stop: Stop) -> bool:
     gc.freeze()
     gc.enable()
     processes = Processes.from_environment()
-    finetune_here(job, log, processes, stop)
+    _finetune(job, log, processes, stop)
     processes.barrier()  # no machine is done before the archive is there
     PartialState().destroy_process_group()
     return processes.rank == 0
 
 
-def finetune_here(job: Job, log: Log, processes: "Processes | None" = None, stop: Stop | None = None) -> None:
+def _finetune(job: Job, log: Log, processes: "Processes", stop: Stop) -> None:
     """`finetune` on the base model of the environment, with memory errors in one sentence.
 
     Only the first of several processes logs.
     """
-    from placeholder.distributed import SINGLE_PROCESS
     from placeholder.finetune import finetune
     from placeholder.model.base import BaseModel
-
-    processes = processes or SINGLE_PROCESS
 
     def own_log(line: str) -> None:
         if processes.rank == 0:

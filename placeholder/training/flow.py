@@ -9,15 +9,6 @@ TIMESTEPS = 1000
 MIDDLE_SIGMA = 0.5  # of predictions that are made to compare
 
 
-def shift_mu(tokens: int, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float) -> float:
-    """The exponent of the resolution-dependent shift, linear in the number of image tokens.
-
-    The four constants come from the model's scheduler configuration: mu is 0.5 at 256 tokens and 0.9 at 8192 for Qwen-Image.
-    """
-    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
-    return base_shift + slope * (tokens - base_tokens)
-
-
 def shift_sigmas(sigmas: Tensor, mu: float | Tensor) -> Tensor:
     """Move sigmas in (0, 1) towards 1: exp(mu) s / (1 + (exp(mu) - 1) s).
 

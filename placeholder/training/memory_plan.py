@@ -137,7 +137,8 @@ def _levers(config: TrainConfig, needs: tuple[Need, ...], need: Need, usable: in
     if config.autocaption and need.encoding > usable:
         return ["set autocaption to false and write the captions", "take a larger GPU"]
     quantized = not config.quantize and any(other.least <= usable for other in needs if other.quantization != "none")
-    return ["set quantize to true"] * quantized + ["give a smaller resolution", "take a larger GPU"]
+    smaller = "give a smaller resolution" + " or batch_size" * (config.batch_size > 1)
+    return ["set quantize to true"] * quantized + [smaller, "take a larger GPU"]
 
 
 def memory_needs(base: BaseModel, config: TrainConfig, grid: Grid, ids: int, offload: bool = False) -> tuple[Need, ...]:

@@ -57,10 +57,7 @@ class FlatOptimizer:
 
 
 def lora_optimizer(name: str, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer | FlatOptimizer:
-    """The optimizer called `name`; prodigy finds its own step size, so it makes no use of `learning_rate`.
-
-    Raises ValueError for an unknown name.
-    """
+    """The optimizer called `name`, one of STATES; prodigy finds its own step size, so it makes no use of `learning_rate`."""
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=LORA_WEIGHT_DECAY, fused=True)
     if name == "prodigy":
@@ -69,14 +66,12 @@ def lora_optimizer(name: str, parameters: list[nn.Parameter], learning_rate: flo
         # lr multiplies the estimated step size: 1.0 takes the estimate as it is (arXiv:2306.06101, algorithm 1).
         options = {"lr": 1.0, "weight_decay": LORA_WEIGHT_DECAY, "use_bias_correction": True, "safeguard_warmup": True}
         return FlatOptimizer(parameters, partial(Prodigy, **options))
-    if name in ("adamw8bit", "adam8bit"):
-        import bitsandbytes.optim
+    import bitsandbytes.optim
 
-        if name == "adamw8bit":
-            adamw = partial(bitsandbytes.optim.AdamW8bit, lr=learning_rate, weight_decay=LORA_WEIGHT_DECAY)
-            return FlatOptimizer(parameters, adamw)
-        return FlatOptimizer(parameters, partial(bitsandbytes.optim.Adam8bit, lr=learning_rate))
-    raise ValueError(f"optimizer is {name!r}: choose one of adamw, adamw8bit, adam8bit, prodigy")
+    if name == "adamw8bit":
+        adamw = partial(bitsandbytes.optim.AdamW8bit, lr=learning_rate, weight_decay=LORA_WEIGHT_DECAY)
+        return FlatOptimizer(parameters, adamw)
+    return FlatOptimizer(parameters, partial(bitsandbytes.optim.Adam8bit, lr=learning_rate))
 
 
 class TokenOptimizer:

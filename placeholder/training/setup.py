@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +26,7 @@ from placeholder.tokens.prompt_encoder import EMPTY_PROMPT, PromptEncoder, promp
 from placeholder.tokens.vocabulary import check_tokens
 from placeholder.training.context import Context, Training, TrainingData
 from placeholder.training.examples import BatchSampler, Example, Prompts, prompts_of
-from placeholder.training.flow import shift_mu, sigma_grid
+from placeholder.training.flow import sigma_grid
 from placeholder.training.loop import TrainState
 from placeholder.training.losses import Denoiser
 from placeholder.training.memory_plan import Plan, plan_memory
@@ -150,7 +151,7 @@ def encode_photos(photos: list[Photo], prompts: Prompts, context: Context) -> li
         for photo, input_ids, preserved in zip(photos, prompts.ids, prompts.preserved, strict=True):
             for pixels, weights in zip(photo.crops, photo.weights or [None] * len(photo.crops), strict=True):
                 latents = encode_image(vae, pixels).cpu()  # (L, C)
-                mu = shift_mu(len(latents), *shift)
+                mu = calculate_shift(len(latents), *shift)
                 examples.append(Example(latents, _grid(pixels), mu, input_ids, preserved, weights))
     context.log(f"Latents: {len(examples)} crops cached")
     return examples

@@ -42,10 +42,6 @@ class FusedLoraAddition(LoraVariant):
     """
 
     @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **options: Any) -> None:
-        """Nothing to set up."""
-
-    @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **options: Any) -> Tensor:
         """`result`, the base layer's output (..., O) for x (..., I), with scale * B A x added."""
         down = F.linear(x, module.lora_A[active_adapter].weight).flatten(0, -2)  # (N, r)

@@ -36,6 +36,16 @@ def test_a_mask_gives_the_tokens_of_its_image_their_weights(tmp_path):
     assert report.lines()[0].endswith("2 filled in with default_caption, 1 masks")
 
 
+def test_what_is_transparent_in_a_mask_is_not_learned(tmp_path):
+    layer = Image.new("RGBA", (64, 64), "white")
+    layer.putalpha(half())  # white paint on a transparent layer
+    weights = []
+    for mask in (half(), layer):
+        (photo, _), _ = read_dataset(write_zip(tmp_path / "d.zip", entries() | {"a.mask.png": encoded(mask)}), (64,))
+        weights += photo.weights
+    assert torch.equal(*weights) and set(weights[0].tolist()) == {0.0, 1.0}
+
+
 def test_a_mask_is_cropped_as_its_image_is(tmp_path):
     wide = {"a.jpg": encoded(picture(320, 64), "JPEG"), "a.mask.png": encoded(half(320, 64))}
     ((photo,), _) = read_dataset(write_zip(tmp_path / "d.zip", wide), (64,))

@@ -86,4 +86,4 @@ def test_the_libraries_print_nothing_when_imported_and_in_a_training(base, tmp_p
     command = [sys.executable, "-c", TRAINING, base.source, data, tmp_path / "w.zip"]
     ran = subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert "Weights archive proved" in ran.stdout and "arning" not in ran.stdout
+    assert "Weights archive verified" in ran.stdout and "arning" not in ran.stdout

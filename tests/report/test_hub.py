@@ -98,7 +98,7 @@ def test_the_archive_is_uploaded_with_a_card_and_without_the_photographs(hub, ze
 def test_the_hub_reads_the_cards_front_matter_and_a_person_the_rest(kind, tokens, request):
     meta = request.getfixturevalue(kind).meta | {"base_model": "Qwen/Qwen-Image"}
     card = ModelCard(model_card(meta, REPO, ["report/grid.jpg", "report/curve.png"]), ignore_metadata_errors=False)
-    front, prompt = card.data, "a photo of <zwx>" if tokens else meta["default_caption"]
+    front, prompt = card.data, "a photo of <zwx>" if tokens else "A photo of a person"
     assert (front.base_model, front.library_name, front.license) == ("Qwen/Qwen-Image", "diffusers", "apache-2.0")
     assert (front.pipeline_tag, front.instance_prompt) == ("text-to-image", prompt)
     assert front.widget[0]["output"] == {"url": "report/grid.jpg"}

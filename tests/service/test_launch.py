@@ -118,7 +118,7 @@ def test_the_archive_is_written_once_with_one_drawn_seed_and_the_lines_reach_the
     assert weights.meta["processes"] == 2 and weights.embeddings["<zwx>"].any()
     assert [line for line in log if line.startswith("Seed: ")] == [f"Seed: {weights.meta['seed']} (drawn)"]
     assert sum("100%|##########| 15/15 [" in line for line in log) == 1
-    assert sum(line.startswith("Weights archive proved") for line in log) == 1
+    assert sum(line.startswith("Weights archive verified") for line in log) == 1
     assert not any(line == str(tmp_path / "weights.zip") for line in log)
     assert all_ended(before)
 

@@ -89,8 +89,8 @@ def test_two_machines_train_what_one_process_trains_with_the_batch_of_both(machi
     assert launched(machines) == [0, 0], first.log + second.log
     assert first.files() - first.before == {"log", "weights.zip"}
     assert second.files() - second.before == {"log"}
-    assert "Weights archive proved" in first.log and first.log.endswith(f"{first.folder / 'weights.zip'}\n")
-    assert "Weights archive proved" not in second.log and "weights.zip" not in second.log
+    assert "Weights archive verified" in first.log and first.log.endswith(f"{first.folder / 'weights.zip'}\n")
+    assert "Weights archive verified" not in second.log and "weights.zip" not in second.log
     weights = read_weights(first.folder / "weights.zip")
     assert weights.meta["processes"] == 2
     finetune(Job(dataset, replace(CONFIG, batch_size=2), tmp_path / "alone.zip"), base, lambda line: None)

@@ -85,11 +85,6 @@ def test_adam8bit_alone_has_no_weight_decay():
     assert lora_optimizer("adam8bit", [nn.Parameter(torch.ones(1))], 1e-3).param_groups[0]["weight_decay"] == 0
 
 
-def test_an_unknown_optimizer_gets_its_sentence():
-    with pytest.raises(ValueError, match="optimizer is 'sgd': choose one of adamw, adamw8bit, adam8bit, prodigy"):
-        lora_optimizer("sgd", [], 1e-3)
-
-
 def test_the_learning_rate_of_the_rows_warms_up_over_ten_steps():
     rows = rows_of(0.0)
     optimizer = TokenOptimizer(rows, 1e-3, NO_LIMIT)
