@@ -30,6 +30,7 @@ from tests.support.trainings import child_training
 
 KILLS, SEED = 20, 0
 STEPS, EVERY = 400, 25
+READY_SECONDS = 8.0  # after a cancel
 END_SECONDS = 20.0  # a server waits ten for a training, and that has eight for its last checkpoint
 CONFIG = TrainConfig(
     steps=STEPS,
@@ -163,8 +164,9 @@ def main() -> None:
     )
     ends = [found["cancelled"], found["stopped"]]
     left = all(end["training_seconds"] < END_SECONDS and not end["alive"] and len(end["checkpoints"]) == 1 for end in ends)
-    if not (kept and left):
-        sys.exit(f"killed: {kept}, cancelled and stopped: {left}")
+    ready = found["cancelled"]["server_seconds"] < READY_SECONDS
+    if not (kept and left and ready):
+        sys.exit(f"killed: {kept}, cancelled and stopped: {left}, ready: {ready}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Card(TorchDispatchMode):
     """A card of so many bytes. It counts, with their places, what happens on it.
 
     `waits`: what waits for the device. `blocking`: copies to it that do. `mixed`: operations on tensors of both devices.
-    `attention`: kernels by name, heads and mask. `kernels`: operations. `live` and `peak`: bytes.
+    `attention`: kernels by name, heads and mask. `kernels`: operations that compute. `live` and `peak`: bytes.
     """
 
     def __init__(self, total: int):
@@ -106,7 +106,7 @@ class Card(TorchDispatchMode):
         return None
 
     def _note(self, function: Any, args: tuple, kwargs: dict, tensors: list[Tensor], on_card: list[Tensor]) -> None:
-        self.kernels += 1
+        self.kernels += _computes(function)
         if function is aten._to_copy.default and not on_card and not kwargs.get("non_blocking") and args[0].ndim:
             self.blocking[tuple(args[0].shape), where()] += 1
         if function is aten.copy_.default and not self.has(args[1]):
@@ -133,6 +133,14 @@ class Card(TorchDispatchMode):
     def _freed(self, address: int, size: int) -> None:
         self._storages.discard(address)
         self.live -= size
+
+
+def _computes(function: Any) -> bool:
+    """Whether an operation launches a kernel: it is no view, no allocation and no question."""
+    views = any(found.alias_info and not found.alias_info.is_write for found in function._schema.returns)
+    return not views and not function._schema.name.startswith(
+        ("prim::", "aten::empty", "aten::new_empty", "aten::_unsafe_view")
+    )
 
 
 def _without_contents(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from placeholder.errors import quoted
 from placeholder.model.base import QWEN_IMAGE
-from placeholder.transformer.layers import prepare_layers
+from placeholder.transformer.layers import cast_together, prepare_layers
 
 ADAPTER = "default"
 EXTRA_ADAPTER = "extra"  # a second LoRA, in predictions
@@ -42,6 +42,8 @@ def add_lora(transformer: nn.Module, rank: int, seed: int) -> list[nn.Parameter]
             parameter.data = parameter.data.float()
             parameters.append(parameter)
     prepare_layers(transformer, ADAPTER)
+    if transformer.dtype != torch.float32:
+        cast_together(transformer, ADAPTER, transformer.dtype)
     return parameters
 
 

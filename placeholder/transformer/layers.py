@@ -1,5 +1,6 @@
 """Layers of the transformer that keep and move less in training than PEFT's and diffusers' own, equal up to rounding."""
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 INT8_MAX = 127
+CAST = "lora_cast"  # of a LoRA layer: its A and B as `cast_together` has cast them for the present pass
 
 
 def fuse_lora_addition(transformer: nn.Module, adapter: str) -> None:
@@ -44,9 +46,46 @@ class FusedLoraAddition(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **options: Any) -> Tensor:
         """`result`, the base layer's output (..., O) for x (..., I), with scale * B A x added."""
-        down = F.linear(x, module.lora_A[active_adapter].weight).flatten(0, -2)  # (N, r)
-        up, scale = module.lora_B[active_adapter].weight.t(), module.scaling[active_adapter]
-        return torch.addmm(result.flatten(0, -2), down, up, alpha=scale).view_as(result)
+        a, b = getattr(module, CAST, None) or (module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight)
+        down = F.linear(x, a).flatten(0, -2)  # (N, r)
+        return torch.addmm(result.flatten(0, -2), down, b.t(), alpha=module.scaling[active_adapter]).view_as(result)
+
+
+def cast_together(transformer: nn.Module, adapter: str, dtype: torch.dtype) -> None:
+    """Cast the fp32 weights of an adapter to `dtype` before each pass in one operation; FusedLoraAddition reads the casts.
+
+    Autocast would launch a kernel for each of a LoRA's 960 weights in each pass, and for each of their gradients.
+    """
+    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer) and adapter in module.lora_A]
+    parts = [part[adapter] for layer in layers for part in (layer.lora_A, layer.lora_B)]
+
+    def cast(*_: Any) -> None:
+        casts = _Cast.apply(dtype, *(part.weight for part in parts))
+        for layer, *pair in zip(layers, casts[::2], casts[1::2], strict=True):
+            setattr(layer, CAST, pair)
+
+    transformer.register_forward_pre_hook(cast)
+
+
+class _Cast(torch.autograd.Function):
+    """Copies of tensors in another dtype, and back again of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(_copies(tensors, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        copies = iter(_copies([gradient for gradient in gradients if gradient is not None], torch.float32))
+        return None, *(None if gradient is None else next(copies) for gradient in gradients)
+
+
+def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 class Int8Linear(nn.Linear):

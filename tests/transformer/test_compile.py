@@ -110,6 +110,30 @@ def test_compiled_blocks_give_the_gradients_of_uncompiled_ones(passes, traced):
     assert all(one is other or torch.equal(one, other) for one, other in zip(again[1], expected[-1][1], strict=True))
 
 
+def test_compiled_blocks_read_the_casts_of_the_present_pass(traced):
+    """In bf16 the weights of the LoRA are cast once for all blocks, anew in each pass."""
+    transformer = new_transformer(Size(text_width=32, text_layers=1, blocks=2, heads=2, vae_width=8)).requires_grad_(False)
+    lora, inputs = add_lora(transformer.bfloat16(), 4, seed=0), (torch.randn(1, 16, 64), torch.full((1,), 0.5))
+
+    def passes() -> list[torch.Tensor]:
+        found, generator = [], torch.Generator().manual_seed(1)
+        for _ in range(3):
+            with torch.no_grad():
+                for parameter in lora:
+                    parameter.normal_(std=0.1, generator=generator)
+                    parameter.grad = None
+            Denoiser(transformer)(*inputs, torch.ones(1, 7, 32), (4, 4)).float().square().mean().backward()
+            found += [parameter.grad for parameter in lora if parameter.grad is not None]
+        return found
+
+    expected = passes()
+    compiled = CompiledBlocks(transformer, pytest.fail)
+    for gradient, wanted in zip(passes(), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=0.05, atol=0.02 * wanted.abs().max().item())
+    compiled.undo()
+    torch.compiler.reset()
+
+
 def test_the_code_that_inductor_makes_gives_the_same():
     passes = Passes(blocks=1)
     case = 2, (4, 4), 7, True, 0

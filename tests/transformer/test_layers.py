@@ -6,7 +6,8 @@ from diffusers.models.normalization import RMSNorm
 from peft.tuners.lora.layer import LoraLayer
 
 from placeholder.lora.adapter import ADAPTER, add_lora, without_lora
-from placeholder.transformer.checkpointing import saved_bytes
+from placeholder.training.losses import Denoiser
+from placeholder.transformer.checkpointing import BlockCheckpointing, saved_bytes
 from placeholder.transformer.layers import Int8Linear, prepare_layers
 from standin.small_base import TINY_SIZE, new_components
 
@@ -53,6 +54,32 @@ def test_under_autocast_the_output_is_bf16_and_gradients_are_fp32(layer):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result, in_x, *in_lora = values(layer, random_input(layer, 1, 5).to(torch.bfloat16))
     assert result.dtype == in_x.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in in_lora)
+
+
+def bf16_steps(together: bool, checkpointed: int = 0) -> list[torch.Tensor]:
+    """The gradients of two passes through a bf16 transformer between which its LoRA changes."""
+    transformer = new_components(TINY_SIZE, seed=0)["transformer"].requires_grad_(False).bfloat16()
+    lora = add_lora(transformer, 4, seed=0)
+    if not together:
+        transformer._forward_pre_hooks.clear()
+    BlockCheckpointing(transformer, checkpointed)
+    generator = torch.Generator().manual_seed(1)
+    noisy, embeds = torch.randn(2, 16, 64, generator=generator), torch.randn(2, 7, TINY_SIZE.text_width, generator=generator)
+    gradients = []
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in lora:
+                parameter.normal_(std=0.1, generator=generator)
+        Denoiser(transformer)(noisy, torch.full((2,), 0.5), embeds, (4, 4)).float().square().mean().backward()
+        gradients += [parameter.grad.clone() for parameter in lora if parameter.grad is not None]  # the second are sums
+    return gradients
+
+
+@pytest.mark.parametrize("checkpointed", [0, 2])
+def test_weights_that_are_cast_together_learn_as_with_autocast_bit_for_bit(checkpointed):
+    found, expected = bf16_steps(True, checkpointed), bf16_steps(False)
+    assert len(found) == len(expected) > 50 and {gradient.dtype for gradient in found} == {torch.float32}
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
