@@ -49,8 +49,13 @@ class Measures:
         fidelity = mean(self.subject.fidelity(*pair) for pair in pairs)
         return fidelity, mean(background_of(image) == context.background for image, context in pairs)
 
-    def prior_leakage(self) -> float:
-        """The mean probability that "a photo of" the trigger shows what a trigger word meant before: a waffle or an arrow."""
+    def prior_leakage(self) -> float | None:
+        """The mean probability that "a photo of" the trigger shows what a trigger word meant before: a waffle or an arrow.
+
+        None for a style: the classifier takes seven of ten mosaics for waffles.
+        """
+        if not self.subject.kind:
+            return None
         images = self.sampler.sample_all(self.trigger_prompts, SAMPLES)
         return probability(TRIGGER, images) + probability(RARE_WORD, images)
 
@@ -81,13 +86,15 @@ class Measures:
             {"class_kept": probability(self.subject.class_word, images)} if self.subject.kind else {}
         )
 
-    def final(self, base_class: Images, base_unrelated: Images) -> dict[str, float]:
+    def final(self, base_class: Images, base_unrelated: Images) -> dict[str, float | None]:
         """All that is measured at the end of a training, against the base model's images of the same prompts and noise."""
         seen, unseen = self.fidelity(self.subject.seen), self.fidelity(self.subject.unseen)
         # What does not name the trigger is the base model's, bit for bit, where the gate is on: tests/standin/test_subject.py.
         gated = self.sampler.acts is not None and bool(self.arm.trigger)
         class_word, unrelated = (base_class, base_unrelated) if gated else self.unnamed()
-        found = {"fidelity_seen": seen[0], "fidelity_unseen": unseen[0], "following": mean((seen[1], unseen[1]))}
+        found = {"fidelity_seen": seen[0], "fidelity_unseen": unseen[0]}
+        if self.subject.kind:  # what surrounds a mosaic is gray
+            found["following"] = mean((seen[1], unseen[1]))
         found |= {"prior_leakage": self.prior_leakage()} | self.of_the_class(class_word)
         found["class_leak"] -= self.of_the_class(base_class)["class_leak"]
         found |= {"class_change": difference(class_word, base_class), "drift": difference(unrelated, base_unrelated)}

@@ -1,6 +1,6 @@
 """Tables and figure of the study: means over subjects and seeds with 95 % intervals by bootstrap."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -40,8 +40,13 @@ def grid(runs: list[dict], arm: str, value: Callable[[dict], float | None]) -> n
 def measure(mode: str, name: str) -> Callable[[dict], float | None]:
     """A measure of a run as one way of drawing has it."""
     if name == "prior_leakage_mean":
-        return lambda run: float(np.mean(list(run["drawn"][mode]["prior_leakage_by_step"].values())))
+        return lambda run: _mean(run["drawn"][mode]["prior_leakage_by_step"].values())
     return lambda run: run["drawn"][mode].get(name)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
