@@ -32,7 +32,8 @@ MAX_STEPS = 20_000
 MAX_VECTORS = 64  # embedding vectors of one token
 MIN_SIDE, MAX_SIDE = 64, 2048  # pixels
 DEFAULT_PLACEHOLDER = "<zwx>"
-DEFAULT_CAPTION, PLAIN_DEFAULT_CAPTION = "A photo of a person named <>", "A photo of a person"  # the latter without a token
+DEFAULT_CAPTION = "A photo of a person named <>"
+WITHOUT_TOKEN = {DEFAULT_CAPTION: "A photo of a person"}  # what a training without a token takes for it
 UNGATED_PRESERVATION = 4.0  # the weight that docs/study.md found for images without the token gate
 MAX_SAMPLE_PROMPTS, MAX_SAMPLE_ROUNDS = 8, 200  # all samples travel in the archive
 # The headings of --help.
@@ -145,8 +146,7 @@ class TrainConfig:
         return "zero_prior" if self.train_placeholder_token else "baseline"
 
 
-# The hosted trainer calls the rank lora_rank.
-LORA_RANK = replace(options_of(TrainConfig)["rank"], name="lora_rank", default=None, blank=True, deprecated=True)
+LORA_RANK = replace(options_of(TrainConfig)["rank"], name="lora_rank", default=None, blank=True, deprecated=True)  # hosted name
 OPTIONS: dict[str, Option] = options_of(TrainConfig) | {
     "lora_rank": replace(LORA_RANK, description="Deprecated name of rank; used instead of it where given.")
 }

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
-from placeholder.config import DEFAULT_CAPTION, DEFAULT_PLACEHOLDER, PLAIN_DEFAULT_CAPTION, TrainConfig
+from placeholder.config import DEFAULT_PLACEHOLDER, WITHOUT_TOKEN, TrainConfig
 from placeholder.data.dataset import Photo
 from placeholder.errors import Log, label, quoted
 
@@ -55,13 +55,9 @@ def _caption(photo: Photo, config: TrainConfig, descriptions: Iterator[str]) -> 
         parts = (config.autocaption_prefix or "", next(descriptions), config.autocaption_suffix or "")
         if text := " ".join(" ".join(parts).split()):
             return Caption(photo.name, text, "auto", photo.file)
-    filled = config.default_caption if config.tokens else plain_default_caption(config.default_caption)
+    given = config.default_caption
+    filled = given if config.tokens else WITHOUT_TOKEN.get(given, given)
     return Caption(photo.name, filled, "default", photo.file)
-
-
-def plain_default_caption(caption: str) -> str:
-    """What a training without a token takes for `default_caption`: the default has no place for one then."""
-    return PLAIN_DEFAULT_CAPTION if caption == DEFAULT_CAPTION else caption
 
 
 def with_token(text: str, token: str) -> str:

@@ -11,7 +11,7 @@ from httpx2 import HTTPError
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from placeholder.data.captions import plain_default_caption
+from placeholder.config import WITHOUT_TOKEN
 from placeholder.errors import Log
 from placeholder.weights.layout import EMBEDDINGS_FOLDER, LORA_NAME, META_NAME, embedding_name
 
@@ -90,7 +90,7 @@ def model_card(meta: dict[str, Any], repo_id: str, images: list[str]) -> str:
 
     It shows code where the base model is on the hub and every token has one embedding.
     """
-    tokens, base = meta["placeholder_token_ids"], meta["base_model"]
+    tokens, base, filled = meta["placeholder_token_ids"], meta["base_model"], meta["default_caption"]
     base = base if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not Path(base).exists() else None
     caption = "Before and after the training; the prompts stand in the image"
     data = ModelCardData(
@@ -98,7 +98,7 @@ def model_card(meta: dict[str, Any], repo_id: str, images: list[str]) -> str:
         library_name="diffusers",
         pipeline_tag="text-to-image",
         license=BASE_LICENSE,
-        instance_prompt=f"a photo of {next(iter(tokens))}" if tokens else plain_default_caption(meta["default_caption"]),
+        instance_prompt=f"a photo of {next(iter(tokens))}" if tokens else WITHOUT_TOKEN.get(filled, filled),
         tags=["text-to-image", "diffusers", "lora", "qwen-image", "template:sd-lora"],
         widget=[{"text": caption, "output": {"url": GRID}}] if GRID in images else [],
     )
