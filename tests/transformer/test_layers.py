@@ -60,6 +60,7 @@ def bf16_steps(together: bool, checkpointed: int = 0) -> list[torch.Tensor]:
     """The gradients of two passes through a bf16 transformer between which its LoRA changes."""
     transformer = new_components(TINY_SIZE, seed=0)["transformer"].requires_grad_(False).bfloat16()
     lora = add_lora(transformer, 4, seed=0)
+    assert len(transformer._forward_pre_hooks) == 1
     if not together:
         transformer._forward_pre_hooks.clear()
     BlockCheckpointing(transformer, checkpointed)
