@@ -137,7 +137,8 @@ def stock_images(pipeline, **options) -> np.ndarray:
 def test_a_loaded_archive_of_diffusers_is_gated(base, zero_prior):
     pipe = stock_pipeline(base.source)
     named, plain = {"prompt": "a photo of <zwx>", "negative_prompt": " "}, {"prompt": "a garden", "negative_prompt": " "}
-    before = [stock_images(pipe, **each) for each in (plain, named)]
+    long = {"prompt": "a garden " * 300, "negative_prompt": " "}  # 600 tokens, of which the pipeline keeps 512
+    before = [stock_images(pipe, **each) for each in (plain, named, long)]
     twice = stock_images(pipe, **plain, num_images_per_prompt=2)
     placeholder.load(pipe, zero_prior.archive)
     several = {"prompt": ["a garden", "a photo of <zwx>"], "negative_prompt": [" ", " "]}
@@ -145,6 +146,7 @@ def test_a_loaded_archive_of_diffusers_is_gated(base, zero_prior):
     assert np.array_equal(stock_images(pipe, **plain), before[0])
     assert np.array_equal(stock_images(pipe, **plain, num_images_per_prompt=2), twice)
     assert not np.array_equal(stock_images(pipe, **named), before[1])
+    assert np.array_equal(stock_images(pipe, **long), before[2])
     embeds, mask = pipe.encode_prompt(prompt="a garden")
     negative, negative_mask = pipe.encode_prompt(prompt=" ")
     again = stock_images(
