@@ -68,10 +68,11 @@ def lora_optimizer(name: str, parameters: list[nn.Parameter], learning_rate: flo
         return FlatOptimizer(parameters, partial(Prodigy, **options))
     import bitsandbytes.optim
 
-    if name == "adamw8bit":
-        adamw = partial(bitsandbytes.optim.AdamW8bit, lr=learning_rate, weight_decay=LORA_WEIGHT_DECAY)
-        return FlatOptimizer(parameters, adamw)
-    return FlatOptimizer(parameters, partial(bitsandbytes.optim.Adam8bit, lr=learning_rate))
+    kinds = {
+        "adamw8bit": partial(bitsandbytes.optim.AdamW8bit, lr=learning_rate, weight_decay=LORA_WEIGHT_DECAY),
+        "adam8bit": partial(bitsandbytes.optim.Adam8bit, lr=learning_rate),
+    }
+    return FlatOptimizer(parameters, kinds[name])
 
 
 class TokenOptimizer:

@@ -44,8 +44,10 @@ def test_the_four_losses_are_those_of_the_trained_and_the_untrained_parts(traini
 
 def test_the_nearest_entry_to_a_copied_row_is_the_one_it_was_copied_from(tokenizer, text_encoder):
     vocabulary, cat = text_encoder.embed_tokens.weight.detach(), tokenizer("cat").input_ids[0]
-    tokens = PlaceholderTokens(151665, {"<zwx>": 3 * vocabulary[cat : cat + 1]}, vocabulary.shape[1])
-    nearest = nearest_tokens(tokens, vocabulary, tokenizer)["<zwx>"]
+    rows = {"<qrs>": vocabulary[[cat + 1, cat]], "<zwx>": 3 * vocabulary[cat : cat + 1]}  # of several vectors the first counts
+    found = nearest_tokens(PlaceholderTokens(151665, rows, vocabulary.shape[1]), vocabulary, tokenizer)
+    assert found["<qrs>"][0] == [tokenizer.decode([cat + 1]), pytest.approx(1.0, abs=1e-5)]
+    nearest = found["<zwx>"]
     assert nearest[0] == ["cat", pytest.approx(1.0, abs=1e-5)]
     assert len(nearest) == 5
     assert nearest == sorted(nearest, key=lambda entry: -entry[1])

@@ -130,10 +130,11 @@ def test_the_full_size_model_fits_the_cards_that_people_have(config, gigabytes, 
             12,
             "needs 11.8 GB, 10.8 GB may be used: give a smaller resolution, or take a larger GPU$",
         ),
+        (replace(WITH, **QUANTIZED, batch_size=2), 12, "used: give a smaller resolution or batch_size, or take a larger GPU$"),
     ],
 )
 def test_what_does_not_fit_is_told_the_levers(config, gigabytes, remedy):
-    with pytest.raises(ValueError, match="^training at 1024x1024 pixels, batch 1, rank 32, with.* a token .*" + remedy):
+    with pytest.raises(ValueError, match="^training at 1024x1024 pixels, batch [12], rank 32, with.* a token .*" + remedy):
         plan_memory(FULL_SIZE, config, GRID, PROMPT, round(gigabytes * 1e9))
 
 
