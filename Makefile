@@ -70,8 +70,9 @@ soak: setup
 scale: setup
 	$(BIN)/python -m benchmarks.scale
 
-# Train and draw with the full-size model, random weights, on a CUDA GPU; writes benchmarks/full_size.json.
+# Train and draw with the full-size model, random weights, on a CUDA GPU; writes benchmarks/full_size.json and checks/cuda_graphs.json.
 check-gpu: setup
+	$(BIN)/python -m checks.cuda_graphs
 	$(BIN)/python -m benchmarks.full_size
 
 # The CUDA path on a pretended GPU, on the CPU: waits, copies, kernels and memory of a step; needs g++, takes a minute.

@@ -121,7 +121,7 @@ def train(
     ),
     torch_compile: Optional[bool] = Input(
         default=None,
-        description="Compile the transformer's blocks: faster steps after some minutes. Blank: on a GPU from 1000 steps on.",
+        description="Compile the transformer's blocks: faster steps after some minutes. Blank: on a GPU from 2000 steps on.",
     ),
     deterministic: bool = Input(
         default=False,

@@ -12,8 +12,10 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,8 @@ FULL_TEXT_ENCODER = {
 }
 STD = 0.02
 WARM_UP_STEPS = 5  # left out of the median
-CARDS, CARD_STEPS = (80, 48, 24), 3  # gigabytes; steps of a training on each
+TOKEN = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",)}
+CARDS, CARD_STEPS = (24, 48, 80), 3  # gigabytes; steps of a training on each
 
 
 @dataclass(frozen=True)
@@ -160,17 +163,14 @@ def draw(base: BaseModel, archive: Path, side: int, steps: int) -> dict[str, Any
     }
 
 
-def on_cards(base: BaseModel, side: int, steps: int, cards: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Short trainings in the memory of smaller cards, in gigabytes: what was planned and what was used, or the refusal."""
+def on_card(base: BaseModel, side: int, steps: int, gigabytes: int) -> list[dict[str, Any]]:
+    """Short trainings in the memory of a smaller card, in gigabytes: what was planned and what was used, or the refusal."""
     found = []
-    for gigabytes in cards:
-        for token in (True, False):
-            for quantize in (False, True):
-                options = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",)} if token else {}
-                config = TrainConfig(steps=steps, resolution=(side,), seed=0, quantize=quantize, report=False, **options)
-                entry = {"card_gb": gigabytes, "token": token, "quantize": quantize}
-                found.append(entry | _on_card(base, config, gigabytes))
-                print(found[-1], flush=True)
+    for token, quantize in product((True, False), (False, True)):
+        options = TOKEN if token else {}
+        config = TrainConfig(steps=steps, resolution=(side,), seed=0, quantize=quantize, report=False, **options)
+        found.append({"token": token, "quantize": quantize} | _trained_on_card(base, config, gigabytes))
+        print(gigabytes, found[-1], flush=True)
     return found
 
 
@@ -197,12 +197,13 @@ class CardBase(RandomBase):
         return self.asked[-1] - torch.cuda.memory_allocated()
 
 
-def _on_card(base: BaseModel, config: TrainConfig, gigabytes: int) -> dict[str, Any]:
-    card = CardBase(**vars(base), gigabytes=gigabytes)
+def _trained_on_card(base: BaseModel, config: TrainConfig, gigabytes: int) -> dict[str, Any]:
+    card, log = CardBase(**vars(base), gigabytes=gigabytes), []
+    free_memory()
     try:
         with tempfile.TemporaryDirectory() as name:
             dataset = write_dataset(Path(name) / "data.zip", config.resolution[0])
-            meta = finetune(Job(dataset, config, Path(name) / "weights.zip"), card, log=lambda line: None)
+            meta = finetune(Job(dataset, config, Path(name) / "weights.zip"), card, log.append)
     except ValueError as error:
         return {"refused": str(error)}
     except torch.OutOfMemoryError as error:
@@ -210,25 +211,33 @@ def _on_card(base: BaseModel, config: TrainConfig, gigabytes: int) -> dict[str, 
     finally:
         if base.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0)
-    return {key: meta[key] for key in ("transformer_storage", "modulations_tabled", "expected_peak_gb", "peak_gb")}
+    kept = {key: meta[key] for key in ("transformer_storage", "modulations_tabled", "expected_peak_gb", "peak_gb")}
+    return kept | {"warnings": [line for line in log if line.startswith("Warning:")]}
 
 
-def run(base: BaseModel, side: int, training_steps: int, drawing_steps: int, cards: tuple[int, ...]) -> dict[str, Any]:
-    """Train in both modes, draw once with the zero-prior archive, and train in the memory of smaller cards."""
-    common = {"steps": training_steps, "resolution": (side,), "seed": 0}
-    with tempfile.TemporaryDirectory() as folder:
-        found = {
-            "zero_prior": train(
-                base, TrainConfig(**common, train_placeholder_token=True, placeholder_token=("<zwx>",)), Path(folder)
-            ),
-            "baseline": train(base, TrainConfig(**common), Path(folder)),
-            "baseline, compiled": train(base, TrainConfig(**common, torch_compile=True), Path(folder)),
-            "prediction": draw(base, Path(folder) / "zero_prior.zip", side, drawing_steps),
-            "cards": on_cards(base, side, CARD_STEPS, cards),
-        }
+def run(
+    base: BaseModel, side: int, training_steps: int, drawing_steps: int, cards: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    """Train in both modes, draw once with the zero-prior archive, and train in the memory of smaller cards.
+
+    Yields what is known after each of them, so that a run that is cut short leaves what it has measured.
+    """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     settings = {"side": side, "training_steps": training_steps, "drawing_steps": drawing_steps, "rank": TrainConfig.rank}
-    return {"device": device, "torch": torch.__version__, **settings, **found}
+    found = {"device": device, "torch": torch.__version__, **settings}
+    common = {"steps": training_steps, "resolution": (side,), "seed": 0}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parts = {
+            "zero_prior": lambda: train(base, TrainConfig(**common, **TOKEN), folder),
+            "prediction": lambda: draw(base, folder / "zero_prior.zip", side, drawing_steps),
+            "baseline": lambda: train(base, TrainConfig(**common), folder),
+            **{f"card of {size} GB": partial(on_card, base, side, CARD_STEPS, size) for size in cards},
+            "baseline, compiled": lambda: train(base, TrainConfig(**common, torch_compile=True), folder),
+        }
+        for part, measure in parts.items():
+            found[part] = measure()
+            yield found
 
 
 def _peak_gb() -> float | None:
@@ -246,9 +255,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA GPU was found: the full-size model does not fit anything else")
     base = RandomBase("Qwen-Image with random weights", torch.device("cuda"), torch.bfloat16)
-    found = run(base, arguments.side, arguments.training_steps, arguments.drawing_steps, CARDS)
-    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    for found in run(base, arguments.side, arguments.training_steps, arguments.drawing_steps, CARDS):
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,12 @@ from placeholder.training.losses import Denoiser
 from placeholder.training.optimizers import lora_optimizer
 from placeholder.transformer.checkpointing import BlockCheckpointing
 from placeholder.transformer.compile import compiled_blocks
+from placeholder.transformer.graphs import Passes
+from placeholder.transformer.layers import CAST
 
 SIDES, TEXT_TOKENS, RANK, RATE = (512, 768, 1024), (32, 128, 256), 32, 1e-4
 WARM_UP, TIMED = 10, 30
-COMPILED = "ours, compiled"
+EAGER, OURS, COMPILED = "ours, without CUDA graphs", "ours", "ours, compiled"
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, by their maker's data sheet
 
 
@@ -77,22 +80,30 @@ def arms(model: QwenImageTransformer2DModel, lora: list[nn.Parameter], side: int
     example = Example(pack(inputs.latents)[0].cpu(), (side // 16, side // 16), 0.5, ())
     checkpointing, optimizer = BlockCheckpointing(model, 0), lora_optimizer("adamw", lora, RATE)
     sampler = BatchSampler([example], (), 1, 0.0, torch.Generator().manual_seed(0))
-    state = TrainState(Denoiser(model), lambda prompts: inputs.embeds, lora, optimizer, sampler, checkpointing)
+    passes = Passes(model.device, lora, print)
+    state = TrainState(Denoiser(model), lambda prompts: inputs.embeds, lora, optimizer, sampler, checkpointing, passes)
     ours = train_steps(state, Schedule(10**9), SINGLE_PROCESS)
 
-    def enter_ours() -> None:
+    def enter_ours(recording: bool) -> None:
         model.enable_gradient_checkpointing(checkpointing._run)
+        for module in model.modules():  # what another loop left of its stream
+            vars(module).pop(CAST, None)
+        passes.recording = recording and model.device.type == "cuda"
 
     return {
         "script, checkpointing": Arm(model.enable_gradient_checkpointing, script.step),
         "script": Arm(model.disable_gradient_checkpointing, script.step),
-        "ours": Arm(enter_ours, lambda: next(ours)),
+        EAGER: Arm(partial(enter_ours, False), lambda: next(ours)),
+        OURS: Arm(partial(enter_ours, True), lambda: next(ours)),
     }
 
 
 def timed(candidates: dict[str, Arm], warm_up: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Milliseconds and peak bytes of the loops' steps, in turns, and of the first step; a loop out of memory says so."""
-    found: dict[str, dict[str, Any]] = {name: {"ms": []} for name in candidates}
+    """Milliseconds of the loops' steps, in turns, the first ones apart, and peak bytes; a loop out of memory says so.
+
+    Our second step is recorded as a CUDA graph, which takes the memory of a step for itself.
+    """
+    found: dict[str, dict[str, Any]] = {name: {"warm_up_ms": [], "ms": [], "peak_bytes": 0} for name in candidates}
     for number in range(warm_up + rounds):
         for name, arm in candidates.items():
             if "out_of_memory" in found[name]:
@@ -105,11 +116,8 @@ def timed(candidates: dict[str, Arm], warm_up: int, rounds: int) -> dict[str, di
                 found[name] = {"out_of_memory": str(error).split(".")[0]}
                 free_memory()
                 continue
-            if number == 0:
-                found[name]["first_ms"] = milliseconds
-            if number >= warm_up:
-                found[name]["ms"].append(milliseconds)
-                found[name]["peak_bytes"] = peak_bytes()
+            found[name]["ms" if number >= warm_up else "warm_up_ms"].append(milliseconds)
+            found[name]["peak_bytes"] = max(found[name]["peak_bytes"], peak_bytes() or 0)
     return found
 
 
@@ -164,15 +172,19 @@ def run(base: BaseModel, sides: tuple[int, ...], lengths: tuple[int, ...], warm_
     for side in sides:
         for text_tokens in lengths:
             candidates = arms(model, lora, side, text_tokens)
-            ours = candidates["ours"]
             entry = {"side": side, "text_tokens": text_tokens, "arms": timed(candidates, warm_up, rounds)}
-            entry["profile"] = {"ours": profiled(ours)}
+            entry["profile"] = {OURS: profiled(candidates[OURS])}
             entry["synchronizations"] = {
                 name: synchronizations(arm) for name, arm in candidates.items() if "ms" in entry["arms"][name]
             }
+            del candidates  # and the memory of what was recorded
+            free_memory()
             with compiled_blocks(model, True, print):
-                entry["arms"] |= timed({COMPILED: ours}, warm_up, rounds)
-                entry["profile"][COMPILED] = profiled(ours)
+                compiled = {COMPILED: arms(model, lora, side, text_tokens)[OURS]}
+                entry["arms"] |= timed(compiled, warm_up, rounds)
+                entry["profile"] |= {name: profiled(arm) for name, arm in compiled.items()}
+            del compiled
+            free_memory()
             flops = step_flops(TrainConfig(rank=RANK), side, text_tokens)  # of the full size, without recomputation
             for result in entry["arms"].values():
                 if "ms" in result:
@@ -206,7 +218,7 @@ def profile_table(found: list[dict[str, Any]]) -> str:
     for entry in found:
         for name, result in entry["profile"].items():
             cells = [f"{result['gpu_ms'][kind]:.0f}" for kind in kinds] + [str(result["kernels"])]
-            cells.append(f"{entry['arms'][name]['first_ms'] / 1e3:.0f}")
+            cells.append(f"{entry['arms'][name]['warm_up_ms'][0] / 1e3:.0f}")
             lines.append(f"| {entry['side']} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

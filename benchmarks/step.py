@@ -40,6 +40,7 @@ from placeholder.training.losses import Denoiser, sample_losses
 from placeholder.training.optimizers import TokenOptimizer, lora_optimizer, token_rms_limit
 from placeholder.transformer.checkpointing import BlockCheckpointing, saved_bytes
 from placeholder.transformer.compile import CompiledBlocks
+from placeholder.transformer.graphs import Passes
 from standin.small_base import Size, new_text_encoder, scheduler
 
 BLOCKS, HEADS, HEAD_WIDTH = 6, 4, 64
@@ -186,6 +187,7 @@ class Ours:
             lora_optimizer("adamw", self.lora, RATE),
             BatchSampler([self.example], (), 1, 0.0, torch.Generator().manual_seed(SEED)),
             BlockCheckpointing(self.transformer, 0),
+            Passes(self.denoiser.device, self.lora, print),
             token_optimizer,
         )
         self._steps: Iterator = train_steps(self.state, Schedule(10**9), SINGLE_PROCESS)

@@ -39,7 +39,7 @@ IN_THE_STEP: dict[str, Callable[[Tensor], Any]] = {
 FAULTS: dict[str, Callable[[], Any]] = dict.fromkeys(IN_THE_STEP, nullcontext) | {
     "mask": lambda: _attention_with(attn_mask=_mask),
     "fp32": lambda: _attention_with(key=lambda query: query.float()),
-    "memory": lambda: patch.object(loop, "sample_losses", _hoarding(loop.sample_losses)),
+    "memory": lambda: patch.object(loop, "flow_matching_losses", _hoarding(loop.flow_matching_losses)),
 }
 
 

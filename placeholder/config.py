@@ -116,7 +116,7 @@ class TrainConfig:
     quantize_te: Annotated[Flag, option(SPEED, "model")] = False
     """Quantize the text encoder to int8. Not possible with a placeholder token."""
     torch_compile: Annotated[Flag | None, option(SPEED, "model")] = None
-    """Compile the transformer's blocks: faster steps after some minutes. Blank: on a GPU from 1000 steps on."""
+    """Compile the transformer's blocks: faster steps after some minutes. Blank: on a GPU from 2000 steps on."""
     deterministic: Annotated[Flag, option(SPEED, "model")] = False
     """Use deterministic GPU algorithms alone: the same seed gives the same weights on the same GPU. Slower."""
     log_prompt_ids: Annotated[Flag, option(CAPTIONS, "debug", resume_may_change=True)] = False

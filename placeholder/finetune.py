@@ -126,6 +126,7 @@ def train(training: Training, context: Context, progress: Progress, observers: l
             with uncompiled():
                 for observer in observers:
                     observer.step(step)
+    state.passes.forget()  # the memory is needed for what follows
 
 
 def results(
@@ -195,7 +196,7 @@ def verify_archive(path: Path, trained: Weights, state: TrainState) -> None:
     def velocity() -> Tensor:
         embeds = state.prompt_embeds([example.input_ids])
         latents = example.latents[None].to(state.denoiser.device)
-        return state.denoiser(latents, torch.full((1,), MIDDLE_SIGMA), embeds, example.grid)
+        return state.denoiser(latents, state.denoiser.timesteps(torch.full((1,), MIDDLE_SIGMA)), embeds, example.grid)
 
     unload_lora(transformer)
     without = velocity()

@@ -14,6 +14,7 @@ from placeholder.training.loop import TrainState, gradients
 from placeholder.training.losses import Denoiser
 from placeholder.training.optimizers import TokenOptimizer
 from placeholder.transformer.checkpointing import BlockCheckpointing
+from placeholder.transformer.graphs import Passes
 from placeholder.transformer.modulations import tabulate
 from tests.training.test_loop import Parts
 
@@ -52,7 +53,8 @@ def test_a_step_brings_everything_to_the_device(base, tokenizer, monkeypatch, ta
     ]
     sampler, checkpointing = parts.sampler(batch_size=2, examples=examples), BlockCheckpointing(parts.transformer, 1)
     optimizer, denoiser = torch.optim.SGD(lora, lr=0.0), Denoiser(parts.transformer)
-    state = TrainState(denoiser, parts.prompt_embeds, lora, optimizer, sampler, checkpointing, tokens)
+    passes = Passes(META, lora, print)
+    state = TrainState(denoiser, parts.prompt_embeds, lora, optimizer, sampler, checkpointing, passes, tokens)
     loss, preservation = gradients(state, sampler.next_batch(), 2, 1.0)
     tokens.step()
     assert loss.device == preservation.device == META

@@ -371,7 +371,7 @@ class Proof:
         example = Example(latents, (4, 4), 0.5, prompt_ids(tokenizer, tokens, "a photo of <zwx>"))
         transformer = load_transformer(base)
         lora, sampler = add_lora(transformer, 4, 0), BatchSampler([example], (), 1, 0.0, torch.Generator())
-        self.state = TrainState(Denoiser(transformer), PromptEncoder(text_encoder, tokens), lora, None, sampler, None)
+        self.state = TrainState(Denoiser(transformer), PromptEncoder(text_encoder, tokens), lora, None, sampler, None, None)
 
     def __call__(self, archive: Path, trained: Weights | None = None) -> None:
         verify_archive(archive, trained or self.trained, self.state)

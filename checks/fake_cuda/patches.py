@@ -58,6 +58,9 @@ def _replacements(card: Card) -> list[tuple]:
         "Stream": stream,
         "current_stream": stream,
         "_exchange_device": 0,
+        "graph_pool_handle": (0, 0),
+        "graph": nullcontext(),  # what would be recorded runs at once, and there is nothing to replay
+        "CUDAGraph": types.SimpleNamespace(replay=lambda: None),
         **dict.fromkeys(("_lazy_init", "set_device", "set_rng_state", "empty_cache", "set_per_process_memory_fraction")),
     }
     cuda = [(torch.cuda, name, lambda *_, answer=answer, **__: answer) for name, answer in answers.items()]

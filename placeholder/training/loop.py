@@ -1,6 +1,6 @@
 """The training loop: a generator that makes one step after another and yields the losses of each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +12,11 @@ from placeholder.devices import free_memory
 from placeholder.distributed import Processes
 from placeholder.errors import causes
 from placeholder.training.examples import BatchSampler, Sample, grouped
-from placeholder.training.losses import Denoiser, PromptEmbeds, preservation_losses, sample_losses
+from placeholder.training.losses import Denoiser, PromptEmbeds, flow_matching_losses, inputs_of, preservation_losses
 from placeholder.training.optimizers import FlatOptimizer, TokenOptimizer
 from placeholder.transformer.checkpointing import BlockCheckpointing
 from placeholder.transformer.compile import CompiledBlocks
+from placeholder.transformer.graphs import Losses, Passes
 
 LORA_MAX_GRAD_NORM = 1.0  # max_grad_norm of diffusers' DreamBooth LoRA scripts
 DONE, OUT_OF_MEMORY, HOPELESS = 0, 1, 2  # how computing the gradients went in one process
@@ -44,6 +45,7 @@ class TrainState:
     lora_optimizer: torch.optim.Optimizer | FlatOptimizer
     sampler: BatchSampler
     checkpointing: BlockCheckpointing
+    passes: Passes
     token_optimizer: TokenOptimizer | None = None
     compiled: CompiledBlocks | None = None
     step: int = 0
@@ -57,6 +59,20 @@ class TrainState:
     def token_rows(self) -> nn.Parameter | None:
         """The placeholder tokens' embeddings (R, D), where tokens are trained."""
         return self.token_optimizer and self.token_optimizer.rows
+
+    @property
+    def can_save_memory(self) -> bool:
+        """Whether `save_memory` has something left to do."""
+        return self.passes.recording or not self.checkpointing.all_checkpointed
+
+    def save_memory(self) -> None:
+        """Let steps need less memory: drop what was recorded, else checkpoint more blocks, else record nothing any more."""
+        if not self.passes.forget():
+            if self.checkpointing.all_checkpointed:
+                self.passes.stop_recording("out of memory")
+            else:
+                self.checkpointing.checkpoint_more()
+        free_memory()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on."""
@@ -107,7 +123,7 @@ def train_steps(state: TrainState, schedule: Schedule, processes: Processes) -> 
     The gradient is that of the mean loss over the batches of all processes, plus `prior_preservation` times the mean
     preservation loss of each preserved prompt. The token embeddings' gradient and the LoRA's are handled apart: a shared clip
     would let the tokens' first huge gradients silence the LoRA. A step that runs out of GPU memory in any process is repeated
-    in all of them with more blocks checkpointed; torch.OutOfMemoryError is raised in all of them once all blocks are.
+    in all of them after `save_memory`; torch.OutOfMemoryError is raised in all of them once that can do nothing more.
     """
     for number in range(state.step + 1, schedule.steps + 1):
         lora_learns = number > schedule.token_only_steps
@@ -130,21 +146,31 @@ def gradients(state: TrainState, batch: list[Sample], batch_size: int, prior_pre
 
     Returns its share of the mean loss and of the mean preservation loss, summed over the preserved prompts, fp32 ().
     """
-    state.lora_optimizer.zero_grad(set_to_none=True)
+    state.passes.zero_grad()
     if state.token_rows is not None:
         state.token_rows.grad = None
     loss, preservation = torch.zeros(2, device=state.denoiser.device).unbind()
     for group in grouped(batch):
-        part = sample_losses(state.denoiser, state.prompt_embeds, group).sum() / batch_size
-        part.backward()
-        loss += part.detach()
+        prompts = [sample.input_ids for sample in group]
+        loss += _add_gradients(state, group, prompts, flow_matching_losses, 1 / batch_size) / batch_size
         if not prior_preservation:
             continue
         for prompts in zip(*(sample.example.preserved for sample in group), strict=True):
-            part = preservation_losses(state.denoiser, state.prompt_embeds, group, prompts).sum() / batch_size
-            (prior_preservation * part).backward()
-            preservation += part.detach()
+            weight = prior_preservation / batch_size
+            preservation += _add_gradients(state, group, prompts, preservation_losses, weight) / batch_size
     return [loss, preservation]
+
+
+def _add_gradients(
+    state: TrainState, group: list[Sample], prompts: Sequence[tuple[int, ...]], losses: Losses, weight: float
+) -> Tensor:
+    """Add the gradients of weight * sum of a group's losses with these prompts; returns the sum, which holds until the next."""
+    embeds = state.prompt_embeds(prompts)  # (B, T, D)
+    inputs = inputs_of(state.denoiser, group, embeds.detach().requires_grad_(embeds.requires_grad))
+    total = state.passes.run(losses, (state.denoiser, group[0].example.grid), inputs, weight)
+    if embeds.requires_grad:
+        embeds.backward(inputs.prompt_embeds.grad)
+    return total
 
 
 def _computed(compute: Callable[[], list[Tensor]], state: TrainState, processes: Processes) -> list[Tensor]:
@@ -157,7 +183,7 @@ def _computed(compute: Callable[[], list[Tensor]], state: TrainState, processes:
                 return found
         except RuntimeError as error:
             if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes(error)):  # the compiler's errors wrap it
-                outcome = processes.all_reduce_max(HOPELESS if state.checkpointing.all_checkpointed else OUT_OF_MEMORY)
+                outcome = processes.all_reduce_max(OUT_OF_MEMORY if state.can_save_memory else HOPELESS)
                 if outcome == HOPELESS:
                     raise
             elif state.compiled is not None and state.compiled.failed(error):
@@ -166,8 +192,7 @@ def _computed(compute: Callable[[], list[Tensor]], state: TrainState, processes:
                 raise
         if outcome == HOPELESS:
             raise torch.OutOfMemoryError("out of memory in another process, with every block checkpointed")
-        state.checkpointing.checkpoint_more()
-        free_memory()
+        state.save_memory()
 
 
 def _sum_over_processes(state: TrainState, losses: list[Tensor], tokens_learn: bool, processes: Processes) -> None:

@@ -1,6 +1,7 @@
 """The transformer's prediction for a group of samples, and the losses of flow matching and of prior preservation."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,23 @@ from placeholder.lora.adapter import without_lora
 from placeholder.training.examples import Sample
 from placeholder.training.flow import add_noise, flow_loss, velocity_target
 from placeholder.transformer.compile import uncompiled
-from placeholder.transformer.modulations import timesteps_on_cpu
+from placeholder.transformer.modulations import timesteps
 
 PromptEmbeds = Callable[[Sequence[tuple[int, ...]]], Tensor]
 """From n prompts of one length, as ids, to prompt embeddings (n, T, D)."""
+
+
+class Inputs(NamedTuple):
+    """What the losses of a group need, on the device: latents and noise (B, L, C), sigmas (B,), what the transformer takes
+    for them, prompt embeddings (B, T, D), and the tokens' weights (B, L), None where no image has a mask.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    sigmas: Tensor
+    timestep: Tensor
+    prompt_embeds: Tensor
+    weights: Tensor | None
 
 
 class Denoiser:
@@ -22,43 +36,61 @@ class Denoiser:
     def __init__(self, transformer: nn.Module):
         self.transformer = transformer
         self.device, self.dtype = transformer.device, transformer.dtype
-        self._timestep_device = torch.device("cpu") if timesteps_on_cpu(transformer) else self.device
 
-    def __call__(self, noisy: Tensor, sigmas: Tensor, prompt_embeds: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The velocity (B, L, C) for noisy packed latents (B, L, C), sigmas (B,) and prompt embeddings (B, T, D)."""
+    def timesteps(self, sigmas: Tensor) -> Tensor:
+        """What a call takes for sigmas (B,) of the CPU."""
+        return timesteps(self.transformer, sigmas, self.device)
+
+    def __call__(self, noisy: Tensor, timestep: Tensor, prompt_embeds: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The velocity (B, L, C) for noisy packed latents (B, L, C), `timesteps` and prompt embeddings (B, T, D)."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype == torch.bfloat16):
             return self.transformer(
                 hidden_states=noisy.to(self.dtype),
-                timestep=to_device(sigmas, self._timestep_device),
+                timestep=timestep,
                 encoder_hidden_states=prompt_embeds.to(self.dtype),
                 img_shapes=[[(1, *grid)]] * len(noisy),
                 return_dict=False,
             )[0]
 
 
+def inputs_of(denoiser: Denoiser, group: list[Sample], prompt_embeds: Tensor) -> Inputs:
+    """What the losses of a group need, with the embeddings (B, T, D) of its prompts."""
+    device, sigmas = denoiser.device, torch.stack([sample.sigma for sample in group])
+    return Inputs(
+        stack_on([sample.example.latents for sample in group], device),
+        stack_on([sample.noise for sample in group], device),
+        to_device(sigmas, device),
+        denoiser.timesteps(sigmas),
+        prompt_embeds,
+        _weights(group, device),
+    )
+
+
 def sample_losses(denoiser: Denoiser, prompt_embeds: PromptEmbeds, group: list[Sample]) -> Tensor:
     """The flow-matching loss of each sample of one group: (B,)."""
-    latents, noise, sigmas = _stacked(group, denoiser.device)
-    noisy = add_noise(latents, noise, to_device(sigmas, latents.device))
-    embeds = prompt_embeds([sample.input_ids for sample in group])  # (B, T, D)
-    model_pred = denoiser(noisy, sigmas, embeds, group[0].example.grid)
-    return flow_loss(model_pred, velocity_target(latents, noise), _weights(group, latents.device))
+    inputs = inputs_of(denoiser, group, prompt_embeds([sample.input_ids for sample in group]))
+    return flow_matching_losses(denoiser, group[0].example.grid, *inputs)
 
 
-def preservation_losses(
-    denoiser: Denoiser, prompt_embeds: PromptEmbeds, group: list[Sample], prompts: Sequence[tuple[int, ...]]
-) -> Tensor:
-    """The prior preservation loss of each sample, (B,): how far the LoRA moves the prediction for `prompts`, ids of one length.
+def flow_matching_losses(denoiser: Denoiser, grid: tuple[int, int], *inputs: Tensor | None) -> Tensor:
+    """The flow-matching loss of each sample, (B,), from `Inputs`."""
+    given = Inputs(*inputs)
+    noisy = add_noise(given.latents, given.noise, given.sigmas)
+    model_pred = denoiser(noisy, given.timestep, given.prompt_embeds, grid)
+    return flow_loss(model_pred, velocity_target(given.latents, given.noise), given.weights)
 
-    The target is the base model's own prediction at the samples' noisy latents; ai-toolkit calls this differential output
-    preservation.
+
+def preservation_losses(denoiser: Denoiser, grid: tuple[int, int], *inputs: Tensor | None) -> Tensor:
+    """The prior preservation loss of each sample, (B,), from `Inputs` with the embeddings of a preserved prompt.
+
+    Masks do not act. It is how far the LoRA moves the prediction from the base model's own at the samples' noisy latents;
+    ai-toolkit calls this differential output preservation.
     """
-    latents, noise, sigmas = _stacked(group, denoiser.device)
-    noisy, grid = add_noise(latents, noise, to_device(sigmas, latents.device)), group[0].example.grid
-    embeds = prompt_embeds(prompts)  # (B, T, D)
+    given = Inputs(*inputs)
+    arguments = add_noise(given.latents, given.noise, given.sigmas), given.timestep, given.prompt_embeds, grid
     with torch.no_grad(), without_lora(denoiser.transformer), uncompiled():
-        target = denoiser(noisy, sigmas, embeds, grid)
-    return flow_loss(denoiser(noisy, sigmas, embeds, grid), target)
+        target = denoiser(*arguments)
+    return flow_loss(denoiser(*arguments), target)
 
 
 def _weights(group: list[Sample], device: torch.device) -> Tensor | None:
@@ -68,10 +100,3 @@ def _weights(group: list[Sample], device: torch.device) -> Tensor | None:
         return None
     length = len(group[0].example.latents)
     return stack_on([torch.ones(length) if found is None else found for found in weights], device)
-
-
-def _stacked(group: list[Sample], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (B, L, C) and noise (B, L, C) of a group on the device, and its sigmas (B,) on the CPU."""
-    latents = stack_on([sample.example.latents for sample in group], device)
-    noise = stack_on([sample.noise for sample in group], device)
-    return latents, noise, torch.stack([sample.sigma for sample in group])

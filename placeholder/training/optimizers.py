@@ -35,11 +35,6 @@ class FlatOptimizer:
         """The one group of the optimizer."""
         return self.optimizer.param_groups
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
     def step(self) -> None:
         """One update from the parameters' gradients; without one it counts as zero."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]

@@ -32,6 +32,7 @@ from placeholder.training.losses import Denoiser
 from placeholder.training.memory_plan import Plan, plan_memory
 from placeholder.training.optimizers import TokenOptimizer, lora_optimizer, token_rms_limit
 from placeholder.training.resume import apply_start, check_dataset, stored_descriptions, stored_need
+from placeholder.transformer.graphs import Passes
 
 THUMBNAILS, THUMBNAIL_SIDE = 64, 128  # how many of the data set's images the report shows, and their pixels
 
@@ -210,7 +211,8 @@ def build(
     optimizer = lora_optimizer(config.optimizer, lora, config.learning_rate)
     checkpointing = plan.checkpointing(transformer, lora, config.optimizer, context.base.free_bytes())
     log(f"Memory: {checkpointing.checkpointed} of {checkpointing.blocks} blocks are checkpointed")
-    return TrainState(Denoiser(transformer), prompt_embeds, lora, optimizer, sampler, checkpointing, token_optimizer)
+    passes = Passes(context.base.device, lora, log)
+    return TrainState(Denoiser(transformer), prompt_embeds, lora, optimizer, sampler, checkpointing, passes, token_optimizer)
 
 
 def _grid(pixels: Tensor) -> tuple[int, int]:

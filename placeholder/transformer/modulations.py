@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from placeholder.devices import stack_on
+from placeholder.devices import stack_on, to_device
 
 STREAMS = ("img_mod", "txt_mod")  # of a block: SiLU and a linear layer D -> 6 D each
 # Sample images in a training ask for sigmas between those of the grid (training/flow.py): half its distance, and half of
@@ -42,12 +42,16 @@ class ModulationTable(nn.Module):
         self.rows = rows
 
     def forward(self, timestep: Tensor, hidden_states: Tensor, _additional_t_cond: None = None) -> Tensor:
-        """The rows (B, 2 blocks + 1, 6 D) of the sigmas nearest to (B,), on the device of the hidden states.
+        """The rows (B, 2 blocks + 1, 6 D) of the sigmas nearest to (B,); rows that were looked up already stay as they are."""
+        return timestep if timestep.ndim == self.rows.ndim else self.look_up(timestep, hidden_states.device)
+
+    def look_up(self, sigmas: Tensor, device: torch.device) -> Tensor:
+        """The rows (B, 2 blocks + 1, 6 D) of the sigmas nearest to (B,), on the device.
 
         Sigmas on the CPU are looked up without waiting for the device. Raises RuntimeError for one further than TOLERANCE from
         all.
         """
-        return stack_on([self.rows[self._nearest(sigma)] for sigma in timestep.tolist()], hidden_states.device)
+        return stack_on([self.rows[self._nearest(sigma)] for sigma in sigmas.to(self.rows.dtype).tolist()], device)
 
     def _nearest(self, sigma: float) -> int:
         above = bisect(self.sigmas, sigma)
@@ -73,9 +77,10 @@ def row_bytes(transformer: nn.Module) -> int:
     return (len(STREAMS) * len(transformer.transformer_blocks) + 1) * layer.out_features * layer.weight.itemsize
 
 
-def timesteps_on_cpu(transformer: nn.Module) -> bool:
-    """Whether the transformer takes its timesteps on the CPU, where a table looks them up."""
-    return isinstance(transformer.time_text_embed, ModulationTable)
+def timesteps(transformer: nn.Module, sigmas: Tensor, device: torch.device) -> Tensor:
+    """What the transformer takes as its timesteps for sigmas (B,) of the CPU: them, or their rows of its table."""
+    embedder = transformer.time_text_embed
+    return embedder.look_up(sigmas, device) if isinstance(embedder, ModulationTable) else to_device(sigmas, device)
 
 
 @torch.no_grad()

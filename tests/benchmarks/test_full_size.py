@@ -33,15 +33,15 @@ TINY = {
 def test_both_trainings_and_the_prediction_run_in_bf16_and_are_timed(monkeypatch):
     monkeypatch.setattr(compilation, "BACKEND", "eager")  # traced and not compiled, which takes a tenth of the time
     base = RandomBase("tiny, random", torch.device("cpu"), torch.bfloat16, TINY)
-    found = run(base, side=64, training_steps=8, drawing_steps=8, cards=(1,))
+    *_, found = run(base, side=64, training_steps=8, drawing_steps=8, cards=(1,))
     for mode in ("zero_prior", "baseline"):
         assert 0 < found[mode]["loss"] < 10
         assert found[mode]["median_step_seconds"] > 0
     assert found["prediction"]["size"] == (64, 64)
     assert list(found["prediction"]["median_step_seconds"]) == ["off", "on, both prompts named", "on"]
     assert all(seconds > 0 for seconds in found["prediction"]["median_step_seconds"].values())
-    assert [card["transformer_storage"] for card in found["cards"]] == ["none", "int8"] * 2
-    assert all(0 < card["expected_peak_gb"] < 0.9 for card in found["cards"])
+    assert [card["transformer_storage"] for card in found["card of 1 GB"]] == ["none", "int8"] * 2
+    assert all(0 < card["expected_peak_gb"] < 0.9 for card in found["card of 1 GB"])
 
 
 def test_the_weights_are_noise_of_their_name_and_never_zeros():

@@ -16,9 +16,10 @@ from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_emb
 from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_ids
 from placeholder.training.examples import BatchSampler, Example, Sample, draw_sample, grouped
 from placeholder.training.loop import LORA_MAX_GRAD_NORM, Schedule, TrainState, train_steps
-from placeholder.training.losses import Denoiser, preservation_losses, sample_losses
+from placeholder.training.losses import Denoiser, inputs_of, preservation_losses, sample_losses
 from placeholder.training.optimizers import TokenOptimizer, lora_optimizer
 from placeholder.transformer.checkpointing import BlockCheckpointing
+from placeholder.transformer.graphs import Passes
 from tests.support.parallel_steps import RunningOut
 from tests.support.peak import PeakBytes
 from tests.support.samples import picture
@@ -34,6 +35,7 @@ class Parts:
         self.transformer = load_transformer(base)
         self.lora = add_lora(self.transformer, rank, seed=0)
         self.denoiser = Denoiser(self.transformer)
+        self.passes = Passes(self.denoiser.device, self.lora, print)
         generator = torch.Generator().manual_seed(0)
         self.tokens = PlaceholderTokens(151665, initial_embeddings(tokens, 32, 1e-5, generator), 32)
         self.prompt_embeds = PromptEncoder(text_encoder, self.tokens)
@@ -64,7 +66,7 @@ class Parts:
         sampler = self.sampler(seed, batch_size, caption_dropout, examples)
         checkpointing = BlockCheckpointing(self.transformer, checkpointed)
         state = TrainState(
-            self.denoiser, self.prompt_embeds, self.lora, optimizer, sampler, checkpointing, token_optimizer=token_optimizer
+            self.denoiser, self.prompt_embeds, self.lora, optimizer, sampler, checkpointing, self.passes, token_optimizer
         )
         schedule = Schedule(steps, round(steps * warmup_fraction), prior_preservation, prior_preservation_interval)
         return train_steps(state, schedule, SINGLE_PROCESS)
@@ -220,9 +222,10 @@ def test_preservation_is_nothing_while_the_lora_is_zero_and_then_the_distance_fr
     example = parts.examples[0]
     generator = torch.Generator().manual_seed(2)
     group = [draw_sample(example, parts.empty_ids, 1.0, generator) for _ in range(2)]
-    assert preservation_losses(parts.denoiser, parts.prompt_embeds, group, [plain] * 2).tolist() == [0.0, 0.0]
+    inputs = inputs_of(parts.denoiser, group, parts.prompt_embeds([plain] * 2))
+    assert preservation_losses(parts.denoiser, example.grid, *inputs).tolist() == [0.0, 0.0]
     parts.wake_lora()
-    losses = preservation_losses(parts.denoiser, parts.prompt_embeds, group, [plain] * 2)
+    losses = preservation_losses(parts.denoiser, example.grid, *inputs)
     for sample, loss in zip(group, losses, strict=True):
         noisy = sample.sigma * sample.noise + (1 - sample.sigma) * example.latents
         arguments = (sample.sigma[None], parts.prompt_embeds([plain]), example.grid)

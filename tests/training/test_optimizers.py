@@ -23,7 +23,7 @@ def test_every_optimizer_lowers_a_simple_loss(name):
     optimizer = lora_optimizer(name, [parameter], 1e-2)
     losses = []
     for _ in range(100):
-        optimizer.zero_grad()
+        parameter.grad = None
         loss = (parameter - target).square().mean()
         loss.backward()
         optimizer.step()
@@ -54,7 +54,8 @@ def test_prodigy_of_all_parameters_as_one_is_prodigy_of_each_and_reads_the_devic
 
     def trained(chosen: list[nn.Parameter], optimizer) -> list[torch.Tensor]:
         for _ in range(40):
-            optimizer.zero_grad()
+            for parameter in chosen:
+                parameter.grad = None
             sum((parameter - 3).square().mean() for parameter in chosen).backward()
             optimizer.step()
         return [parameter.detach() for parameter in chosen]

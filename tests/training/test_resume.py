@@ -234,7 +234,7 @@ def test_every_optimizer_goes_on_as_if_nothing_had_happened(name, tmp_path):
         lora = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((80, 80), (4, 6), (70, 70))]
         tokens = TokenOptimizer(torch.nn.Parameter(torch.randn(2, 8, generator=generator)), 1e-2, 100.0)
         sampler = BatchSampler([None] * 5, (), 1, 0.0, generator)
-        return TrainState(Denoiser(Small()), None, lora, lora_optimizer(name, lora, 1e-2), sampler, None, tokens)
+        return TrainState(Denoiser(Small()), None, lora, lora_optimizer(name, lora, 1e-2), sampler, None, None, tokens)
 
     def train(state: TrainState, steps: int) -> list[torch.Tensor]:
         for _ in range(steps):

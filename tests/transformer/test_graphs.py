@@ -1,0 +1,167 @@
+"""Passes that are recorded and replayed, with recordings that run again on the CPU; checks/cuda_graphs.py has real ones."""
+
+import types
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from placeholder.config import TrainConfig
+from placeholder.tokens.prompt_encoder import prompt_ids
+from placeholder.training import loop
+from placeholder.training.optimizers import TokenOptimizer, lora_optimizer
+from placeholder.transformer import graphs
+from tests.conftest import SHORT
+from tests.support.samples import train
+from tests.training.test_loop import NO_LIMIT, Parts
+
+GPU = torch.device("cuda")
+
+
+class Rerun:
+    """Stands in for `Recorded`: its own tensors, and gradients of its own for them, but the computation runs at each replay."""
+
+    made: list["Rerun"] = []
+    fails: list[Exception] = []
+
+    def __init__(self, compute, tensors, pool, _stream):
+        if Rerun.fails:
+            raise Rerun.fails.pop(0)
+        self.compute, self.tensors = compute, [tensor if tensor is None else graphs._like(tensor) for tensor in tensors]
+        Rerun.made.append(self)
+
+    def replay(self, tensors):
+        for own, given in zip(self.tensors, tensors, strict=True):
+            if own is not None:
+                own.detach().copy_(given)
+                own.grad = None
+        found = self.compute(self.tensors)
+        for own, given in zip(self.tensors, tensors, strict=True):
+            if own is not None:
+                given.grad = own.grad
+        return found
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What of a GPU passes ask for."""
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, answer in {"Stream": stream, "current_stream": stream, "graph_pool_handle": (0, 0)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    for name in ("stream", "graph", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
+    monkeypatch.setattr(graphs, "Recorded", Rerun)
+    monkeypatch.setattr(Rerun, "made", [])
+    monkeypatch.setattr(Rerun, "fails", [])
+
+
+def trained(base, tokenizer, text_encoder, log=None):
+    """Losses of a training of all kinds of passes, what it learns, and the token's updates; with `log` as on a GPU."""
+    parts = Parts(base, tokenizer, text_encoder)
+    parts.wake_lora()
+    plain = prompt_ids(tokenizer, parts.tokens, "a photo of a thing")
+    parts.prompt_embeds.cache([plain, parts.empty_ids])
+    rows = TokenOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT)
+    if log is not None:
+        parts.passes = graphs.Passes(GPU, parts.lora, log.append)
+    made = parts.steps(
+        12,
+        lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-2),
+        token_optimizer=rows,
+        examples=[replace(example, preserved=(plain,)) for example in parts.examples],
+        batch_size=2,
+        caption_dropout=0.3,
+        prior_preservation=2.0,
+        prior_preservation_interval=2,
+    )
+    found = [(step.loss.item(), None if step.preservation is None else step.preservation.item()) for step in made]
+    return found, [tensor.detach().clone() for tensor in (*parts.lora, parts.tokens.rows)], rows.steps
+
+
+def assert_same(found, expected):
+    assert found[0] == expected[0] and found[2] == expected[2]
+    assert all(torch.equal(one, other) for one, other in zip(found[1], expected[1], strict=True))
+
+
+def test_recorded_passes_train_the_same_and_each_size_is_recorded_once(gpu, base, tokenizer, text_encoder):
+    log = []
+    expected = trained(base, tokenizer, text_encoder)
+    assert not Rerun.made
+    assert_same(trained(base, tokenizer, text_encoder, log), expected)
+    sizes = [tuple(None if t is None else (*t.shape, t.requires_grad) for t in made.tensors) for made in Rerun.made]
+    kinds = [made.compute.args[0] for made in Rerun.made]
+    assert len(sizes) == len(set(zip(kinds, sizes, strict=True))) > 4 and set(kinds) == {
+        loop.flow_matching_losses,
+        loop.preservation_losses,
+    }
+    assert not log
+
+
+def test_gradients_stay_where_they_are_and_what_has_none_gets_none(gpu, base, tokenizer, text_encoder):
+    parts, log = Parts(base, tokenizer, text_encoder), []
+    parts.passes = graphs.Passes(GPU, parts.lora, log.append)
+    made = parts.steps(4, examples=parts.examples[:1])
+    next(made)
+    places = [None if parameter.grad is None else parameter.grad.data_ptr() for parameter in parts.lora]
+    assert None in places  # what the last block sends as text is not read
+    for _ in made:
+        assert places == [None if parameter.grad is None else parameter.grad.data_ptr() for parameter in parts.lora]
+    assert len(Rerun.made) == 1
+
+
+def test_steps_that_cannot_be_recorded_go_on_with_one_warning(gpu, base, tokenizer, text_encoder):
+    log, first = [], RuntimeError("operation not permitted when stream is capturing")
+    error = RuntimeError("operation failed due to a previous error")
+    error.__context__ = first
+    Rerun.fails.extend([error, error])
+    assert_same(trained(base, tokenizer, text_encoder, log), trained(base, tokenizer, text_encoder))
+    assert log == [f"Warning: the steps could not be recorded as CUDA graphs ({first}): the training goes on without"]
+    assert not Rerun.made and Rerun.fails  # it was tried once
+
+
+def test_only_so_many_sizes_are_recorded_and_a_line_says_so(gpu, monkeypatch, base, tokenizer, text_encoder):
+    log = []
+    monkeypatch.setattr(graphs, "MOST_RECORDED", 2)
+    assert_same(trained(base, tokenizer, text_encoder, log), trained(base, tokenizer, text_encoder))
+    assert len(Rerun.made) == 2
+    assert log == ["CUDA graphs: 2 sizes of images and prompts are recorded, others run without"]
+
+
+def test_samples_and_what_follows_the_last_step_have_the_memory_of_what_was_recorded(monkeypatch, dataset, base, tmp_path):
+    forgotten = []
+    monkeypatch.setattr(graphs.Passes, "forget", lambda passes: forgotten.append(passes))
+    config = TrainConfig(**SHORT | {"steps": 4, "sample_every": 2, "report": True})
+    train(dataset, config, tmp_path / "weights.zip", base)
+    assert len(forgotten) == 4  # two times samples, the end of training, the grid
+
+
+def test_without_memory_recordings_go_first_then_blocks_are_checkpointed_then_nothing_is_recorded(
+    gpu, base, tokenizer, text_encoder
+):
+    parts, log = Parts(base, tokenizer, text_encoder), []
+    expected = [step.loss.item() for step in parts.steps(9, examples=parts.examples[:1])]
+    parts.passes = passes = graphs.Passes(GPU, parts.lora, log.append)
+    made = parts.steps(9, examples=parts.examples[:1])
+    found = [next(made), next(made)]
+    assert [step.checkpointed for step in found] == [0, 0] and len(Rerun.made) == 1
+    replay, out = Rerun.replay, [1]
+
+    def replaying(recorded, tensors):
+        if out and out.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return replay(recorded, tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rerun, "replay", replaying)
+        found.append(next(made))
+    assert found[-1].checkpointed == 0 and len(Rerun.made) == 2  # dropped, and recorded again
+    for checkpointed in (1, 2, 2):
+        passes.forget()
+        Rerun.fails.append(torch.OutOfMemoryError("CUDA out of memory"))
+        assert not log
+        found.append(next(made))
+        assert found[-1].checkpointed == checkpointed
+    assert len(Rerun.made) == 4
+    assert log == ["Warning: the steps could not be recorded as CUDA graphs (out of memory): the training goes on without"]
+    assert [step.loss.item() for step in (*found, *made)] == expected
