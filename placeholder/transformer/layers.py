@@ -1,6 +1,7 @@
 """Layers of the transformer that keep and move less in training than PEFT's and diffusers' own, equal up to rounding."""
 
 from collections.abc import Sequence
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -30,6 +31,8 @@ def prepare_layers(transformer: nn.Module, adapter: str) -> None:
         if isinstance(module, BaseTunerLayer):
             # Autocast brings weight and input together; PEFT would keep an fp32 copy of each input for the backward pass.
             module.cast_input_dtype_enabled = False
+            if isinstance(module, LoraLayer) and type(module.get_base_layer()) is nn.Linear:
+                module.forward = partial(_lora_linear, module, adapter)
         elif type(module) is nn.LayerNorm:
             module.forward = MethodType(_layer_norm, module)
         elif type(module) is RMSNorm and module.weight is not None and module.bias is None:
@@ -46,9 +49,43 @@ class FusedLoraAddition(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **options: Any) -> Tensor:
         """`result`, the base layer's output (..., O) for x (..., I), with scale * B A x added."""
-        a, b = getattr(module, CAST, None) or (module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight)
+        a, b = _lora_weights(module, active_adapter)
         down = F.linear(x, a).flatten(0, -2)  # (N, r)
         return torch.addmm(result.flatten(0, -2), down, b.t(), alpha=module.scaling[active_adapter]).view_as(result)
+
+
+def _lora_linear(module: LoraLayer, adapter: str, x: Tensor) -> Tensor:
+    """A linear layer with its LoRA, (..., I) => (..., O): one operation for autograd where there are gradients to be."""
+    weight, variant = module.get_base_layer().weight, module.lora_variant.get(adapter)
+    plain = type(variant) is FusedLoraAddition and module.scaling[adapter] == 1 and module.active_adapters == [adapter]
+    if module.disable_adapters or not plain or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return type(module).forward(module, x)
+    a, b = (part.to(weight.dtype) for part in _lora_weights(module, adapter))
+    return _LoraLinear.apply(x.to(weight.dtype), weight, module.get_base_layer().bias, a, b)
+
+
+def _lora_weights(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    return getattr(module, CAST, None) or (module.lora_A[adapter].weight, module.lora_B[adapter].weight)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = W x + b + B A x for a frozen W: what autograd would add up of four operations is added by the matrix products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        y, down = F.linear(x, weight, bias), F.linear(x, a)
+        ctx.save_for_backward(x, weight, a, b, down)
+        y.flatten(0, -2).addmm_(down.flatten(0, -2), b.t())
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
+        x, weight, a, b, down = ctx.saved_tensors
+        gradient = gradient.flatten(0, -2)  # (N, O)
+        of_down = gradient @ b  # (N, r)
+        of_x = (gradient @ weight).addmm_(of_down, a).view_as(x) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, of_down.t() @ x.flatten(0, -2), gradient.t() @ down.flatten(0, -2)
 
 
 def cast_together(transformer: nn.Module, adapter: str, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models.normalization import RMSNorm
 from peft.tuners.lora.layer import LoraLayer
+from torch.utils.flop_counter import FlopCounterMode
 
 from placeholder.lora.adapter import ADAPTER, add_lora, without_lora
 from placeholder.training.losses import Denoiser
@@ -22,10 +23,9 @@ def transformer() -> torch.nn.Module:
 
 @pytest.fixture
 def layer(transformer) -> LoraLayer:
-    """One of its LoRA layers, with a random B instead of zero and a scale other than one."""
+    """One of its LoRA layers, with a random B instead of zero."""
     found = transformer.transformer_blocks[0].attn.to_q
     torch.nn.init.normal_(found.lora_B[ADAPTER].weight)
-    found.scaling[ADAPTER] = 0.5
     return found
 
 
@@ -40,13 +40,33 @@ def values(layer: LoraLayer, x: torch.Tensor) -> list[torch.Tensor]:
     return [result, *torch.autograd.grad(result.square().sum(), [x, *learned])]
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 3)])
-def test_the_lora_is_added_as_peft_adds_it(layer, shape):
+def test_the_lora_is_added_as_peft_adds_it(layer, shape, scale):
+    layer.scaling[ADAPTER] = scale
     x = random_input(layer, *shape)
     ours = values(layer, x)
+    assert (type(ours[0].grad_fn).__name__ == "_LoraLinearBackward") == (scale == 1)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), ours[0], rtol=1e-4, atol=1e-5)
     del layer.lora_variant[ADAPTER]
     for found, expected in zip(ours, values(layer, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_whose_input_needs_no_gradient_computes_none(layer):
+    x, flops = random_input(layer, 1, 5), []
+    for given in (x, x.detach()):
+        with FlopCounterMode(display=False) as counted:
+            layer(given).sum().backward()
+        flops.append(counted.get_total_flops())
+    assert flops[0] - flops[1] == 2 * 5 * layer.in_features * (layer.out_features + layer.r[ADAPTER])
+
+
+def test_without_the_lora_a_layer_is_the_base_models(layer):
+    x = random_input(layer, 1, 5)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))
 
 
 def test_under_autocast_the_output_is_bf16_and_gradients_are_fp32(layer):
