@@ -1,4 +1,4 @@
-"""FLOPs of what runs inside, attention on the CPU among them, which PyTorch's counter does not know."""
+"""FLOPs of what runs inside, with attention on the CPU and products added in place, which PyTorch's counter does not know."""
 
 from typing import Any
 
@@ -6,6 +6,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
+
+
+def _added(_to: torch.Size, a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * a.numel() * b[1]
 
 
 def _forward(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
@@ -24,6 +28,7 @@ def _repeated(shape: torch.Size, query: torch.Size) -> torch.Size:
 def flop_counter() -> FlopCounterMode:
     """A context in which matrix products, convolutions and attention are counted, forwards and backwards."""
     formulas = {
+        aten.addmm_: _added,
         aten._scaled_dot_product_flash_attention_for_cpu: _forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
     }

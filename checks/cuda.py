@@ -39,7 +39,7 @@ SIZES = {
     "transformer": {"num_layers": 2},
 }
 TOKEN = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",)}
-PRESERVED = TOKEN | {"prior_preservation": 4.0, "prior_preservation_interval": 2}
+PRESERVED = TOKEN | {"prior_preservation": 4.0, "prior_preservation_interval": 1}
 TRAININGS: dict[str, dict[str, Any]] = {
     "token": TOKEN,
     "baseline": {},
@@ -122,7 +122,8 @@ def training(name: str, report: Report, counts: dict[str, int], fault: str | Non
     """One training of two steps with its checks; returns the kernels of a step."""
     with fake_cuda(SMALL_CARD.get(name, 80e9)) as card, tempfile.TemporaryDirectory() as folder:
         base = full_size.RandomBase("fake", torch.device("cuda"), torch.bfloat16, sizes=SIZES)
-        config = TrainConfig(steps=2, resolution=(side,), seed=0, report=False, **TRAININGS[name])
+        options = {"steps": 2, "caption_dropout": 0.0, "report": False} | TRAININGS[name]  # the second step is recorded
+        config = TrainConfig(resolution=(side,), seed=0, **options)
         measured, log = Measured(card), []
         dataset = full_size.write_dataset(Path(folder) / "data.zip", side)
         with measured.watching(fault):
@@ -131,6 +132,7 @@ def training(name: str, report: Report, counts: dict[str, int], fault: str | Non
     report.check(not measured.waits, f"{name}: no step waits for the GPU {dict(measured.waits)}")
     report.check(not measured.walks, f"{name}: no step walks over the modules {dict(measured.walks)}")
     report.check(not measured.blocking, f"{name}: copies to the GPU do not block {dict(measured.blocking)}")
+    report.check(not card.recorded, f"{name}: no copy to the GPU is recorded {dict(card.recorded)}")
     report.check(not card.mixed, f"{name}: no operation is on tensors of two devices {dict(card.mixed)}")
     planned_offload = any("text encoder, offloaded" in line for line in log)
     report.check(planned_offload == ("offloaded" in name), f"{name}: the plan offloads the text encoder: {planned_offload}")

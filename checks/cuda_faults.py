@@ -32,6 +32,14 @@ def _mask(query: Tensor) -> Tensor:
     return torch.ones(query.shape[0], 1, 1, query.shape[2], dtype=torch.bool, device=query.device)
 
 
+_losses = loop.flow_matching_losses
+
+
+def _copying(*arguments: Any) -> Tensor:  # the same function in each step: what is recorded is known by it
+    found = _losses(*arguments)
+    return found + torch.zeros(1).pin_memory().to(found.device, non_blocking=True)
+
+
 IN_THE_STEP: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda loss: loss.item(),
     "blocking copy": lambda loss: torch.zeros(8).to(loss.device),
@@ -39,6 +47,7 @@ IN_THE_STEP: dict[str, Callable[[Tensor], Any]] = {
 FAULTS: dict[str, Callable[[], Any]] = dict.fromkeys(IN_THE_STEP, nullcontext) | {
     "mask": lambda: _attention_with(attn_mask=_mask),
     "fp32": lambda: _attention_with(key=lambda query: query.float()),
+    "recorded copy": lambda: patch.object(loop, "flow_matching_losses", _copying),
     "memory": lambda: patch.object(loop, "flow_matching_losses", _hoarding(loop.flow_matching_losses)),
 }
 
@@ -58,5 +67,6 @@ FINDINGS = {  # what has to be said of each fault, so that none is found by anot
     "blocking copy": "copies to the GPU do not block",
     "mask": "the blocks' attention is fused",
     "fp32": "attention on torch.bfloat16, torch.float32",
+    "recorded copy": "no copy to the GPU is recorded",
     "memory": "GB of",
 }

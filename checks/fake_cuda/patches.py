@@ -41,6 +41,15 @@ def _replacements(card: Card) -> list[tuple]:
         cuda_stream=0,
     )
 
+    @contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        """What would be recorded runs at once, and there is nothing to replay."""
+        card.recording = True
+        try:
+            yield
+        finally:
+            card.recording = False
+
     def reset_peak(*_: object) -> None:
         card.peak = card.live
 
@@ -59,7 +68,6 @@ def _replacements(card: Card) -> list[tuple]:
         "current_stream": stream,
         "_exchange_device": 0,
         "graph_pool_handle": (0, 0),
-        "graph": nullcontext(),  # what would be recorded runs at once, and there is nothing to replay
         "CUDAGraph": types.SimpleNamespace(replay=lambda: None),
         **dict.fromkeys(("_lazy_init", "set_device", "set_rng_state", "empty_cache", "set_per_process_memory_fraction")),
     }
@@ -68,6 +76,7 @@ def _replacements(card: Card) -> list[tuple]:
         (torch.cuda, "mem_get_info", lambda *_: (card.total - card.live - int(CONTEXT), card.total)),
         (torch.cuda, "synchronize", lambda *_: card.waits.update([("synchronize", where())])),
         (torch.cuda, "reset_peak_memory_stats", reset_peak),
+        (torch.cuda, "graph", graph),
         *((torch.cuda, name, lambda *_: card.live) for name in ("memory_reserved", "memory_allocated")),
         *((torch.cuda, name, lambda *_: card.peak) for name in ("max_memory_reserved", "max_memory_allocated")),
         *((torch.cuda, name, lambda *_, **__: nullcontext()) for name in ("stream", "device")),

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers.models.normalization import RMSNorm
 from peft.tuners.lora.layer import LoraLayer
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flops import flop_counter
 from placeholder.lora.adapter import ADAPTER, add_lora, without_lora
 from placeholder.training.losses import Denoiser
 from placeholder.transformer.checkpointing import BlockCheckpointing, saved_bytes
@@ -57,7 +57,7 @@ def test_the_lora_is_added_as_peft_adds_it(layer, shape, scale):
 def test_a_layer_whose_input_needs_no_gradient_computes_none(layer):
     x, flops = random_input(layer, 1, 5), []
     for given in (x, x.detach()):
-        with FlopCounterMode(display=False) as counted:
+        with flop_counter() as counted:
             layer(given).sum().backward()
         flops.append(counted.get_total_flops())
     assert flops[0] - flops[1] == 2 * 5 * layer.in_features * (layer.out_features + layer.r[ADAPTER])
