@@ -1,8 +1,9 @@
 """The CUDA path without a GPU: trainings and a prediction at full width with two layers, on a pretended card of 80 GB.
 
 `make check-cuda` fails where tensors of two devices or dtypes meet, a step waits for the GPU, walks over the modules of a model
-or copies without non_blocking, the blocks' attention is not a fused kernel without a mask, more bytes are in use than planned,
-or a step has more kernels than checks/cuda.json has. Then faults are put in, which have to be found.
+or copies without non_blocking, a CUDA graph copies from the host, the blocks' attention is not a fused kernel without a mask,
+more bytes are in use than planned, or a step has more kernels than checks/cuda.json has. Then faults are put in, which have to
+be found.
 """
 
 from checks.fake_cuda import fake_cuda  # isort: skip - before torch
@@ -14,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +31,7 @@ from checks.fake_cuda.card import VALUE
 from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
-from placeholder.job import Job
+from placeholder.job import CheckpointFolder, Job
 from placeholder.request import Request
 from placeholder.training import diagnostics, loop
 
@@ -47,6 +49,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "token, int8": TOKEN | {"quantize": True},
     "token, batch 2, blocks checkpointed": PRESERVED | {"batch_size": 2},
     "token, text encoder offloaded": TOKEN | {"quantize": True},
+    "token, resumed": TOKEN | {"steps": 4},
 }
 # Bytes of the card; 80 GB for the others.
 SMALL_CARD = {"token, batch 2, blocks checkpointed": 5.1e9, "token, text encoder offloaded": 2.0e9}
@@ -119,15 +122,19 @@ class Report:
 
 
 def training(name: str, report: Report, counts: dict[str, int], fault: str | None = None, side: int = 512) -> int:
-    """One training of two steps with its checks; returns the kernels of a step."""
+    """One training of two steps, or two steps after a checkpoint, with its checks; returns the kernels of a step."""
     with fake_cuda(SMALL_CARD.get(name, 80e9)) as card, tempfile.TemporaryDirectory() as folder:
         base = full_size.RandomBase("fake", torch.device("cuda"), torch.bfloat16, sizes=SIZES)
         options = {"steps": 2, "caption_dropout": 0.0, "report": False} | TRAININGS[name]  # the second step is recorded
         config = TrainConfig(resolution=(side,), seed=0, **options)
         measured, log = Measured(card), []
-        dataset = full_size.write_dataset(Path(folder) / "data.zip", side)
+        job = Job(full_size.write_dataset(Path(folder) / "data.zip", side), config, Path(folder) / "weights.zip")
+        if "resumed" in name:
+            written = CheckpointFolder(Path(folder) / "checkpoints", 2)
+            finetune(replace(job, checkpoints=written), base, log=lambda line: None)
+            job = replace(job, resume_from=written.path / "checkpoint-000002.safetensors")
         with measured.watching(fault):
-            meta = finetune(Job(dataset, config, Path(folder) / "weights.zip"), base, log=log.append)
+            meta = finetune(job, base, log=log.append)
     kernels = measured.kernels // measured.steps
     report.check(not measured.waits, f"{name}: no step waits for the GPU {dict(measured.waits)}")
     report.check(not measured.walks, f"{name}: no step walks over the modules {dict(measured.walks)}")
