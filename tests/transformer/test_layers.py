@@ -111,7 +111,8 @@ def test_an_int8_layer_computes_with_rounded_weights_and_keeps_only_these(dtype)
     plain.weight[3] = 0.0
     layer = Int8Linear(plain)
     weight = layer.weight * layer.scale
-    assert (weight - plain.weight).abs().max() <= 0.51 * layer.scale.max()
+    rounding = torch.finfo(dtype).eps / 2 * plain.weight.abs().max()  # of the product, beside that of the number
+    assert (weight - plain.weight).abs().max() <= 0.51 * layer.scale.max() + rounding
     x = torch.randn(2, 7, 64, generator=generator).to(dtype).requires_grad_()
     expected, found = torch.nn.functional.linear(x, weight, plain.bias), layer(x)
     tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.2}
