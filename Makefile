@@ -71,6 +71,7 @@ scale: setup
 	$(BIN)/python -m benchmarks.scale
 
 # Train and draw with the full-size model, random weights, on a CUDA GPU; writes benchmarks/full_size.json and checks/cuda_graphs.json.
+check-gpu: export PYTORCH_CUDA_ALLOC_CONF := expandable_segments:True
 check-gpu: setup
 	$(BIN)/python -m checks.cuda_graphs
 	$(BIN)/python -m benchmarks.full_size

@@ -80,28 +80,35 @@ def arms(model: QwenImageTransformer2DModel, lora: list[nn.Parameter], side: int
     example = Example(pack(inputs.latents)[0].cpu(), (side // 16, side // 16), 0.5, ())
     checkpointing, optimizer = BlockCheckpointing(model, 0), lora_optimizer("adamw", lora, RATE)
     sampler = BatchSampler([example], (), 1, 0.0, torch.Generator().manual_seed(0))
-    passes = Passes(model.device, lora, print)
+    passes, gradients = Passes(model.device, model, print), [None] * len(lora)
     state = TrainState(Denoiser(model), lambda prompts: inputs.embeds, lora, optimizer, sampler, checkpointing, passes)
     ours = train_steps(state, Schedule(10**9), SINGLE_PROCESS)
 
-    def enter_ours(recording: bool) -> None:
+    def enter_ours(capturing: bool) -> None:
         model.enable_gradient_checkpointing(checkpointing._run)
+        if capturing:  # the other loops drop the gradients that graphs add to
+            for parameter, gradient in zip(lora, gradients, strict=True):
+                parameter.grad = gradient
         for module in model.modules():  # what another loop left of its stream
             vars(module).pop(CAST, None)
-        passes.recording = recording and model.device.type == "cuda"
+        passes.capturing = capturing and model.device.type == "cuda"
+
+    def step_captured() -> None:
+        next(ours)
+        gradients[:] = [parameter.grad for parameter in lora]
 
     return {
         "script, checkpointing": Arm(model.enable_gradient_checkpointing, script.step),
         "script": Arm(model.disable_gradient_checkpointing, script.step),
         EAGER: Arm(partial(enter_ours, False), lambda: next(ours)),
-        OURS: Arm(partial(enter_ours, True), lambda: next(ours)),
+        OURS: Arm(partial(enter_ours, True), step_captured),
     }
 
 
 def timed(candidates: dict[str, Arm], warm_up: int, rounds: int) -> dict[str, dict[str, Any]]:
     """Milliseconds of the loops' steps, in turns, the first ones apart, and peak bytes; a loop out of memory says so.
 
-    Our second step is recorded as a CUDA graph, which takes the memory of a step for itself.
+    Our second step is captured as a CUDA graph, which takes the memory of a step for itself.
     """
     found: dict[str, dict[str, Any]] = {name: {"warm_up_ms": [], "ms": [], "peak_bytes": 0} for name in candidates}
     for number in range(warm_up + rounds):
@@ -177,7 +184,7 @@ def run(base: BaseModel, sides: tuple[int, ...], lengths: tuple[int, ...], warm_
             entry["synchronizations"] = {
                 name: synchronizations(arm) for name, arm in candidates.items() if "ms" in entry["arms"][name]
             }
-            del candidates  # and the memory of what was recorded
+            del candidates  # and the memory of their graphs
             free_memory()
             with compiled_blocks(model, True, print):
                 compiled = {COMPILED: arms(model, lora, side, text_tokens)[OURS]}

@@ -187,7 +187,7 @@ class Ours:
             lora_optimizer("adamw", self.lora, RATE),
             BatchSampler([self.example], (), 1, 0.0, torch.Generator().manual_seed(SEED)),
             BlockCheckpointing(self.transformer, 0),
-            Passes(self.denoiser.device, self.lora, print),
+            Passes(self.denoiser.device, self.transformer, print),
             token_optimizer,
         )
         self._steps: Iterator = train_steps(self.state, Schedule(10**9), SINGLE_PROCESS)

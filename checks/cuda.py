@@ -1,9 +1,9 @@
 """The CUDA path without a GPU: trainings and a prediction at full width with two layers, on a pretended card of 80 GB.
 
 `make check-cuda` fails where tensors of two devices or dtypes meet, a step waits for the GPU, walks over the modules of a model
-or copies without non_blocking, a CUDA graph copies from the host, the blocks' attention is not a fused kernel without a mask,
-more bytes are in use than planned, or a step has more kernels than checks/cuda.json has. Then faults are put in, which have to
-be found.
+or copies without non_blocking, a CUDA graph reads a tensor of the host, the blocks' attention is not a fused kernel without a
+mask, more bytes are in use than planned, or a step has more kernels than checks/cuda.json has. Then faults are put in, which
+have to be found.
 """
 
 from checks.fake_cuda import fake_cuda  # isort: skip - before torch
@@ -125,7 +125,7 @@ def training(name: str, report: Report, counts: dict[str, int], fault: str | Non
     """One training of two steps, or two steps after a checkpoint, with its checks; returns the kernels of a step."""
     with fake_cuda(SMALL_CARD.get(name, 80e9)) as card, tempfile.TemporaryDirectory() as folder:
         base = full_size.RandomBase("fake", torch.device("cuda"), torch.bfloat16, sizes=SIZES)
-        options = {"steps": 2, "caption_dropout": 0.0, "report": False} | TRAININGS[name]  # the second step is recorded
+        options = {"steps": 2, "caption_dropout": 0.0, "report": False} | TRAININGS[name]  # the second step is captured
         config = TrainConfig(resolution=(side,), seed=0, **options)
         measured, log = Measured(card), []
         job = Job(full_size.write_dataset(Path(folder) / "data.zip", side), config, Path(folder) / "weights.zip")
@@ -139,7 +139,7 @@ def training(name: str, report: Report, counts: dict[str, int], fault: str | Non
     report.check(not measured.waits, f"{name}: no step waits for the GPU {dict(measured.waits)}")
     report.check(not measured.walks, f"{name}: no step walks over the modules {dict(measured.walks)}")
     report.check(not measured.blocking, f"{name}: copies to the GPU do not block {dict(measured.blocking)}")
-    report.check(not card.recorded, f"{name}: no copy to the GPU is recorded {dict(card.recorded)}")
+    report.check(not card.captured, f"{name}: no tensor of the host is captured {dict(card.captured)}")
     report.check(not card.mixed, f"{name}: no operation is on tensors of two devices {dict(card.mixed)}")
     planned_offload = any("text encoder, offloaded" in line for line in log)
     report.check(planned_offload == ("offloaded" in name), f"{name}: the plan offloads the text encoder: {planned_offload}")

@@ -105,6 +105,12 @@ def _sentence(error: BaseException, advice: str) -> str | None:
     return None
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error, or one that it follows from, says that the memory of the host or of a GPU is exhausted."""
+    found = [*causes(error)]
+    return any(isinstance(cause, MemoryError) or any(words in str(cause) for words in MEMORY_WORDS) for cause in found)
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error, and those that it was raised from or while they were handled."""
     while error is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from placeholder.config import DEFAULT_PLACEHOLDER
-from placeholder.devices import deterministic, peak_bytes, reset_peak
+from placeholder.devices import deterministic, free_memory, peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.errors import Log
 from placeholder.job import Job, Stop
@@ -126,7 +126,8 @@ def train(training: Training, context: Context, progress: Progress, observers: l
             with uncompiled():
                 for observer in observers:
                     observer.step(step)
-    state.passes.forget()  # the memory is needed for what follows
+    state.passes.release()  # the memory is needed for what follows
+    free_memory()
 
 
 def results(

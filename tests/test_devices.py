@@ -53,7 +53,7 @@ def test_a_step_brings_everything_to_the_device(base, tokenizer, monkeypatch, ta
     ]
     sampler, checkpointing = parts.sampler(batch_size=2, examples=examples), BlockCheckpointing(parts.transformer, 1)
     optimizer, denoiser = torch.optim.SGD(lora, lr=0.0), Denoiser(parts.transformer)
-    passes = Passes(META, lora, print)
+    passes = Passes(META, parts.transformer, print)
     state = TrainState(denoiser, parts.prompt_embeds, lora, optimizer, sampler, checkpointing, passes, tokens)
     loss, preservation = gradients(state, sampler.next_batch(), 2, 1.0)
     tokens.step()

@@ -39,9 +39,9 @@ def where() -> str:
 class Card(TorchDispatchMode):
     """A card of so many bytes. It counts, with their places, what happens on it.
 
-    `waits`: what waits for the device. `blocking`: copies to it that do. `recorded`: copies to it in CUDA graphs, which would
-    copy the same again in each replay. `mixed`: operations on tensors of both devices.
-    `attention`: kernels by name, heads and mask. `kernels`: operations that compute. `live` and `peak`: bytes.
+    `waits`: what waits for the device. `blocking`: copies to it that do. `captured`: what reads tensors of the host in a CUDA
+    graph, and would read the same in each replay. `mixed`: operations on tensors of both devices. `attention`: kernels by name,
+    heads and mask. `kernels`: operations that compute. `live` and `peak`: bytes.
     """
 
     def __init__(self, total: int):
@@ -49,7 +49,7 @@ class Card(TorchDispatchMode):
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self.total, self.live, self.peak, self.kernels = total, 0, 0, 0
         self.waits, self.blocking, self.mixed, self.attention = Counter(), Counter(), Counter(), Counter()
-        self.recording, self.recorded = False, Counter()
+        self.capturing, self.captured = False, Counter()
         self._storages: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -109,14 +109,14 @@ class Card(TorchDispatchMode):
 
     def _note(self, function: Any, args: tuple, kwargs: dict, tensors: list[Tensor], on_card: list[Tensor]) -> None:
         self.kernels += _computes(function)
+        if self.capturing and len(on_card) < len(tensors):
+            self.captured[str(function), where()] += 1
         source = None  # of a copy to the card
         if function is aten._to_copy.default and not on_card:
             source, non_blocking = args[0], kwargs.get("non_blocking")
         elif function is aten.copy_.default and not self.has(args[1]):
             source, non_blocking = args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking")
         if source is not None and source.ndim:
-            if self.recording:
-                self.recorded[where()] += 1
             if not non_blocking:
                 self.blocking[tuple(source.shape), where()] += 1
         elif on_card and any(not isinstance(tensor, FakeTensor) and tensor.ndim for tensor in tensors):

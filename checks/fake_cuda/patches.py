@@ -43,12 +43,12 @@ def _replacements(card: Card) -> list[tuple]:
 
     @contextmanager
     def graph(*_: object, **__: object) -> Iterator[None]:
-        """What would be recorded runs at once, and there is nothing to replay."""
-        card.recording = True
+        """What would be captured runs at once, and there is nothing to replay."""
+        card.capturing = True
         try:
             yield
         finally:
-            card.recording = False
+            card.capturing = False
 
     def reset_peak(*_: object) -> None:
         card.peak = card.live

@@ -104,7 +104,8 @@ class Sampler:
     @contextmanager
     def _generator(self) -> Iterator[Callable[[str], Image]]:
         """Generates an image of a prompt, by the pipeline around the transformer; its VAE is in memory only meanwhile."""
-        self.training.state.passes.forget()  # its memory is needed
+        self.training.state.passes.release()  # the memory is needed
+        free_memory()
         transformer = self.training.state.transformer
         pipeline = QWEN_IMAGE.pipeline(load_scheduler(self.base), load_vae(self.base, self.base.dtype), None, None, transformer)
         pipeline.set_progress_bar_config(disable=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from placeholder.devices import free_memory
 from placeholder.distributed import Processes
-from placeholder.errors import causes
+from placeholder.errors import out_of_memory
 from placeholder.training.examples import BatchSampler, Sample, grouped
 from placeholder.training.losses import Denoiser, PromptEmbeds, flow_matching_losses, inputs_of, preservation_losses
 from placeholder.training.optimizers import FlatOptimizer, TokenOptimizer
@@ -19,7 +19,8 @@ from placeholder.transformer.compile import CompiledBlocks
 from placeholder.transformer.graphs import Losses, Passes
 
 LORA_MAX_GRAD_NORM = 1.0  # max_grad_norm of diffusers' DreamBooth LoRA scripts
-DONE, OUT_OF_MEMORY, HOPELESS = 0, 1, 2  # how computing the gradients went in one process
+# How computing the gradients went in one process: well, or out of memory, with what can still be done about that.
+DONE, WITHOUT_GRAPHS, MORE_CHECKPOINTS, UNCAPTURED, HOPELESS = range(5)
 
 
 @dataclass(frozen=True)
@@ -61,28 +62,33 @@ class TrainState:
         return self.token_optimizer and self.token_optimizer.rows
 
     @property
-    def can_save_memory(self) -> bool:
-        """Whether `save_memory` has something left to do."""
-        return self.passes.recording or not self.checkpointing.all_checkpointed
+    def lever(self) -> int:
+        """What can be done for a step that ran out of memory."""
+        if self.passes.holds_memory:
+            return WITHOUT_GRAPHS
+        if not self.checkpointing.all_checkpointed:
+            return MORE_CHECKPOINTS
+        return UNCAPTURED if self.passes.capturing else HOPELESS
 
-    def save_memory(self) -> None:
-        """Let steps need less memory: drop what was recorded, else checkpoint more blocks, else record nothing any more."""
-        if not self.passes.forget():
-            if self.checkpointing.all_checkpointed:
-                self.passes.stop_recording("out of memory")
-            else:
-                self.checkpointing.checkpoint_more()
+    def save_memory(self, lever: int) -> None:
+        """Let steps need less memory."""
+        if lever == WITHOUT_GRAPHS:
+            self.passes.give_way()
+        elif lever == MORE_CHECKPOINTS:
+            self.checkpointing.checkpoint_more()
+            self.passes.start_again()
+        else:
+            self.passes.stop_capturing("out of memory")
         free_memory()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on."""
-        token = self.token_optimizer
         return {
             "step": self.step,
             "sampler": self.sampler.state_dict(),
             "lora": self.lora,
             "lora_optimizer": self.lora_optimizer.state_dict(),
-            "token": token and token.state_dict(),
+            "token": self.token_optimizer and self.token_optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -182,17 +188,18 @@ def _computed(compute: Callable[[], list[Tensor]], state: TrainState, processes:
             if outcome == DONE:
                 return found
         except RuntimeError as error:
-            if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes(error)):  # the compiler's errors wrap it
-                outcome = processes.all_reduce_max(OUT_OF_MEMORY if state.can_save_memory else HOPELESS)
+            if out_of_memory(error):  # also where it is wrapped in an error of the compiler
+                outcome = processes.all_reduce_max(state.lever)
                 if outcome == HOPELESS:
                     raise
             elif state.compiled is not None and state.compiled.failed(error):
+                state.passes.start_again()
                 continue
             else:
                 raise
         if outcome == HOPELESS:
             raise torch.OutOfMemoryError("out of memory in another process, with every block checkpointed")
-        state.save_memory()
+        state.save_memory(outcome)
 
 
 def _sum_over_processes(state: TrainState, losses: list[Tensor], tokens_learn: bool, processes: Processes) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from placeholder.tokens.vocabulary import row_norms
 
 LORA_WEIGHT_DECAY = 1e-4  # adam_weight_decay of diffusers' DreamBooth LoRA scripts
-# Numbers that each optimizer keeps for each parameter, in fp32, rounded up.
-STATES = {"adamw": 2, "adamw8bit": 1, "adam8bit": 1, "prodigy": 4}
+# Numbers that each optimizer needs for each parameter, in fp32, rounded up: its states, and of a FlatOptimizer the gradients as
+# one vector and an update.
+STATES = {"adamw": 2, "adamw8bit": 3, "adam8bit": 3, "prodigy": 6}
 TOKEN_WARMUP_STEPS = 10
 TOKEN_RMS_LIMIT = 1.5  # times the median rms of the vocabulary's rows
 

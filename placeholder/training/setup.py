@@ -199,8 +199,8 @@ def build(
     context: Context,
 ) -> TrainState:
     """The transformer as planned, with a fresh LoRA, its optimizer, and the checkpointed blocks that the memory demands."""
-    config, log = context.config, context.log
-    transformer = load_transformer(context.base, plan.chosen.quantization, sigma_grid() if plan.chosen.tabled else None)
+    config, base, log = context.config, context.base, context.log
+    transformer = load_transformer(base, plan.chosen.quantization, sigma_grid() if plan.chosen.tabled else None)
     if plan.chosen.tabled:
         table = transformer.time_text_embed.rows
         log(f"Modulations: a table of {len(table)} sigmas, {table.nbytes / 1e9:.3g} GB in the host's memory")
@@ -209,13 +209,12 @@ def build(
     if config.optimizer == "prodigy":
         log("Prodigy finds the LoRA's step size itself: learning_rate is not used")
     optimizer = lora_optimizer(config.optimizer, lora, config.learning_rate)
-    checkpointing = plan.checkpointing(transformer, lora, config.optimizer, context.base.free_bytes())
+    checkpointing = plan.checkpointing(transformer, lora, config.optimizer, base.free_bytes())
     log(f"Memory: {checkpointing.checkpointed} of {checkpointing.blocks} blocks are checkpointed")
-    passes = Passes(context.base.device, lora, log)
+    passes = Passes(base.device, transformer, log)
     return TrainState(Denoiser(transformer), prompt_embeds, lora, optimizer, sampler, checkpointing, passes, token_optimizer)
 
 
 def _grid(pixels: Tensor) -> tuple[int, int]:
     """Height and width in image tokens of a crop (3, H, W)."""
-    side = QWEN_IMAGE.pixels_per_token
-    return pixels.shape[1] // side, pixels.shape[2] // side
+    return pixels.shape[1] // QWEN_IMAGE.pixels_per_token, pixels.shape[2] // QWEN_IMAGE.pixels_per_token

@@ -1,4 +1,4 @@
-"""CUDA graphs: a forward and backward pass is recorded once for each size, and its thousands of kernels then start as one.
+"""CUDA graphs: a forward and backward pass is captured once for each set of shapes, and its thousands of kernels start as one.
 
 Without, the host needs longer to start the kernels of a step than the GPU to run them (docs/hardware.md).
 """
@@ -12,45 +12,63 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from placeholder.errors import Log, causes, reason
+from placeholder.errors import Log, causes, out_of_memory, reason
 
-RECORDED_AFTER = 1  # passes of the same sizes, in which libraries load their kernels and choose among them
-MOST_RECORDED = 32  # sizes: each takes 40 MB of the GPU beside PyTorch's memory at full size (checks/cuda_graphs.json)
+DEVICE = "cuda"  # where passes are captured
+CAPTURED_AFTER = 1  # passes of the same shapes, in which libraries load their kernels and choose among them
+MAX_GRAPHS = 32  # each takes 40 MB of the GPU beside PyTorch's memory at full size (checks/cuda_graphs.json)
 
 Losses = Callable[..., Tensor]
 """From `arguments` and then tensors, some of them None, to the loss of each sample (B,)."""
 
 
 class Passes:
-    """Forward and backward passes; on a GPU they are recorded where tensors of the same sizes come for the second time.
+    """Forward and backward passes through a transformer; on a GPU they are captured where shapes come for the second time.
 
-    What is recorded runs the same kernels in the same order. Gradients are added to those of `parameters` where they lie, so
-    that `zero_grad` and not another has to clear them.
+    What is captured runs the same kernels in the same order. Gradients are added to those of the parameters where they lie, so
+    `zero_grad` and nothing else may clear them. All graphs share the memory of one step.
     """
 
-    def __init__(self, device: torch.device, parameters: Sequence[nn.Parameter], log: Log):
-        self.parameters, self.log = parameters, log
-        self.recording = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self.recording else None
-        self._times: Counter[Hashable] = Counter()
-        self._recorded: dict[Hashable, Recorded] = {}
+    def __init__(self, device: torch.device, transformer: nn.Module, log: Log):
+        self.parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+        self.log, self.capturing = log, device.type == DEVICE
+        self._stream: Any = None
+        if self.capturing:
+            self._stream = torch.cuda.Stream(device)
+            compute_rotations_anew(transformer)
+        self._captured_after, self._times, self._full = CAPTURED_AFTER, Counter(), False
+        self._graphs: dict[Hashable, CapturedPass] = {}
         self._pool: Any = None
 
-    def forget(self) -> bool:
-        """Drop what was recorded, with its memory, until it is recorded again; returns whether there was anything."""
-        anything = bool(self._recorded)
-        self._recorded, self._pool = {}, None
-        return anything
+    @property
+    def holds_memory(self) -> bool:
+        """Whether there are graphs."""
+        return bool(self._graphs)
 
-    def stop_recording(self, why: str) -> None:
+    def release(self) -> None:
+        """Drop the graphs; they are captured again when their shapes come next."""
+        self._graphs, self._pool = {}, None
+
+    def start_again(self) -> None:
+        """Drop the graphs, and run all shapes uncaptured first, since other code will run."""
+        self.release()
+        self._times.clear()
+
+    def give_way(self) -> None:
+        """Drop the graphs for want of memory, and wait twice as long with the next: or every new shape would drop them anew."""
+        self.start_again()
+        self._captured_after *= 2
+
+    def stop_capturing(self, why: str) -> None:
         """Go on without; the log has a warning."""
-        self.forget()
-        self.recording = False
-        self.log(f"Warning: the steps could not be recorded as CUDA graphs ({why}): the training goes on without")
+        self.release()
+        if self.capturing:
+            self.log(f"Warning: the steps could not be captured as CUDA graphs ({why}): the training goes on without")
+        self.capturing = False
 
     def zero_grad(self) -> None:
         """Clear the gradients."""
-        if not self.recording:
+        if not self.capturing:
             for parameter in self.parameters:
                 parameter.grad = None
         elif gradients := [parameter.grad for parameter in self.parameters if parameter.grad is not None]:
@@ -62,22 +80,22 @@ class Passes:
         Those of `tensors` that require gradients get one too. What is returned holds until the next call.
         """
         compute = partial(_forward_and_backward, losses, arguments, weight)
-        if not self.recording:
+        if self._stream is None:
             return compute(tensors)
-        sizes = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors)
-        key = (losses, arguments, weight, sizes)
+        shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors)
+        key = (losses, arguments, weight, shapes)
         with self._own_stream():
-            if key not in self._recorded and self._times[key] >= RECORDED_AFTER and len(self._recorded) < MOST_RECORDED:
-                self._record(key, compute, tensors)
-            if key in self._recorded:
-                return self._recorded[key].replay(tensors)
+            if self.capturing and key not in self._graphs and self._times[key] >= self._captured_after:
+                self._capture(key, compute, tensors)
+            if key in self._graphs:
+                return self._graphs[key].replay(tensors)
             found = compute(tensors)
             self._times[key] += 1
             return found
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
-        """One stream for all passes, recorded or not: autograd adds to a gradient on the stream of the first that did."""
+        """One stream for all passes: autograd adds to a gradient on the stream where its AccumulateGrad node was made."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         try:
@@ -86,22 +104,25 @@ class Passes:
         finally:
             current.wait_stream(self._stream)
 
-    def _record(self, key: Hashable, compute: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> None:
+    def _capture(self, key: Hashable, compute: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> None:
+        if len(self._graphs) == MAX_GRAPHS:
+            if not self._full:
+                self.log(f"CUDA graphs: {MAX_GRAPHS} shapes of images and prompts are captured, others run without")
+            self._full = True
+            return
         try:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._recorded[key] = Recorded(compute, tensors, self._pool, self._stream)
-            if len(self._recorded) == MOST_RECORDED:
-                self.log(f"CUDA graphs: {MOST_RECORDED} sizes of images and prompts are recorded, others run without")
+            self._graphs[key] = CapturedPass(compute, tensors, self._pool, self._stream)
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that ends well ends what the failed one left open
                 torch.zeros(1, device=tensors[0].device)
-            if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes(error)):
-                raise
-            self.stop_recording(reason(list(causes(error))[-1]))  # the first: those that follow from it say nothing
+            self.stop_capturing(reason(list(causes(error))[-1]))  # the first: those that follow from it say nothing
 
 
-class Recorded:
-    """A computation as a CUDA graph, with tensors of its own that each replay reads and writes."""
+class CapturedPass:
+    """A pass as a CUDA graph, with tensors of its own that each replay reads and writes."""
 
     def __init__(self, compute: Callable[..., Tensor], tensors: Sequence[Tensor | None], pool: Any, stream: Any):
         self.tensors = [tensor if tensor is None else _like(tensor) for tensor in tensors]
@@ -110,7 +131,7 @@ class Recorded:
             self.found = compute(self.tensors)
 
     def replay(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """What the computation gives for other tensors of the same sizes."""
+        """What the pass gives for other tensors of the same shapes."""
         pairs = [(own, given) for own, given in zip(self.tensors, tensors, strict=True) if given is not None]
         for own, given in pairs:
             own.detach().copy_(given)
@@ -118,6 +139,15 @@ class Recorded:
         for own, given in pairs:
             given.grad = own.grad
         return self.found
+
+
+def compute_rotations_anew(transformer: nn.Module) -> None:
+    """Let the transformer compute its rotary embeddings in each pass.
+
+    diffusers caches those of the last 128 image sizes: a graph would go on reading one that the cache has dropped.
+    """
+    embed = transformer.pos_embed
+    embed._compute_video_freqs = partial(type(embed)._compute_video_freqs.__wrapped__, embed)
 
 
 def _like(tensor: Tensor) -> Tensor:

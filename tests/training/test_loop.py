@@ -35,7 +35,7 @@ class Parts:
         self.transformer = load_transformer(base)
         self.lora = add_lora(self.transformer, rank, seed=0)
         self.denoiser = Denoiser(self.transformer)
-        self.passes = Passes(self.denoiser.device, self.lora, print)
+        self.passes = Passes(self.denoiser.device, self.transformer, print)
         generator = torch.Generator().manual_seed(0)
         self.tokens = PlaceholderTokens(151665, initial_embeddings(tokens, 32, 1e-5, generator), 32)
         self.prompt_embeds = PromptEncoder(text_encoder, self.tokens)

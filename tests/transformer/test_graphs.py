@@ -1,4 +1,4 @@
-"""Passes that are recorded and replayed, with recordings that run again on the CPU; checks/cuda_graphs.py has real ones."""
+"""Passes that are captured and replayed, with graphs that run again on the CPU; checks/cuda_graphs.py has real ones."""
 
 import types
 from contextlib import nullcontext
@@ -10,6 +10,7 @@ import torch
 from placeholder.config import TrainConfig
 from placeholder.tokens.prompt_encoder import prompt_ids
 from placeholder.training import loop
+from placeholder.training.losses import Denoiser
 from placeholder.training.optimizers import TokenOptimizer, lora_optimizer
 from placeholder.transformer import graphs
 from tests.conftest import SHORT
@@ -20,9 +21,10 @@ GPU = torch.device("cuda")
 
 
 class Rerun:
-    """Stands in for `Recorded`: its own tensors, and gradients of its own for them, but the computation runs at each replay."""
+    """Stands in for `CapturedPass`: tensors of its own with gradients of their own, but each replay runs the pass."""
 
     made: list["Rerun"] = []
+    replaying = False
     fails: list[Exception] = []
 
     def __init__(self, compute, tensors, pool, _stream):
@@ -36,7 +38,9 @@ class Rerun:
             if own is not None:
                 own.detach().copy_(given)
                 own.grad = None
+        Rerun.replaying = True
         found = self.compute(self.tensors)
+        Rerun.replaying = False
         for own, given in zip(self.tensors, tensors, strict=True):
             if own is not None:
                 given.grad = own.grad
@@ -51,7 +55,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     for name in ("stream", "graph", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
-    monkeypatch.setattr(graphs, "Recorded", Rerun)
+    monkeypatch.setattr(graphs, "CapturedPass", Rerun)
     monkeypatch.setattr(Rerun, "made", [])
     monkeypatch.setattr(Rerun, "fails", [])
 
@@ -64,7 +68,7 @@ def trained(base, tokenizer, text_encoder, log=None):
     parts.prompt_embeds.cache([plain, parts.empty_ids])
     rows = TokenOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT)
     if log is not None:
-        parts.passes = graphs.Passes(GPU, parts.lora, log.append)
+        parts.passes = graphs.Passes(GPU, parts.transformer, log.append)
     made = parts.steps(
         12,
         lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-2),
@@ -84,7 +88,7 @@ def assert_same(found, expected):
     assert all(torch.equal(one, other) for one, other in zip(found[1], expected[1], strict=True))
 
 
-def test_recorded_passes_train_the_same_and_each_size_is_recorded_once(gpu, base, tokenizer, text_encoder):
+def test_captured_passes_train_the_same_and_each_shape_is_captured_once(gpu, base, tokenizer, text_encoder):
     log = []
     expected = trained(base, tokenizer, text_encoder)
     assert not Rerun.made
@@ -100,7 +104,7 @@ def test_recorded_passes_train_the_same_and_each_size_is_recorded_once(gpu, base
 
 def test_gradients_stay_where_they_are_and_what_has_none_gets_none(gpu, base, tokenizer, text_encoder):
     parts, log = Parts(base, tokenizer, text_encoder), []
-    parts.passes = graphs.Passes(GPU, parts.lora, log.append)
+    parts.passes = graphs.Passes(GPU, parts.transformer, log.append)
     made = parts.steps(4, examples=parts.examples[:1])
     next(made)
     places = [None if parameter.grad is None else parameter.grad.data_ptr() for parameter in parts.lora]
@@ -110,58 +114,102 @@ def test_gradients_stay_where_they_are_and_what_has_none_gets_none(gpu, base, to
     assert len(Rerun.made) == 1
 
 
-def test_steps_that_cannot_be_recorded_go_on_with_one_warning(gpu, base, tokenizer, text_encoder):
+def test_steps_that_cannot_be_captured_go_on_with_one_warning(gpu, base, tokenizer, text_encoder):
     log, first = [], RuntimeError("operation not permitted when stream is capturing")
     error = RuntimeError("operation failed due to a previous error")
     error.__context__ = first
     Rerun.fails.extend([error, error])
     assert_same(trained(base, tokenizer, text_encoder, log), trained(base, tokenizer, text_encoder))
-    assert log == [f"Warning: the steps could not be recorded as CUDA graphs ({first}): the training goes on without"]
+    assert log == [f"Warning: the steps could not be captured as CUDA graphs ({first}): the training goes on without"]
     assert not Rerun.made and Rerun.fails  # it was tried once
 
 
-def test_only_so_many_sizes_are_recorded_and_a_line_says_so(gpu, monkeypatch, base, tokenizer, text_encoder):
+def test_only_so_many_shapes_are_captured_and_a_line_says_so(gpu, monkeypatch, base, tokenizer, text_encoder):
     log = []
-    monkeypatch.setattr(graphs, "MOST_RECORDED", 2)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     assert_same(trained(base, tokenizer, text_encoder, log), trained(base, tokenizer, text_encoder))
     assert len(Rerun.made) == 2
-    assert log == ["CUDA graphs: 2 sizes of images and prompts are recorded, others run without"]
+    assert log == ["CUDA graphs: 2 shapes of images and prompts are captured, others run without"]
 
 
-def test_samples_and_what_follows_the_last_step_have_the_memory_of_what_was_recorded(monkeypatch, dataset, base, tmp_path):
+def test_samples_and_what_follows_the_last_step_have_the_memory_of_graphs(monkeypatch, dataset, base, tmp_path):
     forgotten = []
-    monkeypatch.setattr(graphs.Passes, "forget", lambda passes: forgotten.append(passes))
+    monkeypatch.setattr(graphs.Passes, "release", lambda passes: forgotten.append(passes))
     config = TrainConfig(**SHORT | {"steps": 4, "sample_every": 2, "report": True})
     train(dataset, config, tmp_path / "weights.zip", base)
     assert len(forgotten) == 4  # two times samples, the end of training, the grid
 
 
-def test_without_memory_recordings_go_first_then_blocks_are_checkpointed_then_nothing_is_recorded(
-    gpu, base, tokenizer, text_encoder
+def test_without_memory_graphs_go_first_then_blocks_are_checkpointed_then_nothing_is_captured(
+    gpu, monkeypatch, base, tokenizer, text_encoder
 ):
-    parts, log = Parts(base, tokenizer, text_encoder), []
-    expected = [step.loss.item() for step in parts.steps(9, examples=parts.examples[:1])]
-    parts.passes = passes = graphs.Passes(GPU, parts.lora, log.append)
-    made = parts.steps(9, examples=parts.examples[:1])
-    found = [next(made), next(made)]
-    assert [step.checkpointed for step in found] == [0, 0] and len(Rerun.made) == 1
-    replay, out = Rerun.replay, [1]
+    parts, log, replay = Parts(base, tokenizer, text_encoder), [], Rerun.replay
+    expected = [step.loss.item() for step in parts.steps(13, examples=parts.examples[:1])]
+    parts.passes = graphs.Passes(GPU, parts.transformer, log.append)
+    made, found = parts.steps(13, examples=parts.examples[:1]), []
 
-    def replaying(recorded, tensors):
-        if out and out.pop():
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return replay(recorded, tensors)
+    def step(checkpointed: int, captures: int) -> None:
+        found.append(next(made))
+        assert (found[-1].checkpointed, len(Rerun.made)) == (checkpointed, captures)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rerun, "replay", replaying)
-        found.append(next(made))
-    assert found[-1].checkpointed == 0 and len(Rerun.made) == 2  # dropped, and recorded again
-    for checkpointed in (1, 2, 2):
-        passes.forget()
-        Rerun.fails.append(torch.OutOfMemoryError("CUDA out of memory"))
-        assert not log
-        found.append(next(made))
-        assert found[-1].checkpointed == checkpointed
-    assert len(Rerun.made) == 4
-    assert log == ["Warning: the steps could not be recorded as CUDA graphs (out of memory): the training goes on without"]
+    step(0, 0)
+    step(0, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Rerun, "replay", lambda *_: raise_(torch.OutOfMemoryError("CUDA out of memory")))
+        step(0, 1)  # dropped, and repeated without
+    step(0, 1)
+    step(0, 2)  # captured again after twice as many passes
+    assert Rerun.replay is replay and not log
+    for checkpointed in (1, 2):
+        parts.passes.release()
+        Rerun.fails.append(RuntimeError("CUDA error: out of memory"))  # as CUDA says it
+        step(checkpointed, checkpointed + 1)
+        step(checkpointed, checkpointed + 1)
+        step(checkpointed, checkpointed + 2)
+    assert not log
+    parts.passes.release()
+    Rerun.fails.append(torch.OutOfMemoryError("CUDA out of memory"))
+    step(2, 4)
+    assert log == ["Warning: the steps could not be captured as CUDA graphs (out of memory): the training goes on without"]
     assert [step.loss.item() for step in (*found, *made)] == expected
+
+
+def test_where_new_shapes_have_no_memory_beside_graphs_the_training_goes_on(gpu, base, tokenizer, text_encoder):
+    log = []
+
+    class Crowded(Denoiser):
+        def __call__(self, *arguments):
+            if parts.passes.holds_memory and not Rerun.replaying:
+                crowded.append(1)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(*arguments)
+
+    def losses(make) -> list[float]:
+        nonlocal parts
+        parts = Parts(base, tokenizer, text_encoder)
+        parts.denoiser, parts.passes = Crowded(parts.transformer), make(parts.transformer)
+        parts.prompt_embeds.cache([parts.empty_ids])
+        steps = list(parts.steps(60, batch_size=2, caption_dropout=0.2))
+        assert not any(step.checkpointed for step in steps)
+        return [step.loss.item() for step in steps]
+
+    parts, crowded = None, []
+    expected = losses(lambda transformer: graphs.Passes(torch.device("cpu"), transformer, log.append))
+    assert losses(lambda transformer: graphs.Passes(GPU, transformer, log.append)) == expected
+    assert 0 < len(crowded) < 10 and not log
+
+
+def test_a_graph_reads_no_rotary_embedding_that_a_cache_may_drop(gpu, base, tokenizer, text_encoder):
+    parts = Parts(base, tokenizer, text_encoder)
+    arguments = {"video_fhw": [[(1, 4, 4)]], "device": torch.device("cpu"), "max_txt_seq_len": 5}
+    image, text = parts.transformer.pos_embed(**arguments)
+    cached = parts.transformer.pos_embed._compute_video_freqs
+    assert cached(1, 4, 4, 0, arguments["device"]) is cached(1, 4, 4, 0, arguments["device"])
+    graphs.Passes(GPU, parts.transformer, print)
+    anew = parts.transformer.pos_embed._compute_video_freqs
+    assert anew(1, 4, 4, 0, arguments["device"]) is not anew(1, 4, 4, 0, arguments["device"])
+    assert all(torch.equal(*pair) for pair in zip(parts.transformer.pos_embed(**arguments), (image, text), strict=True))
+
+
+def raise_(error: Exception) -> None:
+    raise error
