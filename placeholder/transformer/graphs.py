@@ -56,8 +56,11 @@ class Passes:
 
     def give_way(self) -> None:
         """Drop the graphs for want of memory, and wait twice as long with the next: or every new shape would drop them anew."""
+        if self.holds_memory:
+            self._captured_after *= 2
+            after = f"captured again after {self._captured_after} passes"
+            self.log(f"CUDA graphs: dropped, because a step ran out of memory beside them; its shapes are {after}")
         self.start_again()
-        self._captured_after *= 2
 
     def stop_capturing(self, why: str) -> None:
         """Go on without; the log has a warning."""
