@@ -34,6 +34,8 @@ class Rerun:
         Rerun.made.append(self)
 
     def replay(self, tensors):
+        if Rerun.fails:
+            raise Rerun.fails.pop()
         for own, given in zip(self.tensors, tensors, strict=True):
             if own is not None:
                 own.detach().copy_(given)
@@ -112,6 +114,9 @@ def test_gradients_stay_where_they_are_and_what_has_none_gets_none(gpu, base, to
     for _ in made:
         assert places == [None if parameter.grad is None else parameter.grad.data_ptr() for parameter in parts.lora]
     assert len(Rerun.made) == 1
+    Rerun.fails.append(RuntimeError("replayed"))
+    parts.passes.capturing = False  # as the benchmark's loop without graphs sets it
+    list(parts.steps(3, examples=parts.examples[:1]))
 
 
 def test_steps_that_cannot_be_captured_go_on_with_one_warning(gpu, base, tokenizer, text_encoder):
