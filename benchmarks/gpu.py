@@ -43,6 +43,7 @@ from placeholder.transformer.compile import compiled_blocks
 from placeholder.transformer.graphs import Passes
 from placeholder.transformer.layers import CAST
 
+CPU = torch.device("cpu")  # passes of a CPU are never captured
 SIDES, TEXT_TOKENS, RANK, RATE = (512, 768, 1024), (32, 128, 256), 32, 1e-4
 WARM_UP, TIMED = 10, 30
 EAGER, OURS, COMPILED = "ours, without CUDA graphs", "ours", "ours, compiled"
@@ -80,7 +81,7 @@ def arms(model: QwenImageTransformer2DModel, lora: list[nn.Parameter], side: int
     example = Example(pack(inputs.latents)[0].cpu(), (side // 16, side // 16), 0.5, ())
     checkpointing, optimizer = BlockCheckpointing(model, 0), lora_optimizer("adamw", lora, RATE)
     sampler = BatchSampler([example], (), 1, 0.0, torch.Generator().manual_seed(0))
-    passes, gradients = Passes(model.device, model, print), [None] * len(lora)
+    passes, eager, gradients = Passes(model.device, model, print), Passes(CPU, model, print), [None] * len(lora)
     state = TrainState(Denoiser(model), lambda prompts: inputs.embeds, lora, optimizer, sampler, checkpointing, passes)
     ours = train_steps(state, Schedule(10**9), SINGLE_PROCESS)
 
@@ -91,7 +92,7 @@ def arms(model: QwenImageTransformer2DModel, lora: list[nn.Parameter], side: int
                 parameter.grad = gradient
         for module in model.modules():  # what another loop left of its stream
             vars(module).pop(CAST, None)
-        passes.capturing = capturing and model.device.type == "cuda"
+        state.passes = passes if capturing else eager
 
     def step_captured() -> None:
         next(ours)

@@ -56,11 +56,9 @@ class Passes:
 
     def give_way(self) -> None:
         """Drop the graphs for want of memory, and wait twice as long with the next: or every new shape would drop them anew."""
-        if self.holds_memory:
-            self._captured_after *= 2
-            after = f"captured again after {self._captured_after} passes"
-            self.log(f"CUDA graphs: dropped, because a step ran out of memory beside them; its shapes are {after}")
         self.start_again()
+        self._captured_after *= 2
+        self.log(f"CUDA graphs: out of memory with them; shapes are captured after {self._captured_after} passes from here on")
 
     def stop_capturing(self, why: str) -> None:
         """Go on without; the log has a warning."""
@@ -117,11 +115,12 @@ class Passes:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._graphs[key] = CapturedPass(compute, tensors, self._pool, self._stream)
         except RuntimeError as error:
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), None, self._stream, "thread_local"):
+                torch.zeros(1, device=tensors[0].device)  # a capture that ends well ends what the failed one left open
             if out_of_memory(error):
-                raise
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that ends well ends what the failed one left open
-                torch.zeros(1, device=tensors[0].device)
-            self.stop_capturing(reason(list(causes(error))[-1]))  # the first: those that follow from it say nothing
+                self.give_way()
+            else:
+                self.stop_capturing(reason(list(causes(error))[-1]))  # the first: those that follow from it say nothing
 
 
 class CapturedPass:
