@@ -25,7 +25,6 @@ from standin.world import SIDE
 FOLDER = small_base.CACHE / "pretrain"
 BATCH, RATE = 16, 1e-3
 CROP = 64  # pixels: what the VAE learns from; but for one attention it is convolutional
-ENCODED = 24_000  # images of the pool that the last part learns from
 LOG_EVERY = 50
 START_LOGVAR = -5.0
 
@@ -61,7 +60,8 @@ def train_vae(vae: AutoencoderKLQwenImage, images: Tensor, device: torch.device,
     for step in range(stage.steps):
         chosen = images[torch.randint(0, len(images), (BATCH,), generator=generator)]
         pixels = crops(chosen, stage.whole, generator).to(device)[:, :, None]
-        loss, decoded, std = vae_loss(vae, pixels, stage, generator)
+        with denoiser.autocast(device):
+            loss, decoded, std = vae_loss(vae, pixels, stage, generator)
         loss.backward()
         clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = RATE * denoiser.ramp(step, stage.steps, warmup=100)
@@ -107,7 +107,8 @@ def encode(vae: nn.Module, images: Tensor, side: int, device: torch.device) -> T
     """The posterior's mode (N, 16, side / 8, side / 8) for images (N, 3, H, W) reduced to this side."""
     vae.to(device).eval().encoder.compile(dynamic=False)
     parts = (F.interpolate(to_unit(part), size=side, mode="area").to(device) for part in images.split(50))
-    return torch.cat([encoded(vae, part[:, :, None]).mode()[:, :, 0].cpu() for part in parts])
+    with denoiser.autocast(device):
+        return torch.cat([encoded(vae, part[:, :, None]).mode()[:, :, 0].float().cpu() for part in parts])
 
 
 def kept_latents(vae: nn.Module, images: Tensor, side: int, device: torch.device) -> Tensor:
@@ -162,14 +163,14 @@ def main() -> None:
     if arguments.part == "vae":
         components = small_base.new_components(small_base.TRAINED_SIZE, small_base.SEED)
         components["vae"] = trained_vae(data.images, device)
-        latents = encode(components["vae"], data.images[:ENCODED], SIDE, device)
+        latents = encode(components["vae"], data.images[: len(data.ids)], SIDE, device)
         statistics = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         denoiser.save(denoiser.Denoiser(components, data), components["vae"], statistics)
     else:
         components = small_base.trained_components()
         vae, side = as_single_frame(components["vae"]), int(arguments.part)
         statistics = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
-        latents = pack(normalize(kept_latents(vae, data.images[:ENCODED], side, device), *statistics))
+        latents = pack(normalize(kept_latents(vae, data.images[: len(data.ids)], side, device), *statistics))
         model = denoiser.Denoiser(components, data).to(device)
         denoiser.train(model, denoiser.Batches(data, latents, model.used, device), side, FOLDER / f"{side}.pt")
         denoiser.save(model, vae, statistics)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
 from placeholder.training.flow import add_noise
 from standin import denoiser, pretrain
-from standin.denoiser import Batches, Denoiser, Muon
+from standin.denoiser import Batches, Denoiser
 from standin.pool import CAPTIONS, MAX_IDS, Pool
 from standin.small_base import TINY_SIZE, new_components
 
@@ -40,11 +41,15 @@ def test_a_prompt_beside_longer_ones_gives_what_it_gives_alone(data):
         torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_muon_turns_matrices_of_any_shape_into_ones_with_singular_values_near_one():
-    for shape in ((3, 8, 8), (2, 6, 20), (2, 20, 6)):
-        found = Muon([]).orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-        values = torch.linalg.svdvals(found)
-        assert found.shape == shape and values.min() > 0.5 and values.max() < 1.3, values
+@torch.no_grad()
+def test_its_attention_is_that_of_diffusers(data):
+    model, batches = new(data)
+    positions, lengths, clean, _, sigmas = (part[:1] for part in batches.draw(0))
+    inputs = positions[:, : lengths[0]], lengths, clean, sigmas
+    found = model(*inputs)
+    model.transformer.set_attn_processor(QwenDoubleStreamAttnProcessor2_0())
+    model.text_encoder.set_attn_implementation("sdpa")
+    torch.testing.assert_close(found, model(*inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(data, tmp_path, monkeypatch):
