@@ -40,7 +40,7 @@ def train(
     batch_size: int = Input(default=1, choices=[1, 2, 4], description="Images per step, on each GPU."),
     resolution: str = Input(
         default="512,768,1024",
-        description="Sides in pixels of the areas to train at, 64 to 2048, comma-separated. Images keep their aspect ratio.",
+        description="Training resolutions, 64 to 2048, comma-separated: a crop has about the area of a square of that side.",
     ),
     default_caption: str = Input(
         default="A photo of a person named <>",
@@ -72,7 +72,7 @@ def train(
         default=1,
         ge=1,
         le=64,
-        description="Embedding vectors per token: more hold more of a subject and take more of the prompt's 512 tokens.",
+        description="Embedding vectors per token: more can hold more of a subject and take more of the prompt's 512 tokens.",
     ),
     placeholder_init_std: float = Input(
         default=1e-5,
@@ -89,7 +89,7 @@ def train(
     ),
     token_gate: bool = Input(
         default=True,
-        description="Train for images whose LoRA acts only for prompts naming the token, as in predict. Off: for other tools.",
+        description="Train for predict's token gate. Off: for tools without it; prior_preservation is then 4 unless it is given.",
     ),
     prior_preservation: Optional[float] = Input(
         default=None,
@@ -105,7 +105,7 @@ def train(
     ),
     class_word: str = Input(
         default="",
-        description="Replaces the token in the prompts of prior_preservation, such as person. Blank: the token is left out.",
+        description="What the subject is, such as dog: for autocaption, and instead of the token in prior_preservation.",
     ),
     optimizer: str = Input(
         default="adamw",
@@ -125,7 +125,7 @@ def train(
     ),
     deterministic: bool = Input(
         default=False,
-        description="Use deterministic GPU algorithms alone: the same seed gives the same weights on the same GPU. Slower.",
+        description="Use only deterministic GPU algorithms: the same seed gives the same weights on the same GPU. Slower.",
     ),
     log_prompt_ids: bool = Input(default=False, description="Log the token ids of every caption."),
     seed: Optional[int] = Input(

@@ -78,7 +78,7 @@ class TrainConfig:
     batch_size: Annotated[Literal[*BATCH_SIZES], NUMERIC, option(LORA, "train")] = 1
     """Images per step, on each GPU."""
     resolution: Annotated[Sides, option(LORA, "train", accepts=SIDES)] = (512, 768, 1024)
-    """Sides in pixels of the areas to train at, 64 to 2048, comma-separated. Images keep their aspect ratio."""
+    """Training resolutions, 64 to 2048, comma-separated: a crop has about the area of a square of that side."""
     default_caption: Annotated[Text, option(CAPTIONS, "train")] = DEFAULT_CAPTION
     """Caption of images without one. In captions <>, [trigger] and [name] become the placeholder token."""
     autocaption: Annotated[Flag, option(CAPTIONS, "train")] = False
@@ -94,7 +94,7 @@ class TrainConfig:
     placeholder_token: Annotated[Tokens, option(TOKEN, "train", accepts=TOKENS)] = ()
     """Placeholder token, such as <zwx>; several are separated by commas. Blank: <zwx> where one is trained."""
     placeholder_vectors: Annotated[Whole, option(TOKEN, "train", ge=1, le=MAX_VECTORS)] = 1
-    """Embedding vectors per token: more hold more of a subject and take more of the prompt's 512 tokens."""
+    """Embedding vectors per token: more can hold more of a subject and take more of the prompt's 512 tokens."""
     placeholder_init_std: Annotated[Number, option(TOKEN, "train", ge=0.0, le=1.0)] = 1e-5
     """Standard deviation of the new token embedding at the start. 0 is allowed: exactly zero."""
     placeholder_learning_rate: Annotated[Number, option(TOKEN, "train", ge=0.0, le=1.0)] = 1e-3
@@ -102,13 +102,13 @@ class TrainConfig:
     placeholder_warmup_fraction: Annotated[Number, option(TOKEN, "train", ge=0.0, le=0.9)] = 0.0
     """Share of the steps, at the start, that train the token embedding alone, without the LoRA."""
     token_gate: Annotated[Flag, option(TOKEN, "train")] = True
-    """Train for images whose LoRA acts only for prompts naming the token, as in predict. Off: for other tools."""
+    """Train for predict's token gate. Off: for tools without it; prior_preservation is then 4 unless it is given."""
     prior_preservation: Annotated[Number, option(TOKEN, "train", blank=True, ge=0.0, le=10.0)] = 0.0
     """Weight of the loss that keeps prompts without the token as before. Blank: 0; without token_gate 4."""
     prior_preservation_interval: Annotated[Whole, option(TOKEN, "train", ge=1, le=100)] = 4
     """Apply prior_preservation every n steps; such a step takes about four times as long."""
     class_word: Annotated[Text, option(TOKEN, "train")] = ""
-    """Replaces the token in the prompts of prior_preservation, such as person. Blank: the token is left out."""
+    """What the subject is, such as dog: for autocaption, and instead of the token in prior_preservation."""
     optimizer: Annotated[Literal[*OPTIMIZERS], option(LORA, "train")] = "adamw"
     """Optimizer of the LoRA. The token embedding always uses AdamW without weight decay."""
     quantize: Annotated[Flag, option(SPEED, "model")] = False
@@ -118,7 +118,7 @@ class TrainConfig:
     torch_compile: Annotated[Flag | None, option(SPEED, "model")] = None
     """Compile the transformer's blocks: faster steps after some minutes. Blank: on a GPU from 2000 steps on."""
     deterministic: Annotated[Flag, option(SPEED, "model")] = False
-    """Use deterministic GPU algorithms alone: the same seed gives the same weights on the same GPU. Slower."""
+    """Use only deterministic GPU algorithms: the same seed gives the same weights on the same GPU. Slower."""
     log_prompt_ids: Annotated[Flag, option(CAPTIONS, "debug", resume_may_change=True)] = False
     """Log the token ids of every caption."""
     seed: Annotated[Whole | None, option(LORA, "train", ge=-1, le=MAX_SEED), DRAWN] = None

@@ -131,7 +131,7 @@ class ImageGenerator:
         for adapter, names in idle[0].items():
             effect = "the trained subject may not appear"
             if gate.on and adapter in idle[-1]:
-                effect = "the image is as without its weights (token_gate)"
+                effect = "its LoRA is off: put the token into the prompt, or set token_gate to false"
             elif gate.on:
                 effect = "its LoRA acts for the negative prompt alone (token_gate)"
             self.log(f"Warning: the prompt does not name {names}, so {effect}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
-from placeholder.config import DEFAULT_PLACEHOLDER, WITHOUT_TOKEN, TrainConfig
+from placeholder.config import DEFAULT_CAPTION, DEFAULT_PLACEHOLDER, WITHOUT_TOKEN, TrainConfig
 from placeholder.data.dataset import Photo
 from placeholder.errors import Log, label, quoted
 
@@ -40,6 +40,12 @@ def trained_captions(photos: list[Photo], config: TrainConfig, log: Log, descrip
         placed = [place_token(caption.text, config.tokens, caption.name) for caption in captions]
         log(f"Captions: {sum(in_front for _, in_front in placed)} of {len(placed)} lacked the token and got it in front")
         captions = [caption._replace(text=text) for caption, (text, _) in zip(captions, placed, strict=True)]
+    filled = [caption.text for caption in captions if caption.source == "default"]
+    if filled and config.default_caption == DEFAULT_CAPTION:
+        log(
+            f"Warning: {len(filled)} of {len(captions)} images have no caption and are trained as {quoted(filled[0])}: "
+            "if they show something else, set default_caption or autocaption"
+        )
     for warning in plain_text_warnings(captions, config):
         log(warning)
     if descriptions:

@@ -36,6 +36,19 @@ def test_a_caption_gets_the_token_in_its_place_or_in_front(caption, placed, in_f
     assert place_token(caption, ("<zwx>",), "a.png") == (placed, in_front)
 
 
+def test_the_default_caption_of_a_person_is_a_warning_and_any_other_is_not():
+    photos = [Photo("a.png", None, ()), Photo("b.png", "a photo of <>", ())]
+    for config, text in ((TOKEN, "A photo of a person named <zwx>"), (TrainConfig(), "A photo of a person")):
+        log: list[str] = []
+        trained_captions(photos, config, log.append)
+        (found,) = (line for line in log if "no caption" in line)
+        assert found.startswith(f"Warning: 1 of 2 images have no caption and are trained as '{text}': if")
+        log.clear()
+        trained_captions(photos, replace(config, default_caption="a dog"), log.append)
+        trained_captions(photos[1:], config, log.append)
+        assert not [line for line in log if "no caption" in line]
+
+
 def test_with_several_tokens_a_caption_has_to_name_one_itself():
     several = ("<zwx>", "<qrs>")
     assert place_token("<qrs> with <>", several, "a.png") == ("<qrs> with <>", False)
@@ -89,10 +102,10 @@ def test_without_a_token_the_default_caption_makes_sense_by_itself():
     log: list[str] = []
     photos = [Photo("0.png", None, ())]
     (caption,) = trained_captions(photos, TrainConfig(), log.append)
-    assert (caption.text, log) == ("A photo of a person", [])
+    assert caption.text == "A photo of a person" and not [line for line in log if "plain text" in line]
     (caption,) = trained_captions(photos, replace(TrainConfig(), default_caption="my <>"), log.append)
     assert caption.text == "my <>"
-    assert log[0].startswith("Warning: '<>' is plain text in 1 of 1 captions")
+    assert log[-1].startswith("Warning: '<>' is plain text in 1 of 1 captions")
 
 
 def test_preserved_prompts_are_the_caption_without_the_token_and_the_empty_one():

@@ -19,7 +19,7 @@ from tests.support.stock import apply_archive, stock_pipeline
 GATED, GATED_NAMED = replace(PLAIN, token_gate=True), replace(NAMED, token_gate=True)
 BEHIND = "a word " * 300 + "<zwx>"  # after the 512 tokens that are encoded
 UNNAMED = "the prompt does not name <zwx>, so "
-AS_WITHOUT = UNNAMED + "the image is as without its weights (token_gate)"
+AS_WITHOUT = UNNAMED + "its LoRA is off: put the token into the prompt, or set token_gate to false"
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,9 @@ def test_a_prediction_whose_prompt_does_not_name_the_token_is_the_base_models(pr
     inputs = {name: value for name, value in PICTURE.items() if name != "token_gate"} | {"prompt": "a garden at noon"}
     answer = prediction_server.ask({**inputs, "replicate_weights": data_url(archive)})
     assert np.array_equal(drawn(answer), stock_picture(base.source, "a garden at noon"))
-    line = "Warning: the prompt does not name <zwx>, so the image is as without its weights (token_gate)"
+    line = (
+        "Warning: the prompt does not name <zwx>, so its LoRA is off: put the token into the prompt, or set token_gate to false"
+    )
     assert line in answer["logs"].splitlines()
 
 
