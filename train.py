@@ -89,7 +89,7 @@ def train(
     ),
     token_gate: bool = Input(
         default=True,
-        description="Train for predict's token gate. Off: for tools without it; prior_preservation is then 4 unless it is given.",
+        description="Train for predict's token gate. Off: for tools without it; prior_preservation is then 4 unless given.",
     ),
     prior_preservation: Optional[float] = Input(
         default=None,

@@ -102,7 +102,7 @@ class TrainConfig:
     placeholder_warmup_fraction: Annotated[Number, option(TOKEN, "train", ge=0.0, le=0.9)] = 0.0
     """Share of the steps, at the start, that train the token embedding alone, without the LoRA."""
     token_gate: Annotated[Flag, option(TOKEN, "train")] = True
-    """Train for predict's token gate. Off: for tools without it; prior_preservation is then 4 unless it is given."""
+    """Train for predict's token gate. Off: for tools without it; prior_preservation is then 4 unless given."""
     prior_preservation: Annotated[Number, option(TOKEN, "train", blank=True, ge=0.0, le=10.0)] = 0.0
     """Weight of the loss that keeps prompts without the token as before. Blank: 0; without token_gate 4."""
     prior_preservation_interval: Annotated[Whole, option(TOKEN, "train", ge=1, le=100)] = 4
