@@ -79,7 +79,7 @@ class Processes:
         found = self.all_gather([value])
         if different := [str(rank) for rank, other in enumerate(found) if other != found[0]]:
             raise ValueError(
-                f"process {', '.join(different)} of this training has {what} other than process 0: give every machine the same"
+                f"process {', '.join(different)} of this training and process 0 differ in {what}: give every machine the same"
             )
 
     def all_reduce_sum(self, total: Tensor) -> None:

@@ -99,9 +99,9 @@ def resolve(job: Job, base: BaseModel, log: Log, processes: Processes) -> tuple[
     start = read_start(source) if source else None
     shared = {"base_model": base.source, "base_model_revision": base.revision, "processes": processes.world_size}
     if processes.world_size > 1:  # each machine has its own files
-        processes.check_same("a start in resume_from", source and content_digest(source))
-        processes.check_same("options", repr(config))  # not-a-number, too, is the same as itself there
-        processes.check_same("a base model", not Path(base.source).is_dir() and (base.source, base.revision))
+        processes.check_same("resume_from", source and content_digest(source))
+        processes.check_same("the options", repr(config))  # not-a-number, too, is the same as itself there
+        processes.check_same("the base model", not Path(base.source).is_dir() and (base.source, base.revision))
     if start is not None:
         config = resumed_config(start, config, shared)
     config = replace(processes.broadcast(with_seed(config, log)), torch_compile=compiles(config, base.device))

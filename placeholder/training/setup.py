@@ -115,7 +115,7 @@ def plan_photos(
     drafts = [draft(config)] * len(undescribed(photos, config)) if descriptions is None else descriptions
     captions = trained_captions(photos, config, _silent, drafts)
     digest = dataset_digest(photos, [caption.text for caption in captions])
-    context.processes.check_same("a data set", digest)
+    context.processes.check_same("the data set", digest)
     check_dataset(context.start, digest)
     longest = max(map(len, prompts_of(captions, config, tokenizer, tokens, _silent).all))
     largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)

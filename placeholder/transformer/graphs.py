@@ -58,7 +58,7 @@ class Passes:
         """Drop the graphs for want of memory, and wait twice as long with the next: or every new shape would drop them anew."""
         self.start_again()
         self._captured_after *= 2
-        self.log(f"CUDA graphs: out of memory with them; shapes are captured after {self._captured_after} passes from here on")
+        self.log(f"CUDA graphs dropped: out of memory; from here on a shape is captured after {self._captured_after} passes")
 
     def stop_capturing(self, why: str) -> None:
         """Go on without; the log has a warning."""

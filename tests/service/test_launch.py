@@ -104,7 +104,7 @@ def test_what_the_processes_were_given_has_to_be_the_same(parallel):
         told = json.loads((parallel / f"{index}.json").read_text())
         assert told["same"] == "nothing"
         assert told["other"].startswith(
-            "ValueError: process 1 of this training has a data set other than process 0: give every"
+            "ValueError: process 1 of this training and process 0 differ in the data set: give every"
         )
         assert told["numbers"] == [0, 1, 0, 1] and told["broadcast"] == "from 0"
 

@@ -82,7 +82,7 @@ def main(dataset: Path, base: BaseModel, folder: Path) -> None:
     save_file(again, folder / f"again-{processes.rank}.safetensors")
     told = {"every time": message(lambda: trained(dataset, CONFIG, base, processes, range(3, 1000) if last else ()))}
     told["same"] = message(lambda: processes.check_same("options", CONFIG))
-    told["other"] = message(lambda: processes.check_same("a data set", "other" if last else "first"))
+    told["other"] = message(lambda: processes.check_same("the data set", "other" if last else "first"))
     told["numbers"] = [
         processes.all_reduce_min(processes.rank),
         processes.all_reduce_max(processes.rank),

@@ -167,7 +167,7 @@ def test_without_memory_graphs_go_first_then_blocks_are_checkpointed_then_nothin
     parts.passes.release()
     Rerun.fails.append(RuntimeError("CUDA error: out of memory"))  # as CUDA says it, in a capture
     step(0, 2)
-    waiting = "CUDA graphs: out of memory with them; shapes are captured after {} passes from here on"
+    waiting = "CUDA graphs dropped: out of memory; from here on a shape is captured after {} passes"
     assert Rerun.replay is replay and log == [waiting.format(2), waiting.format(4)]
     for errors, checkpointed in ((1, 1), (2, 2)):
         with monkeypatch.context() as patch:
