@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 
 from benchmarks.switching import TOKEN, trained_archives
 from placeholder.model.base import MODEL_VARIABLE, BaseModel
+from placeholder.service.cli import inputs_of
 from placeholder.weights.archive import LORA_NAME, embedding_name
 from predict import Predictor
 from standin.small_base import build_small_base
@@ -31,20 +32,6 @@ REQUESTS, EVERY = 1000, 10
 WARM = 50  # requests after which all caches are full
 GROWTH = 0.02  # of the memory after WARM requests
 MEGABYTE = 2**20
-DEFAULTS: dict[str, Any] = {
-    "negative_prompt": "",
-    "guidance": 4.0,
-    "num_inference_steps": None,
-    "guidance_scale": None,
-    "aspect_ratio": "1:1",
-    "image_size": "optimize_for_speed",
-    "lora_scale": 1.0,
-    "replicate_weights": None,
-    "extra_lora_weights": None,
-    "extra_lora_scale": 1.0,
-    "enhance_prompt": False,
-    "output_quality": 80,
-}
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan", "black", "white", "pink", "orange")
 PLACES = ("in a garden", "on the beach", "at night", "under a tree", "on a table", "in the snow", "in the rain")
 
@@ -68,7 +55,7 @@ def archive_pool(base: BaseModel, folder: Path) -> list[Path]:
 def request(number: int, choose: random.Random, pool: list[Path]) -> dict[str, Any]:
     """Inputs of the n-th request; no two have the same prompt."""
     width, height = choose.choice([(64, 64), (96, 64), (64, 96)])
-    return DEFAULTS | {
+    return {
         "prompt": f"a {choose.choice(COLORS)} {TOKEN} {choose.choice(PLACES)}, number {number}",
         "steps": choose.randint(2, 4),
         "width": width,
@@ -104,7 +91,9 @@ def predict(predictor: Predictor, inputs: dict[str, Any]) -> str:
     """What became of a request: the image's format, or the error's kind."""
     predictor.generator.log.armed = inputs["prompt"].startswith("interrupted")
     try:
-        return Path(predictor.predict(**inputs)).suffix
+        return Path(
+            predictor.predict(**inputs_of("predict", inputs | {"replicate_weights": str(inputs["replicate_weights"] or "")}))
+        ).suffix
     except (ValueError, Interruption) as error:
         return type(error).__name__
 
@@ -121,11 +110,14 @@ def sample(requests: int, temporary: Path) -> dict[str, float]:
     }
 
 
-def verdict(samples: list[dict[str, float]]) -> list[str]:
-    """What grew."""
+def verdict(samples: list[dict[str, float]], outcomes: dict[str, int]) -> list[str]:
+    """What grew, and what failed that should not have."""
     warm = [found for found in samples if found["requests"] >= WARM]
     first, last = warm[0], warm[-1]
     grown = []
+    images, right = sum(count for outcome, count in outcomes.items() if outcome[0] == "."), REQUESTS - REQUESTS // 7
+    if images != right:
+        grown.append(f"images: {images} of {right}")
     if abs(last["rss_mb"] - first["rss_mb"]) > GROWTH * first["rss_mb"]:
         grown.append(f"memory: {first['rss_mb']} MB after {first['requests']} requests, {last['rss_mb']} MB at the end")
     if len(counts := {found["open_files"] for found in warm}) > 1:
@@ -167,7 +159,7 @@ def main() -> None:
         "machine": f"one thread of {platform.processor() or platform.machine()}, "
         f"Python {platform.python_version()}, torch {torch.__version__}",
         "date": datetime.now(UTC).date().isoformat(),
-        "grown": verdict(found["samples"]),
+        "grown": verdict(found["samples"], found["outcomes"]),
         **found,
     }
     (Path(__file__).parent / "soak.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """The captions of a training as text: where each comes from, with the token in its place, and as files."""
 
 import re
-import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
@@ -126,21 +126,13 @@ def preserved_prompts(captions: list[str], config: TrainConfig, log: Log) -> lis
 def caption_files(captions: list[Caption]) -> dict[str, bytes]:
     """The captions as text files by name, to be put next to the images; at most MAX_FILES.
 
-    An image's number is the name where its own is not valid on every system, or belongs to an image with another suffix.
+    `a.jpg` has `a.txt`, or `a.jpg.txt` where there is an `a.png` too. A name that is not valid on every system gives way to the
+    image's number.
     """
-    names: list[str | None] = []
-    taken: set[str] = set()
-    for caption in captions[:MAX_FILES]:
-        name = str(PurePosixPath(caption.file).with_suffix(".txt"))
-        key = unicodedata.normalize("NFC", name).casefold()
-        names.append(name if label(caption.file) == caption.file and key not in taken else None)
-        taken.add(key)
+    stems = Counter(str(PurePosixPath(caption.file).with_suffix("")).casefold() for caption in captions)
     files: dict[str, bytes] = {}
-    for number, (name, caption) in enumerate(zip(names, captions, strict=False), 1):
-        if name is None:
-            name = f"picture-{number:05}.txt"
-            while name in taken:
-                name = f"{name.removesuffix('.txt')}-.txt"
-            taken.add(name)
-        files[name] = f"{caption.text}\n".encode()
+    for number, caption in enumerate(captions[:MAX_FILES], 1):
+        stem = str(PurePosixPath(caption.file).with_suffix(""))
+        name = f"{stem if stems[stem.casefold()] == 1 else caption.file}.txt"
+        files[name if label(name) == name else f"picture-{number:05}.txt"] = f"{caption.text}\n".encode()
     return files

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,6 +53,10 @@ class CheckpointWriter:
             raise StoppedError(f"the training was stopped after step {step.number}: resume_from takes {last}")
 
     def _write(self, number: int) -> bool:
+        trained = [*self.state.lora, *([self.state.token_optimizer.rows] if self.state.token_optimizer else [])]
+        if not all(torch.isfinite(values).all() for values in trained):
+            self.log(f"Warning: no checkpoint of step {number}: the LoRA or a token embedding is not finite")
+            return False
         try:
             write_checkpoint(self.folder, number, self.state.state_dict(), self.facts() | {"step": number})
         except OSError as error:  # a full disk costs the checkpoint, not the training

@@ -14,7 +14,8 @@ from placeholder.data.captions import (
     trained_captions,
     without_token,
 )
-from placeholder.data.dataset import Photo
+from placeholder.data.dataset import Photo, read_dataset
+from tests.support.samples import encoded, picture, write_zip
 
 TOKEN = TrainConfig(train_placeholder_token=True, placeholder_token=("<zwx>",), prior_preservation=4.0)
 AUTO = replace(TOKEN, autocaption=True, autocaption_prefix="a photo of [trigger], ", autocaption_suffix=" 35mm")
@@ -149,13 +150,16 @@ def test_an_empty_description_leaves_prefix_and_suffix_or_else_the_default():
 
 
 def test_caption_files_have_the_images_names_where_these_are_valid():
-    files = ("a.png", "A.jpg", "x/é.webp", "bad\x07.png", "n" * 200 + ".png", "b.c.png")
+    files = ("a.png", "x/é.webp", "bad\x07.png", "n" * 200 + ".png", "b.c.png")
     found = caption_files([Caption("shown", f"caption {number}", "auto", file) for number, file in enumerate(files)])
-    assert list(found) == ["a.txt", "picture-00002.txt", "x/é.txt", "picture-00004.txt", "picture-00005.txt", "b.c.txt"]
-    assert found["x/é.txt"] == b"caption 2\n"
+    assert list(found) == ["a.txt", "x/é.txt", "picture-00003.txt", "picture-00004.txt", "b.c.txt"]
+    assert found["x/é.txt"] == b"caption 1\n"
 
 
-def test_a_caption_file_by_number_takes_no_other_images_place():
-    files = ("a.jpg", "a.png", "picture-00002.jpg")
+def test_caption_files_of_images_that_differ_in_suffix_or_case_come_back_to_their_own_images(tmp_path):
+    files = ("a.jpg", "a.png", "B.jpg", "b.png")
     found = caption_files([Caption("shown", f"caption {number}", "auto", file) for number, file in enumerate(files)])
-    assert found == {"a.txt": b"caption 0\n", "picture-00002-.txt": b"caption 1\n", "picture-00002.txt": b"caption 2\n"}
+    assert list(found) == ["a.jpg.txt", "a.png.txt", "B.jpg.txt", "b.png.txt"]
+    images = {name: encoded(picture()) for name in files}
+    photos, _ = read_dataset(write_zip(tmp_path / "d.zip", images | found), (64,))
+    assert {photo.file: photo.caption for photo in photos} == {file: f"caption {n}" for n, file in enumerate(files)}

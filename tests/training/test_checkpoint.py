@@ -2,13 +2,21 @@
 
 import errno
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from placeholder.job import CheckpointFolder
+from placeholder.job import CheckpointFolder, Stop
 from placeholder.training import checkpoint as checkpoint_module
-from placeholder.training.checkpoint import is_checkpoint, prepare_folder, read_checkpoint, stored_checkpoints, write_checkpoint
+from placeholder.training.checkpoint import (
+    CheckpointWriter,
+    is_checkpoint,
+    prepare_folder,
+    read_checkpoint,
+    stored_checkpoints,
+    write_checkpoint,
+)
 from tests.support.samples import write_zip
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=torch.uint8)}
@@ -38,6 +46,19 @@ def test_the_newest_two_are_kept(folder):
         write_checkpoint(folder, step, TENSORS, {})
     assert names(folder) == ["checkpoint-000015.safetensors", "checkpoint-000020.safetensors"]
     assert [path.name for path in stored_checkpoints(folder.path)] == names(folder)
+
+
+def test_weights_that_are_not_finite_make_no_checkpoint(folder):
+    log, lora, rows = [], torch.ones(2), torch.ones(2)
+    state = SimpleNamespace(lora=[lora], token_optimizer=SimpleNamespace(rows=rows), state_dict=lambda: TENSORS)
+    writer = CheckpointWriter(folder, state, dict, log.append, Stop())
+    writer.step(SimpleNamespace(number=5))
+    for values in (lora, rows):
+        values[1] = torch.nan
+        writer.step(SimpleNamespace(number=10))
+        values[1] = 1
+    assert names(folder) == ["checkpoint-000005.safetensors"]
+    assert log[1:] == ["Warning: no checkpoint of step 10: the LoRA or a token embedding is not finite"] * 2
 
 
 def test_what_is_not_ours_stays(folder):
