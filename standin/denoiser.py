@@ -15,7 +15,7 @@ from placeholder.training.flow import add_noise, flow_loss, velocity_target
 from standin import pool, small_base
 from standin.world import SIDE
 
-STAGES = {SIDE // 2: 3000, SIDE: 9000}  # steps by pixels: what a prompt asks for is learned faster on a quarter of the tokens
+STAGES = {SIDE // 2: 3000, SIDE: 8000}  # steps by pixels: what a prompt asks for is learned faster on a quarter of the tokens
 BATCH = 64
 RATE, MATRIX_RATE = 1e-3, 1.5e-3  # of AdamW, of Muon
 WEIGHT_DECAY = 0.01
