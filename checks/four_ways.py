@@ -9,7 +9,6 @@ TOLERANCE.
 
 import json
 import sys
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from placeholder.report.charts import image_grid
 from standin import subject
 from standin.judge import background_of, kind_probabilities, subject_fidelity
 from standin.world import SUBJECT
+from study.measures import mean
 
 TOLERANCE = 1e-5
 OURS, BASE = "predict.py", "base model"
@@ -92,11 +92,6 @@ def judged(pictures: list[Image.Image]) -> dict[str, float]:
         "subject_for_class_word": kind_probabilities([class_word])[SUBJECT][0],
         "following": mean(background_of(image) == wanted for image, wanted in zip(named, BACKGROUNDS, strict=True)),
     }
-
-
-def mean(values: Iterable[float]) -> float:
-    """The mean as a plain number."""
-    return float(np.mean(list(values)))
 
 
 def from_file(folder: Path) -> Record:

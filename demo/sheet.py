@@ -16,7 +16,7 @@ COLUMNS, CELL, GAP = 6, 128, 34  # pixels
 LABEL = 170  # pixels: the rows' titles
 HEAD, ABOVE, BELOW = 36, 22, 56  # pixels: the title, an image's first line, its caption
 ROW = ABOVE + CELL + BELOW
-LINE, LETTERS = 14, 25  # pixels of a caption's line, and its letters
+LETTERS = 25  # of a caption's line
 INK = {"base model": "dimgray", "LoRA for TOK": "firebrick", "LoRA for <zwx>": "navy", "data set": "darkgreen"}
 IN_README = (0, 1, 2, 4, 5)  # the rows of the figure
 

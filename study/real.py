@@ -10,19 +10,19 @@ the measures. This has been run with small random models, never at full size.
 import argparse
 import json
 import time
-import zipfile
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
+from placeholder.data.buckets import to_image
 from placeholder.data.captions import with_token
 from placeholder.data.dataset import Photo, read_dataset
 from placeholder.lora.adapter import scale_lora, without_lora
 from placeholder.model.base import BaseModel
 from standin.sampler import Sampler
+from standin.subject import write_images
 from study.arms import ARMS, TOKEN, Arm, prepared, steps_of
 from study.image_metrics import CLIP, DINO, ImageMetrics
 from study.measures import ALWAYS, GATED, LOW_SCALE, acting, difference, mean
@@ -62,13 +62,7 @@ class Photographs:
 
     def write_dataset(self, path: Path, trigger: str) -> Path:
         """The first crop of each photograph, with the trigger in the captions."""
-        with zipfile.ZipFile(path, "w") as archive:
-            for number, photo in enumerate(self.photos):
-                content = BytesIO()
-                _opened(photo).save(content, "PNG")
-                archive.writestr(f"{number:03}.png", content.getvalue())
-                archive.writestr(f"{number:03}.txt", _named(photo.caption, trigger))
-        return path
+        return write_images(path, [(to_image(photo.crops[0]), _named(photo.caption, trigger)) for photo in self.photos])
 
 
 def read_photographs(folder: Path, class_word: str, resolution: int, metrics: ImageMetrics) -> Photographs:
@@ -77,7 +71,7 @@ def read_photographs(folder: Path, class_word: str, resolution: int, metrics: Im
     for photo in photos:
         if with_token(photo.caption or "", TOKEN) == (photo.caption or ""):
             raise ValueError(f"the caption of {photo.name} has no <>: write it where the subject's name belongs: '<> dog'")
-    images = [_opened(photo) for photo in photos]
+    images = [to_image(photo.crops[0]) for photo in photos]
     return Photographs(photos, class_word, metrics.clip_images(images), metrics.dino_images(images))
 
 
@@ -163,10 +157,6 @@ def budget(options: argparse.Namespace) -> dict:
     """The options that all arms share."""
     shared = {"steps": options.steps, "rank": options.rank, "learning_rate": options.learning_rate, "batch_size": 1}
     return shared | {"resolution": (options.resolution,), "report": False}
-
-
-def _opened(photo: Photo) -> Image.Image:
-    return Image.fromarray(photo.crops[0].permute(1, 2, 0).numpy())
 
 
 def _named(caption: str | None, trigger: str) -> str:

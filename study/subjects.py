@@ -1,7 +1,5 @@
 """What the study teaches: a house, a robot's face and a style, each as a data set that a user might upload."""
 
-import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +7,12 @@ import numpy as np
 from PIL import Image
 
 from standin.judge import reduced, subject_fidelity
-from standin.subject import IMAGES_EACH, SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS
+from standin.subject import IMAGES_EACH, SEEN_BACKGROUNDS, TAUGHT_SEED, UNSEEN_BACKGROUNDS, write_images
 from standin.world import SECOND_SUBJECT, SIDE, SUBJECT, Scene, Thing, render, subject_scene
 
 TILE, GROUT_WIDTH = SIDE // 8, SIDE // 32  # pixels of the mosaic
 GROUT = (120, 120, 120)
 NEAR = 50.0  # in 8-bit RGB: how far from the grout's color its pixels may be
-TAUGHT_SEED = 1000
 
 
 @dataclass(frozen=True)
@@ -54,13 +51,8 @@ class Subject:
 
     def write_dataset(self, path: Path, trigger: str) -> Path:
         """Twelve images in the seen contexts, with captions that name the trigger and the class word."""
-        with zipfile.ZipFile(path, "w") as archive:
-            for number, context in enumerate(self.seen * IMAGES_EACH):
-                content = io.BytesIO()
-                self.image(context, TAUGHT_SEED + number).save(content, "PNG")
-                archive.writestr(f"picture-{number:02}.png", content.getvalue())
-                archive.writestr(f"picture-{number:02}.txt", self.prompt(trigger, context))
-        return path
+        contexts = enumerate(self.seen * IMAGES_EACH, TAUGHT_SEED)
+        return write_images(path, [(self.image(context, seed), self.prompt(trigger, context)) for seed, context in contexts])
 
 
 def mosaic(image: Image.Image) -> Image.Image:

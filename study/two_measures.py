@@ -1,6 +1,5 @@
 """What images that were to show two subjects show: each alone, both in one image, the class words, old meanings."""
 
-import statistics
 from collections.abc import Callable, Sequence
 
 from PIL import Image
@@ -8,6 +7,7 @@ from PIL import Image
 from standin.judge import background_of, half_fidelity, kind_probabilities, subject_fidelity
 from standin.subject import SEEN_BACKGROUNDS, UNSEEN_BACKGROUNDS
 from standin.world import RARE_WORD, TRIGGER, render
+from study.measures import mean
 from study.two_subjects import CLASS_WORDS, KINDS, ORDERS, ImageSpec, alone, both, side_by_side
 
 Generate = Callable[[ImageSpec], list[Image.Image]]
@@ -108,8 +108,3 @@ def old_meaning(generate: Generate, words: tuple[str, str]) -> dict[str, float]:
         probabilities = kind_probabilities(images)
         found[name] = mean(probabilities[TRIGGER]) + mean(probabilities[RARE_WORD])
     return found
-
-
-def mean(values: Sequence[float]) -> float:
-    """The mean as a plain number."""
-    return float(statistics.fmean(map(float, values)))

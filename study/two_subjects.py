@@ -1,17 +1,14 @@
 """Two new subjects in one data set: images of each alone and of both side by side, with captions that name what is there."""
 
-import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from standin.subject import IMAGES_EACH, SEEN_BACKGROUNDS
+from standin.subject import IMAGES_EACH, SEEN_BACKGROUNDS, TAUGHT_SEED, write_images
 from standin.world import SECOND_SUBJECT, SUBJECT, Scene, Thing, render
 
 KINDS = (SUBJECT, SECOND_SUBJECT)  # the world's names of the two drawings
 CLASS_WORDS = ("house", "face")  # of the first and of the second
 ORDERS = ((0, 1), (1, 0))  # which of the two stands on the left, which on the right
-TAUGHT_SEED = 1000  # of the first image of the data set
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,4 @@ def taught(named: tuple[str, str], together: bool = True) -> list[ImageSpec]:
 
 def write_dataset(path: Path, specs: list[ImageSpec]) -> Path:
     """The images with their captions, in an archive as a user would upload one."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for number, spec in enumerate(specs):
-            content = io.BytesIO()
-            render(spec.scene(TAUGHT_SEED + number)).save(content, "PNG")
-            archive.writestr(f"picture-{number:02}.png", content.getvalue())
-            archive.writestr(f"picture-{number:02}.txt", spec.caption)
-    return path
+    return write_images(path, [(render(spec.scene(seed)), spec.caption) for seed, spec in enumerate(specs, TAUGHT_SEED)])
