@@ -1,6 +1,7 @@
 """The captions of a training as text: where each comes from, with the token in its place, and as files."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
@@ -126,13 +127,23 @@ def preserved_prompts(captions: list[str], config: TrainConfig, log: Log) -> lis
 def caption_files(captions: list[Caption]) -> dict[str, bytes]:
     """The captions as text files by name, to be put next to the images; at most MAX_FILES.
 
-    `a.jpg` has `a.txt`, or `a.jpg.txt` where there is an `a.png` too. A name that is not valid on every system gives way to the
-    image's number.
+    `a.jpg` has `a.txt`, or `a.jpg.txt` where there is an `a.png` too. An image's number is the name where its own is not valid
+    on every system, or would be another image's as well.
     """
-    stems = Counter(str(PurePosixPath(caption.file).with_suffix("")).casefold() for caption in captions)
-    files: dict[str, bytes] = {}
-    for number, caption in enumerate(captions[:MAX_FILES], 1):
-        stem = str(PurePosixPath(caption.file).with_suffix(""))
-        name = f"{stem if stems[stem.casefold()] == 1 else caption.file}.txt"
-        files[name if label(name) == name else f"picture-{number:05}.txt"] = f"{caption.text}\n".encode()
+    captions = captions[:MAX_FILES]
+    stems = [str(PurePosixPath(caption.file).with_suffix("")) for caption in captions]
+    shared = Counter(map(_key, stems))
+    names = [f"{one.file if shared[_key(stem)] > 1 else stem}.txt" for one, stem in zip(captions, stems, strict=True)]
+    taken, files = Counter(map(_key, names)), {}
+    for number, (name, caption) in enumerate(zip(names, captions, strict=True), 1):
+        if label(name) != name or taken[_key(name)] > 1:
+            name = f"picture-{number:05}.txt"
+            while _key(name) in taken:
+                name = f"{name.removesuffix('.txt')}-.txt"
+        files[name] = f"{caption.text}\n".encode()
     return files
+
+
+def _key(name: str) -> str:
+    """Equal for names that some system takes for the same."""
+    return unicodedata.normalize("NFC", name).casefold()

@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 import torch
 import torch._functorch.config
 import torch.fx.experimental._config
-from torch import nn
+from torch import Tensor, nn
 
 from placeholder.errors import Log
-from placeholder.transformer.attention import real_rotary_embeddings
+from placeholder.transformer.attention import real_rotations
 from placeholder.transformer.layers import Int8Linear
 
 # Of the blocks' code in one training: batches of one and of several images and first blocks with and without a gradient at
@@ -34,7 +34,13 @@ class CompiledBlocks:
         self.transformer, self.log, self._undo = transformer, log, ExitStack()
         for setting in _settings(any(isinstance(module, Int8Linear) for module in transformer.modules())):
             self._undo.enter_context(setting)
-        self._undo.enter_context(real_rotary_embeddings(transformer))
+        # Nothing reads the last block's output for the text. Compiled, its LoRA would get gradients of zero instead of none,
+        # and weight decay with them.
+        unread = [p for p in transformer.transformer_blocks[-1].attn.to_add_out.parameters() if p.requires_grad]
+        hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in unread]
+        hooks.append(transformer.pos_embed.register_forward_hook(lambda _module, _args, found: real_rotations(found)))
+        for hook in hooks:
+            self._undo.callback(hook.remove)
         options = OPTIONS | ({"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {})
         transformer.compile_repeated_blocks(fullgraph=True, backend=BACKEND, options=options)
 
@@ -61,6 +67,10 @@ def _settings(int8: bool) -> Iterator[AbstractContextManager]:
     if int8:
         # What a matrix product of the backward pass reads may be computed again: quantized weights would be kept dequantized.
         yield torch._functorch.config.patch(ban_recompute_materialized_backward=False)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 @contextmanager

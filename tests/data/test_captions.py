@@ -156,6 +156,14 @@ def test_caption_files_have_the_images_names_where_these_are_valid():
     assert found["x/é.txt"] == b"caption 1\n"
 
 
+def test_a_caption_file_by_number_takes_no_other_images_place():
+    files = ("picture-00002.jpg", "bad\x07.png", "a.jpg", "a.png", "a.jpg.png", "é.jpg", "e\u0301.JPG")
+    found = caption_files([Caption("shown", f"caption {number}", "auto", file) for number, file in enumerate(files)])
+    numbered = [f"picture-0000{number}.txt" for number in ("2", "2-", "3", "5", "6", "7")]
+    assert list(found) == [*numbered[:3], "a.png.txt", *numbered[3:]]
+    assert list(found.values()) == [b"caption %d\n" % number for number in range(len(files))]
+
+
 def test_caption_files_of_images_that_differ_in_suffix_or_case_come_back_to_their_own_images(tmp_path):
     files = ("a.jpg", "a.png", "B.jpg", "b.png")
     found = caption_files([Caption("shown", f"caption {number}", "auto", file) for number, file in enumerate(files)])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from placeholder.job import CheckpointFolder, Stop
+from placeholder.job import CheckpointFolder, Stop, StoppedError
 from placeholder.training import checkpoint as checkpoint_module
 from placeholder.training.checkpoint import (
     CheckpointWriter,
@@ -59,6 +59,10 @@ def test_weights_that_are_not_finite_make_no_checkpoint(folder):
         values[1] = 1
     assert names(folder) == ["checkpoint-000005.safetensors"]
     assert log[1:] == ["Warning: no checkpoint of step 10: the LoRA or a token embedding is not finite"] * 2
+    lora[1] = torch.nan
+    writer.stop.wanted = True
+    with pytest.raises(StoppedError, match="takes the newest checkpoint that could be written"):
+        writer.step(SimpleNamespace(number=12))
 
 
 def test_what_is_not_ours_stays(folder):

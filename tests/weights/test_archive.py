@@ -159,6 +159,7 @@ def meta_of(**changed) -> bytes:
 
 ROW = torch.zeros(1, 32)
 TENSOR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+EMPTY, DOWN = TENSOR | {"data_offsets": [0, 0]}, next(iter(prefixed(LORA)))
 UNUSABLE = "embeddings/zwx.safetensors holds no usable rows under 'qwen25_7b': expected finite"
 
 
@@ -203,8 +204,8 @@ UNUSABLE = "embeddings/zwx.safetensors holds no usable rows under 'qwen25_7b': e
         ({"meta.json": meta_of(base_model=["a"])}, r"meta.json has the base_model \['a'\]: expected a name"),
         ({"meta.json": meta_of(base_model="\x1b[31m")}, r"meta.json has the base_model '\\x1b\[31m': expected a name"),
         ({LORA_NAME: header_only({"x": TENSOR | {"shape": [2**63]}}, b"1234")}, "is not a safetensors file"),
-        ({LORA_NAME: header_only({"x": TENSOR | {"shape": [0, 2**62, 2**62]}})}, "is not a safetensors file"),
-        ({LORA_NAME: header_only({"x": TENSOR | {"shape": [0] * 100}})}, "is not a safetensors file"),
+        ({LORA_NAME: header_only({DOWN: EMPTY | {"shape": [0, 2**62, 2**62]}})}, "is not a safetensors file"),
+        ({LORA_NAME: header_only({DOWN: EMPTY | {"shape": [0] * 100}})}, "expected two dimensions"),
         ({LORA_NAME: header_only({"x": TENSOR, "y": TENSOR}, b"1234")}, "is not a safetensors file"),
         ({LORA_NAME: header_only({"__metadata__": None})}, "holds no weights"),
         ({LORA_NAME: header_only([])}, "is not a safetensors file"),
