@@ -103,7 +103,7 @@ bench: setup
 base-check: setup
 	$(BIN)/python -m standin.check_base
 
-# Train the small base model from nothing: hours on two cores; a run that was stopped goes on.
+# Train the small base model from nothing: two hours on two cores with bf16; a run that was stopped goes on.
 pretrain: setup
 	$(BIN)/python -m standin.pretrain vae
 	$(BIN)/python -m standin.pretrain 64

@@ -20,7 +20,7 @@ from standin.world import SIDE, TRIGGER, render, subject_scene
 
 OUTPUT = ROOT / "demo-output"
 TOKEN = "<zwx>"
-STEPS, QUARTER, CAT_STEPS = 200, 50, 280
+STEPS, QUARTER, CAT_STEPS = 480, 120, 280
 BUDGET = {"steps": STEPS, "rank": 8, "resolution": str(SIDE), "learning_rate": 1e-3, "batch_size": 4, "seed": 1}
 IMAGE = {"steps": 14, "guidance": 4, "width": SIDE, "height": SIDE, "seed": 7, "output_format": "png"}
 BEFORE = (

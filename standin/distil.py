@@ -161,7 +161,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="fewer, to try it out")
     parser.add_argument("--output", type=Path, default=STORED)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     base = BaseModel(str(build_small_base()), torch.device("cpu"), torch.float32)
     transformer = load_transformer(base)
     paths = teach(base, transformer, arguments.paths, seed=1)
