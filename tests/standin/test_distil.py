@@ -73,7 +73,7 @@ def test_the_one_that_ships_shows_what_captions_ask_for_in_its_steps(small_base,
     assert distil.STORED.stat().st_size < 3e6
     monkeypatch.setenv(FAST_VARIABLE, str(distil.STORED))
     generator = ImageGenerator(small_base, lambda line: None, load_fast_lora(small_base, lambda line: None))
-    scenes = held_out_scenes(24, seed=11)
+    scenes = held_out_scenes(12, seed=11)
     prompts = [caption(scene.things[0], scene.background) for scene in scenes]
 
     def images(**options) -> list[list[Image.Image]]:
