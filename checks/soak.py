@@ -90,10 +90,9 @@ class Interrupting:
 def predict(predictor: Predictor, inputs: dict[str, Any]) -> str:
     """What became of a request: the image's format, or the error's kind."""
     predictor.generator.log.armed = inputs["prompt"].startswith("interrupted")
+    inputs = inputs_of("predict", inputs | {"replicate_weights": str(inputs["replicate_weights"] or "")})
     try:
-        return Path(
-            predictor.predict(**inputs_of("predict", inputs | {"replicate_weights": str(inputs["replicate_weights"] or "")}))
-        ).suffix
+        return Path(predictor.predict(**inputs)).suffix
     except (ValueError, Interruption) as error:
         return type(error).__name__
 

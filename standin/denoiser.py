@@ -55,12 +55,13 @@ class Masked:
         mask = F.pad(self.mask, (0, hidden_states.shape[1]), value=True)[:, None, None]
         scores = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~mask, -1e9)
         joint = (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)
-        of_text, of_image = joint.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], 1)
-        return attn.to_out[0](of_image), attn.to_add_out(of_text)
+        text, image = joint.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], 1)
+        return attn.to_out[0](image), attn.to_add_out(text)
 
-    def _projected(self, states: Tensor, rotary: Tensor, heads: int, q, k, v, norm_q, norm_k) -> list[Tensor]:
-        """Query, key and value (B, L, H, D) of one stream."""
-        query, key, value = (projection(states).unflatten(-1, (heads, -1)) for projection in (q, k, v))
+    def _projected(self, states: Tensor, rotary: Tensor, heads: int, *layers: nn.Module) -> list[Tensor]:
+        """Query, key and value (B, L, H, D) of one stream; `layers` are their three projections and two norms."""
+        *projections, norm_q, norm_k = layers
+        query, key, value = (projection(states).unflatten(-1, (heads, -1)) for projection in projections)
         return [
             *(apply_rotary_emb_qwen(x, rotary, use_real=False).to(value.dtype) for x in (norm_q(query), norm_k(key))),
             value,

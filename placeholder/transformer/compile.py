@@ -9,8 +9,8 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from placeholder.errors import Log
-from placeholder.transformer.attention import real_rotations
 from placeholder.transformer.layers import Int8Linear
+from placeholder.transformer.rotary import real_rotations
 
 # Of the blocks' code in one training: batches of one and of several images and first blocks with and without a gradient at
 # their input, each with sizes fixed and then open. PyTorch's default is 8.

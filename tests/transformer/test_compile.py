@@ -14,9 +14,9 @@ from placeholder.lora.adapter import add_lora, without_lora
 from placeholder.model.quantization import quantize
 from placeholder.training.losses import Denoiser
 from placeholder.transformer import compile as compilation
-from placeholder.transformer.attention import COMPLEX, real_rotations, rotate
 from placeholder.transformer.checkpointing import BlockCheckpointing, saved_bytes
 from placeholder.transformer.compile import RECOMPILE_LIMIT, CompiledBlocks, uncompiled
+from placeholder.transformer.rotary import COMPLEX, real_rotations, rotate
 from placeholder.weights.archive import LORA_NAME
 from standin.small_base import Size, new_transformer
 from tests.conftest import SHORT

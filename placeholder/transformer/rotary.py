@@ -1,4 +1,4 @@
-"""Attention with rotary embeddings in real numbers, for compiled blocks: PyTorch's compiler does not fuse complex ones."""
+"""Rotary embeddings in real numbers, for compiled blocks: PyTorch's compiler does not fuse complex ones."""
 
 import torch
 from diffusers.models.transformers import transformer_qwenimage
