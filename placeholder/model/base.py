@@ -1,6 +1,6 @@
 """The base model: what is particular to Qwen-Image, in one description, and where its components are read from.
 
-Only these modules name a class or a layer of it: transformer/attention.py (attention processor), model/vae.py (causal
+Only these modules name a class or a layer of it: transformer/rotary.py (rotary embeddings), model/vae.py (causal
 convolutions), model/captioner.py (image processor of Qwen2.5-VL), lora/formats.py (layers as other trainers name them), and
 pipeline.py and report/ (the pipeline that users hand over and that model cards show).
 """
