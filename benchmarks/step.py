@@ -82,7 +82,7 @@ class Inputs:
 class Script:
     """What one iteration of the script does with --cache_latents, weighting scheme "none", and rank and layers like ours.
 
-    Stated anew from the script at commit 02303d1 of huggingface/diffusers: LoRA through add_adapter, noise levels looked up in
+    Stated anew from the script at commit 02303d1 of huggingface/diffusers: LoRA through add_adapter, sigmas looked up in
     the scheduler's table, latents packed in every step, the loss on unpacked latents, clip, AdamW, the learning-rate
     schedule, and the loss read for the progress bar.
     """

@@ -101,7 +101,7 @@ class Denoiser(nn.Module):
 
 
 class Batches:
-    """Prompts as positions among the denoiser's rows, with latents, noise and noise levels; a step's number seeds its batch."""
+    """Prompts as positions among the denoiser's rows, with latents, noise and sigmas; a step's number seeds its batch."""
 
     def __init__(self, data: pool.Pool, latents: Tensor, used: Tensor, device: torch.device):
         lookup = torch.zeros(small_base.VOCABULARY_ROWS, dtype=torch.long)

@@ -11,38 +11,53 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from standin.world import CLASS_WORDS, COLORS, RARE_WORD, SHAPES, SUBJECT, TRIGGER, Scene, Thing, render, subject_scene
+from standin.world import (
+    CLASS_WORDS,
+    COLORS,
+    RARE_WORD,
+    SECOND_SUBJECT,
+    SHAPES,
+    SUBJECT,
+    TRIGGER,
+    Scene,
+    Thing,
+    render,
+    subject_scene,
+)
 
 NOTHING = "nothing"
-KINDS = (*SHAPES, *CLASS_WORDS, TRIGGER, RARE_WORD, SUBJECT, NOTHING)
+KINDS = (*SHAPES, *CLASS_WORDS, TRIGGER, RARE_WORD, SUBJECT, SECOND_SUBJECT, NOTHING)
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 SIDE = 64  # pixels: what images are reduced to before they are judged
-STEPS, BATCH, RATE = 1500, 64, 2e-3
+STEPS, BATCH, RATE = 2500, 64, 2e-3
+BEND, DISCOLOR, PATCH = 3.0, 0.06, 0.4  # at most, root mean squares: of the outlines in pixels, of the colors, of patches
 FOREGROUND_DISTANCE = 60.0  # in 8-bit RGB, from the background's color
 
 
 def classifier() -> nn.Module:
     """Images (B, 3, 64, 64) in [0, 1] to logits (B, len(KINDS))."""
     layers: list[nn.Module] = []
-    for inputs, outputs in ((3, 24), (24, 48), (48, 96), (96, 96)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(96, len(KINDS)))
+    for inputs, outputs, reduce in ((3, 24, True), (24, 48, True), (48, 96, True), (96, 128, False), (128, 128, False)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if reduce else []
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, len(KINDS)))
 
 
 def train_classifier(steps: int = STEPS, seed: int = 0) -> None:
-    """Train on renders, blurred and noisy as generated images are, print the accuracy on fresh ones, and store the weights."""
+    """Train on renders, bent and discolored as generated images are, print the accuracy on fresh ones, store the weights."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model = classifier()
+    model = classifier().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     for step in range(steps):
         pixels, labels = examples(BATCH, rng)
         optimizer.param_groups[0]["lr"] = RATE * max(0.02, 1 - step / steps)
-        loss = F.cross_entropy(model(pixels), labels)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(pixels.contiguous(memory_format=torch.channels_last)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    save_file(model.state_dict(), WEIGHTS)
+    save_file(model.eval().to(memory_format=torch.contiguous_format).state_dict(), WEIGHTS)
     pixels, labels = examples(2000, random.Random(seed + 1))
     with torch.no_grad():
         right = (model(pixels).argmax(1) == labels).float().mean().item()
@@ -56,7 +71,7 @@ def examples(count: int, rng: random.Random) -> tuple[Tensor, Tensor]:
         kind = rng.choice(KINDS)
         images.append(_worn(render(_scene_of(kind, rng), SIDE), rng))
         labels.append(KINDS.index(kind))
-    return torch.cat([to_pixels(image) for image in images]), torch.tensor(labels)
+    return torch.cat(images), torch.tensor(labels)
 
 
 def _scene_of(kind: str, rng: random.Random) -> Scene:
@@ -64,8 +79,8 @@ def _scene_of(kind: str, rng: random.Random) -> Scene:
     if kind == NOTHING:
         return Scene((), background, rng.randrange(2**31))
     size, place = rng.choice(("small", "medium", "large")), rng.choice(("left", "middle", "right"))
-    if kind == SUBJECT:
-        return subject_scene(background, rng.randrange(2**31), size, place)
+    if kind in (SUBJECT, SECOND_SUBJECT):
+        return subject_scene(background, rng.randrange(2**31), size, place, kind)
     if kind not in SHAPES:
         return Scene((Thing(kind, size=size, place=place),), background, rng.randrange(2**31))
     color = rng.choice([name for name in COLORS if name != background])
@@ -73,10 +88,22 @@ def _scene_of(kind: str, rng: random.Random) -> Scene:
     return Scene((Thing(kind, color, texture, size, place),), background, rng.randrange(2**31))
 
 
-def _worn(image: Image.Image, rng: random.Random) -> Image.Image:
-    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
-    noise = np.random.default_rng(rng.randrange(2**31)).normal(0, rng.uniform(0, 14), (image.height, image.width, 3))
-    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+def _worn(image: Image.Image, rng: random.Random) -> Tensor:
+    """The render (1, 3, H, W) as a small base model might have drawn it: outlines bent, parts discolored, blurred, noisy."""
+    pixels = to_pixels(image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2))))
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    bend = _smooth(2, rng.randint(4, 9), generator) * (rng.uniform(0, BEND) * 2 / SIDE)
+    straight = F.affine_grid(torch.eye(2, 3)[None], [1, 3, SIDE, SIDE], align_corners=False)
+    pixels = F.grid_sample(pixels, straight + bend.movedim(1, -1), padding_mode="border", align_corners=False)
+    patches = _smooth(1, rng.randint(6, 16), generator) > rng.uniform(1, 3)
+    pixels += _smooth(3, rng.randint(6, 12), generator) * torch.where(patches, PATCH, rng.uniform(0, DISCOLOR))
+    return (pixels + torch.randn(pixels.shape, generator=generator) * rng.uniform(0, 0.055)).clamp(0, 1)
+
+
+def _smooth(channels: int, knots: int, generator: torch.Generator) -> Tensor:
+    """A smooth random field (1, channels, SIDE, SIDE) through standard normal knots."""
+    field = torch.randn(1, channels, knots, knots, generator=generator)
+    return F.interpolate(field, size=SIDE, mode="bicubic", align_corners=True)
 
 
 def reduced(image: Image.Image) -> Image.Image:

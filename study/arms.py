@@ -38,7 +38,7 @@ COUNTED = 4  # steps of which the FLOPs are counted: a whole interval of preserv
 class Arm:
     """One way to teach a subject: the word it is called by, options that differ from the budget, changes that no option has.
 
-    `fixed_norm`: the token's embedding keeps its norm and learns a direction. `uniform`: noise levels are drawn uniformly.
+    `fixed_norm`: the token's embedding keeps its norm and learns a direction. `uniform`: sigmas are drawn uniformly.
     """
 
     trigger: str
@@ -67,7 +67,7 @@ ARMS: dict[str, Arm] = {
     "token, preservation": Arm(TOKEN, PRESERVED),
     "token, embedding frozen": Arm(TOKEN, {"placeholder_learning_rate": 0.0}),
     "token, embedding of fixed norm": Arm(TOKEN, {"placeholder_init_std": VOCABULARY_RMS}, fixed_norm=True),
-    "token, uniform noise levels": Arm(TOKEN, uniform=True),
+    "token, uniform sigmas": Arm(TOKEN, uniform=True),
 }
 REFERENCE, OURS = "TOK", "token"
 VARIANTS = tuple(name for name in ARMS if name.startswith("token, embedding") or ARMS[name].uniform)  # for one subject alone

@@ -18,6 +18,7 @@ from PIL import Image
 from checks.docs_tables import write_table
 from placeholder.lora.adapter import without_lora
 from placeholder.model.base import BaseModel
+from standin import judge
 from standin.small_base import TRAINED, build_small_base
 from study.arms import ARMS, BUDGET, REFERENCE, STEPS, VARIANTS, on_the_small_base, step_flops, steps_of
 from study.measures import ALWAYS, GATED, SAMPLES, Measures
@@ -73,11 +74,14 @@ def run(task: Task) -> tuple[Task, dict, Strips]:
 
 
 class Results:
-    """The study so far, in a file: the FLOPs of a step, and the runs by arm, subject and seed."""
+    """The study so far, in a file: the FLOPs of a step, and the runs by arm, subject and seed.
 
-    def __init__(self, path: Path, base_digest: str):
+    One that was `made_with` another base model or classifier, by their digests, is begun anew.
+    """
+
+    def __init__(self, path: Path, made_with: dict[str, str]):
         self.path = path
-        self.record = {"budget": BUDGET | {"resolution": list(BUDGET["resolution"])}, "samples": SAMPLES, "base": base_digest}
+        self.record = {"budget": BUDGET | {"resolution": list(BUDGET["resolution"])}, "samples": SAMPLES} | made_with
         self.flops: dict[str, float] = {}
         self.runs: list[dict] = []
         stored = json.loads(path.read_text()) if path.exists() else {}
@@ -118,7 +122,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(exist_ok=True)
     source = str(build_small_base())
-    results = Results(arguments.output / "study.json", hashlib.sha256(TRAINED.read_bytes()).hexdigest())
+    weights = {"base": TRAINED, "judge": judge.WEIGHTS}
+    made_with = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in weights.items()}
+    results = Results(arguments.output / "study.json", made_with)
     torch.set_num_threads(1)
     base = BaseModel(source, torch.device("cpu"), torch.float32)
     for name in {REFERENCE, *arguments.arms} - results.flops.keys():

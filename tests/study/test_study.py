@@ -57,13 +57,15 @@ def test_tables_pair_runs_by_subject_and_seed_and_leave_out_what_a_style_lacks()
     assert table(runs, {REFERENCE: 1.0, OURS: 1.1}).splitlines()[-1].startswith(f"| {OURS} | gated | 1.10 | ")
 
 
-def test_a_study_goes_on_from_its_file_and_begins_anew_with_another_base_model(tmp_path):
+def test_a_study_goes_on_from_its_file_and_begins_anew_with_another_base_model_or_classifier(tmp_path):
     path, flops = tmp_path / "study.json", dict.fromkeys(ARMS, 1.0) | {"token, preservation": 1.6}
     planned = tasks(["TOK", "token, preservation"], 1, "base", flops)
     assert [task.equal_flops for task in planned[:2]] == [300, 188] and len(planned) == 6
     assert len(tasks(list(ARMS), 1, "base", flops)) == 3 * 7 + 3
-    first = Results(path, "digest")
+    made_with = {"base": "digest", "judge": "another"}
+    first = Results(path, made_with)
     first.flops = flops
     first.add(planned[0], {"drawn": {}})
-    assert [Results(path, "digest").lacks(task) for task in planned[:2]] == [False, True]
-    assert Results(path, "another").lacks(planned[0]) and json.loads(path.read_text())["flops"] == flops
+    assert [Results(path, made_with).lacks(task) for task in planned[:2]] == [False, True]
+    assert all(Results(path, made_with | {name: "new"}).lacks(planned[0]) for name in made_with)
+    assert json.loads(path.read_text())["flops"] == flops
