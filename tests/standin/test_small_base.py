@@ -53,4 +53,4 @@ def test_the_seed_decides_the_weights_and_a_folder_is_built_once(tmp_path):
 def test_the_trained_base_shows_what_held_out_captions_ask_for():
     scenes = held_out_scenes(16, seed=11)
     shares = right_shares(sample_all(scenes), scenes)
-    assert shares["background"] >= 0.9 and shares["color"] >= 0.85 and shares["shape"] >= 0.6, shares
+    assert shares["background"] >= 0.95 and shares["color"] >= 0.95 and shares["shape"] >= 0.8, shares
