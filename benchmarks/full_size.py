@@ -5,12 +5,10 @@ and peak memory. Nothing is downloaded, and nothing is said of quality: the weig
 """
 
 import argparse
-import io
 import json
 import statistics
 import tempfile
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers.modeling_utils import local_torch_dtype
 
 from placeholder.config import TrainConfig
 from placeholder.devices import free_memory, reset_peak
@@ -30,9 +29,9 @@ from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
 from placeholder.job import Job
 from placeholder.model.base import BaseModel
-from placeholder.model.loading import default_dtype
 from placeholder.request import Request
 from standin.small_base import VOCABULARY_ROWS, qwen_tokenizer, scheduler
+from standin.subject import write_images
 
 # config.json of Qwen/Qwen-Image, text_encoder. The defaults of the other classes are the full size.
 FULL_TEXT_ENCODER = {
@@ -72,7 +71,7 @@ class RandomBase(BaseModel):
         if name == "scheduler":
             return scheduler()
         arguments = self.sizes.get(name, {})
-        with torch.device(self.device), default_dtype(dtype):  # no fp32 copy of 20 billion parameters is ever made
+        with torch.device(self.device), local_torch_dtype(dtype):  # no fp32 copy of 20 billion parameters is ever made
             module = kind(kind.config_class(**arguments)) if name == "text_encoder" else kind(**arguments)
         return fill(module, name)
 
@@ -95,14 +94,9 @@ def fill(module: nn.Module, name: str) -> nn.Module:
 
 def write_dataset(path: Path, side: int) -> Path:
     """Four pictures of noise with captions that name <zwx>."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for number in range(4):
-            noise = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
-            content = io.BytesIO()
-            Image.fromarray(noise).save(content, "PNG", compress_level=1)
-            archive.writestr(f"{number}.png", content.getvalue())
-            archive.writestr(f"{number}.txt", f"a photo of <zwx> number {number} in a garden at noon")
-    return path
+    noise = [np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8) for number in range(4)]
+    captions = [f"a photo of <zwx> number {number} in a garden at noon" for number in range(4)]
+    return write_images(path, list(zip(map(Image.fromarray, noise), captions, strict=True)))
 
 
 class StepClock:

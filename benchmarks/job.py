@@ -26,14 +26,12 @@ from placeholder.job import Job
 from placeholder.model.base import BaseModel
 from placeholder.model.vae import normalize
 from standin.small_base import Size, new_components, qwen_tokenizer, scheduler
-from standin.subject import named
+from standin.subject import IMAGES_EACH, SEEN_BACKGROUNDS, write_images
 from standin.world import TRIGGER, render, subject_scene
-from tests.support.samples import encoded, write_zip
 
-STEPS, PICTURES, ROUNDS = 100, 12, 5
+STEPS, ROUNDS = 100, 5
 SIDE = 16 * GRID[0]  # pixels
 SIZE = Size(text_width=HEADS * HEAD_WIDTH, text_layers=4, blocks=0, heads=1, vae_width=16)
-BACKGROUNDS = ("blue", "green", "black", "purple", "cyan", "pink")
 
 
 def write_base(folder: Path) -> BaseModel:
@@ -45,12 +43,9 @@ def write_base(folder: Path) -> BaseModel:
 
 def write_dataset(path: Path) -> Path:
     """Twelve pictures with captions."""
-    entries = {}
-    for number in range(PICTURES):
-        background = BACKGROUNDS[number % len(BACKGROUNDS)]
-        entries[f"{number:02}.png"] = encoded(render(subject_scene(background, seed=number), SIDE))
-        entries[f"{number:02}.txt"] = f"a photo of {named(TRIGGER)} on a {background} background".encode()
-    return write_zip(path, entries)
+    scenes = [(where, subject_scene(where, seed)) for seed, where in enumerate(SEEN_BACKGROUNDS * IMAGES_EACH)]
+    captioned = [(render(scene, SIDE), f"a photo of a {TRIGGER} house on a {where} background") for where, scene in scenes]
+    return write_images(path, captioned)
 
 
 @torch.no_grad()
@@ -113,7 +108,7 @@ def main() -> None:
     medians = {name: statistics.median(run["seconds"] for run in found[1:]) for name, found in runs.items()}
     record = {
         "steps": STEPS,
-        "pictures": PICTURES,
+        "pictures": IMAGES_EACH * len(SEEN_BACKGROUNDS),
         "side": SIDE,
         "median_seconds": medians,
         "ratios": {name: medians["ours"] / medians[name] for name in ("script, checkpointing", "script")},

@@ -11,8 +11,8 @@ from benchmarks.flops import flop_counter
 from benchmarks.full_size import RandomBase
 from checks.docs_tables import DOCS, write_table
 from placeholder.config import TrainConfig
+from placeholder.model.base import QWEN_IMAGE
 from placeholder.model.loading import text_encoder_shell, transformer_shell
-from placeholder.tokens.prompt_encoder import prompt_template
 from placeholder.training.memory_plan import fake_step, memory_needs
 
 BLOCKS = 60
@@ -29,7 +29,7 @@ def grid(side: int) -> tuple[int, int]:
 
 def prompt(text_tokens: int) -> int:
     """Ids of a prompt of so many tokens inside the template."""
-    return prompt_template()[2] + text_tokens
+    return QWEN_IMAGE.dropped_tokens + text_tokens
 
 
 def step_flops(config: TrainConfig, side: int, text_tokens: int, backward: bool = True) -> int:

@@ -33,7 +33,7 @@ from placeholder.lora.adapter import add_lora
 from placeholder.model.base import QWEN_IMAGE
 from placeholder.model.vae import pack
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
-from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_template
+from placeholder.tokens.prompt_encoder import PromptEncoder
 from placeholder.training.examples import BatchSampler, Example, Sample
 from placeholder.training.loop import Schedule, TrainState, train_steps
 from placeholder.training.losses import Denoiser, sample_losses
@@ -176,7 +176,7 @@ class Ours:
             limit = token_rms_limit(self.encoder.embed_tokens.weight, WORDS)
             token_optimizer = TokenOptimizer(tokens.rows, 1e-3, limit)
             self.prompt_embeds = PromptEncoder(self.encoder, tokens)
-            words = torch.randint(0, WORDS, (prompt_template()[2] + TEXT_TOKENS - 1,)).tolist()
+            words = torch.randint(0, WORDS, (QWEN_IMAGE.dropped_tokens + TEXT_TOKENS - 1,)).tolist()
             ids = (*words, WORDS)
         self.example = Example(pack(inputs.latents)[0], GRID, 0.5, ids)
         self.denoiser = Denoiser(self.transformer)

@@ -23,8 +23,8 @@ from placeholder.training.losses import Denoiser
 from placeholder.transformer.layers import fuse_lora_addition
 from placeholder.weights.archive import read_weights
 from standin.small_base import build_small_base
-from standin.subject import named, write_dataset
 from standin.world import TRIGGER
+from study.subjects import SUBJECTS
 
 ROUNDS, PASSES = 10, 9
 GRID, PROMPT = (16, 16), 32  # of a pass: tokens of the picture, and of the prompt
@@ -51,7 +51,8 @@ def trained_archives(base: BaseModel, folder: Path) -> list[Path]:
         ("baseline", TRIGGER, SHORT),
     ):
         archives.append(folder / f"{name}.zip")
-        finetune(Job(write_dataset(folder / f"{name}-data.zip", named(word)), config, archives[-1]), base, silent)
+        dataset = SUBJECTS["object"].write_dataset(folder / f"{name}-data.zip", word)
+        finetune(Job(dataset, config, archives[-1]), base, silent)
     return archives
 
 

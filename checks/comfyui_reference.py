@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from demo.server import ROOT
 from placeholder.lora.adapter import A, B, add_lora, load_lora, lora_metadata, lora_state_dict
 from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_text_encoder, load_tokenizer, load_transformer
-from placeholder.model.vae import pack, unpack
+from placeholder.model.vae import pack
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import encode_prompts, prompt_ids
 from placeholder.weights.archive import Weights, write_weights
@@ -98,7 +98,7 @@ def prediction(transformer: QwenImageTransformer2DModel, latents: Tensor, prompt
         img_shapes=[[(1, *grid)]],
         return_dict=False,
     )[0]
-    return unpack(predicted, *grid)
+    return QwenImagePipeline._unpack_latents(predicted, *(16 * tokens for tokens in grid), vae_scale_factor=8)[:, :, 0]
 
 
 def sizes(text_encoder: nn.Module, transformer: QwenImageTransformer2DModel) -> dict[str, Any]:

@@ -30,14 +30,14 @@ from demo.server import ROOT
 from placeholder.model.base import MODEL_VARIABLE, BaseModel
 from placeholder.model.loading import load_scheduler, load_text_encoder, load_transformer, load_vae
 from placeholder.service import cli as command_line
-from standin import subject
 from standin.small_base import build_small_base
+from study.subjects import SUBJECTS
 from tests.support.samples import read_zip
 
-BACKGROUNDS = (*subject.SEEN_BACKGROUNDS, *subject.UNSEEN_BACKGROUNDS)
+HOUSE = SUBJECTS["object"]
 PROMPTS = [
-    *(f"a photo of {subject.named(TOKEN)} on a {background} background" for background in BACKGROUNDS),
-    f"a photo of a {subject.CLASS_WORD} on a blue background",
+    *(HOUSE.prompt(TOKEN, context) for context in (*HOUSE.seen, *HOUSE.unseen)),
+    HOUSE.prompt("", HOUSE.seen[0]),
     "a photo of a red circle on a blue background",
 ]
 # What is replaced in the example of docs/predict.md: a smaller model and image, on the CPU. Each occurs there once.

@@ -14,9 +14,11 @@ from PIL import Image
 
 from demo.server import ROOT, CogServer, data_url, from_data_url
 from demo.sheet import TITLE, Cell, contact_sheet
-from standin import photos, subject
+from standin import photos
 from standin.small_base import build_small_base
-from standin.world import SIDE, TRIGGER, render, subject_scene
+from standin.subject import TAUGHT_SEED
+from standin.world import SIDE, TRIGGER
+from study.subjects import SUBJECTS
 
 OUTPUT = ROOT / "demo-output"
 TOKEN = "<zwx>"
@@ -57,10 +59,10 @@ def trained_archives(server: CogServer) -> dict[str, Path]:
     def samples(name: str) -> dict:
         return {"sample_every": QUARTER, "sample_prompts": "\n".join(prompt.format(name) for prompt in BEFORE)}
 
-    dataset, token = subject.write_dataset, {"placeholder_token": TOKEN}
+    house, token = SUBJECTS["object"], {"placeholder_token": TOKEN}
     trainings = {
-        WORD: (dataset(OUTPUT / "dataset-baseline.zip", subject.named(TRIGGER)), samples(TRIGGER)),
-        ZERO_PRIOR: (dataset(OUTPUT / "dataset-zero-prior.zip", subject.named(TOKEN)), token | samples(TOKEN)),
+        WORD: (house.write_dataset(OUTPUT / "dataset-baseline.zip", TRIGGER), samples(TRIGGER)),
+        ZERO_PRIOR: (house.write_dataset(OUTPUT / "dataset-zero-prior.zip", TOKEN), token | samples(TOKEN)),
         PHOTOGRAPHS: (photos.write_dataset(OUTPUT / "dataset-photographs.zip", TOKEN), token | {"steps": CAT_STEPS}),
     }
     archives = {}
@@ -80,14 +82,9 @@ class Rows:
 
     def all(self) -> list[tuple[str, list[Cell]]]:
         """The rows in the order of the argument: a title and six images each."""
-        taught = [
-            Cell(
-                render(subject_scene(background, seed=1000 + number)),
-                "data set",
-                f"a photo of a {TOKEN} house on a {background} background",
-            )
-            for number, background in enumerate(subject.SEEN_BACKGROUNDS)
-        ]
+        house = SUBJECTS["object"]
+        contexts = enumerate(house.seen, TAUGHT_SEED)
+        taught = [Cell(house.image(where, seed), "data set", house.prompt(TOKEN, where)) for seed, where in contexts]
         views = [(image, caption) for image, caption in photos.cat_views() if caption][:3]
         cat = [Cell(square(image), "data set", caption.format(TOKEN)) for image, caption in views]
         return [

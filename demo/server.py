@@ -21,7 +21,7 @@ class CogServer:
 
     def __init__(self, mode: str, env: dict[str, str], log: Path):
         self.mode = mode
-        self.url = f"http://127.0.0.1:{_free_port()}"
+        self.url = f"http://127.0.0.1:{free_port()}"
         self.log = log
         stub = {
             "train": ("COG_TRAIN_TYPE_STUB", "train.py:train"),
@@ -111,7 +111,8 @@ def from_data_url(url: str) -> bytes:
     return base64.b64decode(url.split(",", 1)[1])
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -60,7 +60,6 @@ class ImageGenerator:
         width = self.text_encoder.embed_tokens.embedding_dim
         self.weights = AppliedWeights(self.pipeline.transformer, self.tokenizer, width, base, log)
         self.prompt_embeds = lru_cache(maxsize=PROMPTS_KEPT)(self._encode)
-        self.caching = False
 
     @readable_errors(LESS_MEMORY)
     @torch.no_grad()
@@ -145,19 +144,13 @@ class ImageGenerator:
     @contextmanager
     def _caching(self, wanted: bool) -> Iterator[None]:
         """The first-block cache on the transformer where it is wanted; one that an interruption left there is removed first."""
-        self._stop_caching()
+        stop_caching(self.pipeline.transformer)
         try:
             if wanted:
-                self.caching = True
                 cache_first_block(self.pipeline.transformer)
             yield
         finally:
-            self._stop_caching()
-
-    def _stop_caching(self) -> None:
-        if self.caching:
             stop_caching(self.pipeline.transformer)
-            self.caching = False
 
 
 @readable_errors(LESS_MEMORY)

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 
 from placeholder.config import LORA, MAX_STEPS, OPTIONS, TrainConfig, train_config
 from placeholder.errors import shown
-from placeholder.options import Option, Text, Whole, checked, option, options_class, options_of, whole
+from placeholder.options import Option, Text, Whole, checked, option, options_class, options_of
 
 CHECKPOINTS, FEWEST_STEPS = 10, 50  # a checkpoint after every tenth of the steps, but not after fewer than fifty
 DEFAULT_PROJECT = "qwen-image-lora"
@@ -110,7 +110,7 @@ class CheckpointFolder:
             return None
         if every is None:
             every = max(FEWEST_STEPS, steps // CHECKPOINTS)
-        return cls(Path(path).absolute(), whole("checkpoint_every", every, 1, MAX_STEPS))
+        return cls(Path(path).absolute(), every)
 
 
 class StoppedError(RuntimeError):

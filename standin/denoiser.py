@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor, nn
 
-from placeholder.tokens.prompt_encoder import prompt_template
+from placeholder.model.base import QWEN_IMAGE
 from placeholder.training.flow import add_noise, flow_loss, velocity_target
 from standin import pool, small_base
 from standin.world import SIDE
@@ -77,7 +77,7 @@ class Denoiser(nn.Module):
         self.used = torch.cat([data.ids.flatten(), data.empty]).unique()
         self.rows = nn.Parameter(self.text_encoder.embed_tokens.weight.detach()[self.used].clone())
         self.text_encoder.embed_tokens = None  # a gradient of the whole vocabulary would cost more than all the rest
-        self.dropped = prompt_template()[2]
+        self.dropped = QWEN_IMAGE.dropped_tokens
         self.text_encoder.set_attn_implementation("eager")
         self.processor = Masked()
         self.transformer.set_attn_processor(self.processor)

@@ -158,15 +158,13 @@ def nearest_color(rgb: np.ndarray) -> str:
     return min(COLORS, key=lambda name: float(np.linalg.norm(rgb - np.array(COLORS[name]))))
 
 
-def subject_fidelity(
-    image: Image.Image, background: str, place: str = "middle", size: str = "medium", kind: str = SUBJECT
-) -> float:
+def subject_fidelity(image: Image.Image, background: str, kind: str = SUBJECT) -> float:
     """How much of a subject is there, 0 to 1: 1 minus the error of the best-fitting render of it over a blank's error.
 
     The renders are on the background asked for, moved by up to six pixels and scaled by a tenth; the error is the mean
     square difference over the image.
     """
-    return _fit(image, background, place, size, kind, slice(0, SIDE))
+    return _fit(image, background, "middle", "medium", kind, slice(0, SIDE))
 
 
 def half_fidelity(image: Image.Image, background: str, place: str, kind: str) -> float:

@@ -8,9 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import threading
+import tempfile
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,10 @@ from demo.server import ROOT
 from placeholder.config import TrainConfig
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_text_encoder, load_tokenizer
+from placeholder.weights.archive import LORA_NAME
 from standin.small_base import build_small_base, build_tiny_base
 from tests.support.samples import Run, train, write_dataset
+from tests.support.serving import serving
 from tests.support.vision_base import build_vision_base
 
 torch.set_num_threads(1)
@@ -84,17 +86,18 @@ def zero_prior(base, dataset, tmp_path_factory) -> Run:
 
 
 @pytest.fixture(scope="session")
+def style(zero_prior, tmp_path_factory) -> Path:
+    """That training's LoRA alone."""
+    path = tmp_path_factory.mktemp("style") / "style.safetensors"
+    path.write_bytes(zero_prior.entry(LORA_NAME))
+    return path
+
+
+@pytest.fixture(scope="session")
 def baseline(base, dataset, tmp_path_factory) -> Run:
     """A training without the token, although one is named."""
     config = TrainConfig(**SHORT, train_placeholder_token=False, placeholder_token=("<zwx>",))
     return train(dataset, config, tmp_path_factory.mktemp("baseline") / "baseline.zip", base)
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    """Serves files and says nothing."""
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
@@ -102,10 +105,14 @@ def site(tmp_path):
     """A web server on this machine: its address and its folder."""
     folder = tmp_path / "site"
     folder.mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=folder))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", folder
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(partial(SimpleHTTPRequestHandler, directory=folder)) as address:
+        yield address, folder
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch) -> Path:
+    """The place of temporary files."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder

@@ -3,7 +3,7 @@
 import pytest
 
 from placeholder.options import options_of
-from placeholder.request import SIZES, PredictInputs, image_request
+from placeholder.request import PredictInputs, image_request
 
 DEFAULTS = {name: option.default for name, option in options_of(PredictInputs).items()} | {"prompt": "a photo of <zwx>"}
 
@@ -22,21 +22,6 @@ def test_the_defaults_make_a_request():
 
 
 # The sizes that the hosted qwen/qwen-image-lora draws.
-HOSTED = {
-    "optimize_for_quality": "1:1 1328x1328 16:9 1664x928 9:16 928x1664 4:3 1472x1136 3:4 1136x1472 3:2 1536x1024 2:3 1024x1536",
-    "optimize_for_speed": "1:1 1024x1024 16:9 1024x576 9:16 576x1024 4:3 1024x768 3:4 768x1024 3:2 1152x768 2:3 768x1152",
-}
-
-
-@pytest.mark.parametrize("image_size", HOSTED)
-def test_aspect_ratio_and_image_size_give_the_hosted_models_sizes(image_size):
-    words = HOSTED[image_size].split()
-    for aspect_ratio, size in zip(words[::2], words[1::2], strict=True):
-        found = request(image_size=image_size, aspect_ratio=aspect_ratio)
-        assert f"{found.width}x{found.height}" == size
-    assert set(SIZES[image_size]) == set(words[::2])
-
-
 @pytest.mark.parametrize(("given", "drawn"), [(64, 64), (79, 64), (80, 80), (1000, 992), (2048, 2048)])
 def test_width_and_height_override_the_aspect_ratio_and_are_rounded_to_sixteens(given, drawn):
     found = request(width=given, height=128)

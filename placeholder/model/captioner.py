@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
+from transformers.modeling_utils import local_torch_dtype
 
 from placeholder.model.base import QWEN_IMAGE, BaseModel
-from placeholder.model.loading import default_dtype
 
 MAX_NEW_TOKENS = 96  # two sentences have about half as many
 # Pixels that an image is resized to: Qwen2-VL's own minimum, and at most 768 tokens of 28 x 28.
@@ -61,7 +61,7 @@ def vlm_bytes(base: BaseModel) -> int:
     These are counted as if there were no fused attention: the scores of all patches with all, twice, for the softmax.
     """
     config = base.configuration(QWEN_IMAGE.text_encoder, "text_encoder")
-    with torch.device("meta"), default_dtype(base.dtype):
+    with torch.device("meta"), local_torch_dtype(base.dtype):
         vlm = QWEN_IMAGE.text_encoder(config)
     text, vision = config.text_config, config.vision_config
     head_width = text.hidden_size // text.num_attention_heads

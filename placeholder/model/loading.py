@@ -1,14 +1,13 @@
 """Loading the base model's components: frozen and on the device, quantized or offloaded; and their shapes without weights."""
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import local_torch_dtype
 
 from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.offloading import stream
@@ -98,28 +97,17 @@ def load_transformer(
 def transformer_shell(base: BaseModel) -> nn.Module:
     """The transformer's shapes and dtype on the meta device: no weights are read."""
     config = base.configuration(QWEN_IMAGE.transformer, "transformer")
-    with torch.device("meta"), default_dtype(base.dtype):
+    with torch.device("meta"), local_torch_dtype(base.dtype):
         return QWEN_IMAGE.transformer.from_config(config).requires_grad_(False)
 
 
 def text_encoder_shell(base: BaseModel) -> nn.Module:
     """The text encoder's shapes and dtype on the meta device: no weights are read."""
     config = base.configuration(QWEN_IMAGE.text_encoder, "text_encoder")
-    with torch.device("meta"), default_dtype(base.dtype):
+    with torch.device("meta"), local_torch_dtype(base.dtype):
         return AutoModel.from_config(config.text_config).requires_grad_(False)
 
 
 def text_width(base: BaseModel) -> int:
     """The width D of the text encoder's embeddings, from its configuration."""
     return base.configuration(QWEN_IMAGE.text_encoder, "text_encoder").text_config.hidden_size
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New parameters have this dtype within the context."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

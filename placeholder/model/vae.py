@@ -48,13 +48,6 @@ def pack(latents: Tensor) -> Tensor:
     return patches.reshape(batch, (height // 2) * (width // 2), channels * 4)
 
 
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, height * width, C * 4) => (B, C, height * 2, width * 2); `height` and `width` count tokens. Inverse of `pack`."""
-    batch, _, channels = tokens.shape
-    patches = tokens.view(batch, height, width, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(batch, channels // 4, height * 2, width * 2)
-
-
 def decoding_bytes(vae: nn.Module, width: int, height: int) -> int:
     """Peak bytes of decoding an image of width x height pixels at once, without the libraries' workspaces."""
     return round(FEATURE_MAPS * vae.config.base_dim * vae.dtype.itemsize * width * height)

@@ -20,6 +20,7 @@ from placeholder.errors import Log
 from placeholder.job import Job
 from placeholder.request import image_request
 from placeholder.service.console import Console
+from placeholder.service.launch import train as train_on_all_gpus
 from placeholder.service.parser import INPUTS, parser
 
 SUFFIXES = {".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg", ".png": "png"}
@@ -95,14 +96,7 @@ def output_format(given: dict[str, Any]) -> str | None:
     return found
 
 
-def _launch(job: Job, log: Log) -> bool:
-    """Train on all GPUs. Whether this process wrote the archive."""
-    from placeholder.service.launch import train
-
-    return train(job, log)
-
-
-def train(given: dict[str, Any], console: Console, launch: Callable[[Job, Log], bool] = _launch) -> Path | None:
+def train(given: dict[str, Any], console: Console, launch: Callable[[Job, Log], bool] = train_on_all_gpus) -> Path | None:
     """A whole training; returns the path of the archive, None in a process that does not write it.
 
     Of the processes that accelerate launch or torchrun starts, rank 0 alone checks the output and the hub. `launch` trains and

@@ -14,11 +14,6 @@ from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 EMPTY_PROMPT = " "
 
 
-def prompt_template() -> tuple[str, str, int]:
-    """The template before and after a prompt, and how many of its tokens are dropped from prompt_embeds, as in the pipeline."""
-    return QWEN_IMAGE.prompt_prefix, QWEN_IMAGE.prompt_suffix, QWEN_IMAGE.dropped_tokens
-
-
 class TokenizedPrompt(NamedTuple):
     """A prompt as ids: `ids` inside the template, as they are encoded; of the prompt itself the `used` and the `left_out`."""
 
@@ -46,9 +41,9 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, tokens: PlaceholderTokens, pro
 
     Cut after the most tokens that the pipeline takes, as it does it. An empty prompt counts as EMPTY_PROMPT.
     """
-    prefix, suffix, dropped = prompt_template()
-    ids = tuple(tokens.tokenize(tokenizer, prompt or EMPTY_PROMPT, prefix, suffix))
-    own, most = ids[dropped : len(ids) - len(tokenizer(suffix).input_ids)], QWEN_IMAGE.max_prompt_tokens
+    suffix, dropped, most = QWEN_IMAGE.prompt_suffix, QWEN_IMAGE.dropped_tokens, QWEN_IMAGE.max_prompt_tokens
+    ids = tuple(tokens.tokenize(tokenizer, prompt or EMPTY_PROMPT, QWEN_IMAGE.prompt_prefix, suffix))
+    own = ids[dropped : len(ids) - len(tokenizer(suffix).input_ids)]
     return TokenizedPrompt(ids[: dropped + most], own[:most], own[most:])
 
 
@@ -61,7 +56,7 @@ def encode_prompts(text_encoder: nn.Module, tokens: PlaceholderTokens, input_ids
     """Prompt embeddings (B, T - dropped, D) of ids (B, T) from `prompt_ids`: no padding, no mask; gradients reach the rows."""
     inputs_embeds = tokens.embed(text_encoder.embed_tokens, input_ids)  # (B, T, D)
     hidden = text_encoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state  # (B, T, D)
-    return hidden[:, prompt_template()[2] :]
+    return hidden[:, QWEN_IMAGE.dropped_tokens :]
 
 
 def pipeline_inputs(prompt_embeds: Tensor, negative: Tensor | None = None) -> dict[str, Tensor]:

@@ -9,24 +9,15 @@ TIMESTEPS = 1000
 MIDDLE_SIGMA = 0.5  # of predictions that are made to compare
 
 
-def shift_sigmas(sigmas: Tensor, mu: float | Tensor) -> Tensor:
-    """Move sigmas in (0, 1) towards 1: exp(mu) s / (1 + (exp(mu) - 1) s).
-
-    Equation 23 of Esser et al. 2024, arXiv:2403.03206, with exp(mu) for the square root of the resolution ratio; the
-    "exponential" time shift of diffusers' FlowMatchEulerDiscreteScheduler.
-    """
-    factor = torch.exp(torch.as_tensor(mu, dtype=sigmas.dtype))
-    return factor * sigmas / (1 + (factor - 1) * sigmas)
-
-
 def sample_sigma(mu: float, generator: torch.Generator) -> Tensor:
     """A sigma of `sigma_grid`, shape (): logit-normal(0, 1), shifted for the image's resolution, rounded to the grid.
 
     Logit-normal is what the Qwen-Image technical report (arXiv:2508.02324, section on pre-training) samples timesteps from.
     The report names no shift; ours is that of the checkpoint's scheduler, so that training visits sigmas as often as
-    inference does.
+    inference does: diffusers' "exponential" time shift, exp(mu) s / (1 + (exp(mu) - 1) s), adds mu to the logit of s (Esser
+    et al. 2024, arXiv:2403.03206, equation 23, with exp(mu) for the square root of the resolution ratio).
     """
-    sigma = shift_sigmas(torch.sigmoid(torch.randn((), generator=generator)), mu)
+    sigma = torch.sigmoid(torch.randn((), generator=generator) + mu)
     return (sigma * TIMESTEPS).round().clamp(1, TIMESTEPS) / TIMESTEPS
 
 

@@ -18,7 +18,7 @@ from placeholder.model.captioner import vlm_bytes
 from placeholder.model.loading import text_encoder_bytes, text_encoder_shell, transformer_shell
 from placeholder.model.quantization import QUANTIZATIONS, Quantization, dequantized_bytes, quantized_bytes
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
-from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_template
+from placeholder.tokens.prompt_encoder import PromptEncoder
 from placeholder.training.examples import Example, draw_sample
 from placeholder.training.losses import Denoiser, sample_losses
 from placeholder.training.optimizers import STATES
@@ -209,7 +209,8 @@ def fake_step(
     with HostFakes(allow_non_fake_inputs=True):
         for module in [transformer, text_encoder] if names else [transformer]:
             module.to_empty(device="cpu")  # FakeTensors that claim to be there: their attention keeps what a GPU's keeps
-        cached = torch.zeros(1, ids - prompt_template()[2], width)  # the embeddings of a prompt without a token, computed once
+        # The embeddings of a prompt without a token are computed once.
+        cached = torch.zeros(1, ids - QWEN_IMAGE.dropped_tokens, width)
         prompt_embeds = PromptEncoder(text_encoder, tokens) if names else lambda prompts: cached.expand(len(prompts), -1, -1)
         yield lambda: sample_losses(Denoiser(transformer), prompt_embeds, batch).sum()
 

@@ -14,8 +14,9 @@ from safetensors.torch import save
 
 from demo.server import ROOT
 from placeholder.lora.adapter import A, B
+from placeholder.model.base import QWEN_IMAGE
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
-from placeholder.tokens.prompt_encoder import prompt_ids, prompt_template
+from placeholder.tokens.prompt_encoder import prompt_ids
 from placeholder.weights.archive import Weights, embedding_name, write_weights
 from tests.support.samples import read_zip, write_zip
 
@@ -65,7 +66,7 @@ class Clip:
     """ComfyUI's CLIP as far as the node knows it: lists of (id, weight), padding for an empty text, a template."""
 
     def __init__(self, tokenizer):
-        prefix, suffix, _ = prompt_template()
+        prefix, suffix = QWEN_IMAGE.prompt_prefix, QWEN_IMAGE.prompt_suffix
         self.tokenizer = types.SimpleNamespace(
             qwen25_7b=types.SimpleNamespace(embedding_size=WIDTH), llama_template=prefix + "{}" + suffix
         )

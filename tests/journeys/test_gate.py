@@ -1,7 +1,6 @@
 """The token gate in predictions: without its token the base model's image, bit for bit, and a LoRA only where it is named."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 
 import placeholder
 from placeholder.lora.adapter import ADAPTER
-from placeholder.weights.archive import LORA_NAME
 from tests.journeys.test_combined import extra  # noqa: F401 - a fixture
 from tests.lora.test_distilled import fast, published  # noqa: F401 - fixtures
 from tests.support.interruption import Interruption, raising
@@ -32,14 +30,6 @@ def images(base, fast) -> Images:  # noqa: F811
 def fresh(base, fast) -> Images:  # noqa: F811
     """A generator that is never given weights."""
     return Images(base, fast)
-
-
-@pytest.fixture(scope="module")
-def style(zero_prior, tmp_path_factory) -> Path:
-    """A LoRA without a token."""
-    path = tmp_path_factory.mktemp("style") / "style.safetensors"
-    path.write_bytes(zero_prior.entry(LORA_NAME))
-    return path
 
 
 REQUESTS = {

@@ -18,7 +18,6 @@ from placeholder.generate import save_image
 from placeholder.model.offloading import Streamed
 from placeholder.request import Request
 from placeholder.weights.applied import INCOMPLETE
-from placeholder.weights.archive import LORA_NAME
 from predict import OUTPUT
 from tests.support.interruption import CHANGING, Interruption, interrupt_anywhere, raising
 from tests.support.predictions import NAMED, PLAIN, Images
@@ -35,14 +34,6 @@ def other(zero_prior, tmp_path_factory) -> Path:
     entries = read_zip(zero_prior.archive)
     rows = {name: -3 * value for name, value in load(entries[ROW]).items()}
     return write_zip(tmp_path_factory.mktemp("other") / "weights.zip", entries | {ROW: save(rows)})
-
-
-@pytest.fixture(scope="module")
-def style(zero_prior, tmp_path_factory) -> Path:
-    """The archive's LoRA alone."""
-    path = tmp_path_factory.mktemp("style") / "style.safetensors"
-    path.write_bytes(zero_prior.entry(LORA_NAME))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -5,18 +5,11 @@ import sys
 
 import pytest
 import torch
-from diffusers import QwenImagePipeline
 
 from demo.server import ROOT
 from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_transformer, load_vae
 from tests.support.samples import write_dataset
-
-
-def test_the_prompt_template_is_the_pipelines():
-    pipeline = QwenImagePipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=None)
-    assert QWEN_IMAGE.prompt_prefix + "{}" + QWEN_IMAGE.prompt_suffix == pipeline.prompt_template_encode
-    assert QWEN_IMAGE.dropped_tokens == pipeline.prompt_template_encode_start_idx
 
 
 def test_everything_is_loaded_frozen_and_the_vocabulary_is_not_resized(base, text_encoder):

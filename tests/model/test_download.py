@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import tempfile
-import threading
 import traceback
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -14,6 +12,7 @@ import torch
 
 from placeholder.model import download
 from placeholder.model.base import BaseModel
+from tests.support.serving import serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -65,22 +64,14 @@ class Hub(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(content)
 
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Hub, "asked", [])
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Hub) as address:
+        yield address
 
 
 def test_only_weights_and_descriptions_are_fetched_and_the_log_tells_how_far(hub, tmp_path, capfd):
@@ -149,15 +140,6 @@ def test_a_single_file_that_cannot_be_had_gets_its_sentence(hub, monkeypatch):
         download.fetch_file("some/model", "x.safetensors", "v1", lambda line: None, hub)
 
 
-@pytest.fixture
-def temporary(tmp_path, monkeypatch) -> Path:
-    """The place of temporary files."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
-
-
 def test_a_path_is_taken_as_it_is_and_nothing_is_copied(temporary):
     with download.local_file("some/weights.zip") as path:
         assert path == Path("some/weights.zip")
@@ -194,19 +176,12 @@ class Redirect(BaseHTTPRequestHandler):
         self.send_header("Location", "gopher://elsewhere/weights.zip?key=s3cr3t")
         self.end_headers()
 
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
 
 @pytest.fixture
 def redirecting():
     """The address of a server that redirects."""
-    server = HTTPServer(("127.0.0.1", 0), Redirect)
-    thread = threading.Thread(target=server.handle_request)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.server_close()
-    thread.join()
+    with serving(Redirect) as address:
+        yield f"{address}/"
 
 
 SECRETS = ("s3cr3t", "h1dden", "n0body")

@@ -2,8 +2,7 @@
 
 import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import huggingface_hub.constants
 import pytest
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from placeholder.report.hub import HubRepository, model_card
 from tests.support.samples import read_zip, write_zip
+from tests.support.serving import serving
 
 REPO, TOKEN = "someone/subject", "hf_secret"
 
@@ -55,9 +55,6 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_):
-        """Say nothing."""
-
 
 @pytest.fixture
 def hub(monkeypatch):
@@ -66,13 +63,8 @@ def hub(monkeypatch):
     monkeypatch.setattr(Hub, "files", {})
     monkeypatch.setattr(Hub, "created", [])
     monkeypatch.setattr(Hub, "refused", set())
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Hub) as address:
+        yield address
 
 
 def test_the_archive_is_uploaded_with_a_card_and_without_the_photographs(hub, zero_prior, tmp_path):

@@ -10,7 +10,6 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import psutil
 import pytest
 from PIL import Image
 
@@ -24,7 +23,9 @@ from placeholder.report.trackers import WandbTracker
 from placeholder.weights.metadata import TIME_VARIABLE
 from tests.conftest import SHORT
 from tests.support.samples import picture, read_zip, write_dataset
-from tests.support.wandb_server import ENTITY, WandbServer, wandb_server
+from tests.support.serving import running
+from tests.support.trainings import children
+from tests.support.wandb_server import ENTITY, WandbServer
 
 KEY = "0123456789" * 4
 CONFIG = TrainConfig(
@@ -38,11 +39,6 @@ CONFIG = TrainConfig(
 )
 PLAIN = replace(CONFIG, steps=2, sample_every=0, report=False, sample_prompts="")
 FACTS = {"base_model": "/models/tiny-base"}
-
-
-def children() -> list[psutil.Process]:
-    """Every process that this one has started, however far down, and that still runs."""
-    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +57,7 @@ def around(tmp_path, monkeypatch):
 @pytest.fixture
 def server(monkeypatch):
     """A W&B server on this machine that knows KEY."""
-    with wandb_server(KEY) as found:
+    with running(WandbServer(KEY)) as found:
         monkeypatch.setenv("WANDB_BASE_URL", found.url)
         yield found
 

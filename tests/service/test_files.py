@@ -1,20 +1,8 @@
 """Temporary folders of results."""
 
-import tempfile
-from pathlib import Path
-
 import pytest
 
 from placeholder.service.files import OutputFolder
-
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path, monkeypatch) -> Path:
-    """The place of temporary files."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
 
 
 def test_a_result_stays_until_the_next_request_begins(temporary):

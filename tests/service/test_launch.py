@@ -25,20 +25,14 @@ from placeholder.service import launch
 from placeholder.service.worker import ERROR_VARIABLE
 from placeholder.training.checkpoint import stored_checkpoints
 from placeholder.weights.archive import read_weights
+from tests import conftest
 from tests.support.parallel_steps import CONFIG, trained
 from tests.support.samples import write_dataset
-from tests.support.wandb_server import wandb_server
+from tests.support.serving import running
+from tests.support.trainings import children
+from tests.support.wandb_server import WandbServer
 
-SHORT = TrainConfig(
-    steps=15,
-    rank=4,
-    resolution=(64,),
-    learning_rate=1e-2,
-    seed=1,
-    train_placeholder_token=True,
-    placeholder_token=("<zwx>",),
-    report=False,
-)
+SHORT = TrainConfig(**conftest.SHORT, train_placeholder_token=True, placeholder_token=("<zwx>",))
 
 
 @pytest.fixture
@@ -51,11 +45,6 @@ def on_the_base(base, monkeypatch):
 def two_processes(on_the_base, monkeypatch):
     """Trainings run in two processes."""
     monkeypatch.setenv(launch.PROCESSES_VARIABLE, "2")
-
-
-def children() -> list[psutil.Process]:
-    """Every process that this one has started, however far down, and that still runs."""
-    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def all_ended(before: list[psutil.Process]) -> bool:
@@ -153,7 +142,7 @@ def test_a_cancelled_training_ends_its_processes_and_the_one_run_on_wandb(two_pr
             assert not any(key in argument for command in started for argument in command)
             raise KeyboardInterrupt
 
-    with wandb_server(key) as server, tempfile.TemporaryDirectory(prefix="w") as folder:
+    with running(WandbServer(key)) as server, tempfile.TemporaryDirectory(prefix="w") as folder:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("TMPDIR", folder)
         monkeypatch.setattr(tempfile, "tempdir", folder)

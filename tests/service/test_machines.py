@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo.server import ROOT
+from demo.server import ROOT, free_port
 from placeholder.config import TrainConfig, config_yaml
 from placeholder.distributed import LostProcessError, _lost_process
 from placeholder.finetune import finetune
@@ -23,12 +22,6 @@ from tests.conftest import SHORT
 
 CONFIG = TrainConfig(**SHORT | {"steps": 8}, train_placeholder_token=True, placeholder_token=("<zwx>",))
 TRAIN = ["-m", "placeholder", "train", "dataset.zip", "-o", "weights.zip", "--config", "config.yaml"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Machine:

@@ -1,8 +1,10 @@
-"""A training as a process of its own, like a child of launch.py, for tests that send it signals."""
+"""A training as a process of its own, like a child of launch.py, for tests that send it signals; running processes."""
 
 import os
 import subprocess
 from pathlib import Path
+
+import psutil
 
 from demo.server import ROOT
 from placeholder.config import config_yaml
@@ -10,6 +12,11 @@ from placeholder.job import Job
 from placeholder.model.base import MODEL_VARIABLE
 from placeholder.service import launch
 from placeholder.service.worker import ERROR_VARIABLE
+
+
+def children() -> list[psutil.Process]:
+    """Every process that this one has started, however far down, and that still runs."""
+    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def child_training(job: Job, base_model: str, folder: Path, **environment: str) -> subprocess.Popen:

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AddedToken
 
 from placeholder.config import TrainConfig
+from placeholder.model.base import QWEN_IMAGE
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, fresh_tokens, initial_embeddings
-from placeholder.tokens.prompt_encoder import prompt_template
 
 FIRST_ID = 151665
 
@@ -57,7 +57,7 @@ def test_splicing_equals_a_truly_registered_token_on_random_strings(tokenizer):
     added = [AddedToken(token, special=True, normalized=False) for token in ("<zwx>", "<qrs>")]
     assert registered.add_tokens(added, special_tokens=True) == 2
     tokens = tokens_of("<zwx>", "<qrs>")
-    prefix, suffix, _ = prompt_template()
+    prefix, suffix = QWEN_IMAGE.prompt_prefix, QWEN_IMAGE.prompt_suffix
     draw = random.Random(0)
     prompts = ["".join(draw.choices(PIECES, k=draw.randint(1, 12))) for _ in range(1000)]
     for prompt in prompts:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from placeholder.model.base import QWEN_IMAGE
 from placeholder.model.loading import load_text_encoder
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
-from placeholder.tokens.prompt_encoder import PromptEncoder, encode_prompts, prompt_ids, prompt_template, tokenized
+from placeholder.tokens.prompt_encoder import PromptEncoder, encode_prompts, prompt_ids, tokenized
 from tests.support.stock import stock_pipeline
 
 NO_TOKENS = PlaceholderTokens(151665, {}, 32)
@@ -47,7 +48,7 @@ def test_a_prompt_with_the_token_has_the_embeddings_of_a_row_in_the_matrix(base,
 
 
 def test_the_template_is_the_pipelines_and_34_tokens_stand_before_the_prompt(stock, tokenizer):
-    prefix, suffix, dropped = prompt_template()
+    prefix, suffix, dropped = QWEN_IMAGE.prompt_prefix, QWEN_IMAGE.prompt_suffix, QWEN_IMAGE.dropped_tokens
     assert prefix + "{}" + suffix == stock.prompt_template_encode
     assert len(tokenizer(prefix).input_ids) == dropped == 34
 
@@ -56,7 +57,7 @@ def test_prompt_ids_hold_the_token_between_prefix_and_suffix(tokenizer):
     tokens = PlaceholderTokens(151665, {"<zwx>": torch.zeros(1, 32)}, 32)
     ids = prompt_ids(tokenizer, tokens, "a photo of <zwx>")
     assert list(ids[34:39]) == [64, 6548, 315, 220, 151665]
-    assert list(ids[39:]) == tokenizer(prompt_template()[1]).input_ids
+    assert list(ids[39:]) == tokenizer(QWEN_IMAGE.prompt_suffix).input_ids
 
 
 def test_a_prompt_is_cut_at_512_tokens_and_an_empty_one_is_a_space(tokenizer):

@@ -127,13 +127,10 @@ def test_without_a_number_a_tenth_of_the_steps_but_at_least_fifty(steps, every, 
     assert CheckpointFolder.of(str(tmp_path), 7, steps).every == 7
 
 
-def test_the_inputs_are_checked(tmp_path):
+def test_the_inputs_are_checked():
     assert CheckpointFolder.of(None, None, 100) is None
     with pytest.raises(ValueError, match="checkpoint_every is 5 without a checkpoint_folder: name a folder"):
         CheckpointFolder.of(None, 5, 100)
-    for refused in (0, 20001, 2.5):
-        with pytest.raises(ValueError, match="checkpoint_every is .*: give a whole number from 1 to 20000"):
-            CheckpointFolder.of(str(tmp_path), refused, 100)
 
 
 @pytest.mark.parametrize(

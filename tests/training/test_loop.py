@@ -397,31 +397,17 @@ def test_on_a_bf16_base_lora_and_row_stay_fp32_and_learn(base, tokenizer):
     assert {parameter.dtype for parameter in (*parts.lora, parts.tokens.rows)} == {torch.float32}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_nothing_of_the_base_model_gets_a_gradient(checkpointing, parts, text_encoder):
-    if checkpointing:
-        parts.transformer.enable_gradient_checkpointing()
+@pytest.mark.parametrize("checkpointed", [0, 2])
+def test_nothing_of_the_base_model_gets_a_gradient(checkpointed, parts, text_encoder):
     before = {name: value.clone() for name, value in parts.transformer.state_dict().items() if "lora_" not in name}
     rows = TokenOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT)
-    list(parts.steps(2, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-2), token_optimizer=rows))
+    lora = lora_optimizer("adamw", parts.lora, 1e-2)
+    list(parts.steps(2, lora_optimizer=lora, token_optimizer=rows, checkpointed=checkpointed))
     learning = {id(parameter) for parameter in (*parts.lora, parts.tokens.rows)}
     everything: list[nn.Parameter] = [*parts.transformer.parameters(), *text_encoder.parameters()]
     assert all(parameter.grad is None for parameter in everything if id(parameter) not in learning)
     after = parts.transformer.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-
-
-def test_gradient_checkpointing_changes_no_gradient(base, tokenizer, text_encoder):
-    gradients = []
-    for checkpointing in (False, True):
-        parts = Parts(base, tokenizer, text_encoder)
-        parts.wake_lora()
-        if checkpointing:
-            parts.transformer.enable_gradient_checkpointing()
-        list(parts.steps(1))
-        gradients.append([parameter.grad for parameter in (*parts.lora, parts.tokens.rows)])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(checkpointed, plain)
 
 
 def test_a_step_that_runs_out_of_memory_is_repeated_with_more_checkpointed_blocks(parts):
