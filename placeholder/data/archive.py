@@ -1,4 +1,4 @@
-"""Reading zip and tar archives from strangers: told apart by content, read in memory, never unpacked to disk."""
+"""Reading zip and tar archives from strangers: told apart by content, read in memory, never unpacked to named files."""
 
 import gzip
 import io
@@ -6,6 +6,7 @@ import re
 import stat
 import struct
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -136,9 +137,16 @@ def _tar(file: BinaryIO, tally: Tally, is_gzip: bool) -> Iterator[Archive]:
         opened = _opened_tar(bounded)
     if opened is None:
         raise ValueError(f"{tally.archive} is neither a zip nor a tar archive: pack the files as a zip")
-    with opened:
+    with opened, tempfile.SpooledTemporaryFile(BLOCK_BYTES) as copy:
         files = list(_tar_entries(opened, bounded, tally))
         bounded.left = None
+        if is_gzip:  # to go back in it is to decompress it from its beginning, for every image anew
+            with _damage_named(tally.archive):
+                bounded.seek(0)
+                end = max((entry.info.offset_data + entry.info.size for entry in files), default=0)
+                while copy.tell() < end and (block := bounded.read(BLOCK_BYTES)):
+                    copy.write(block)
+            opened.fileobj = copy
         yield _archive(tally.archive, files, opened.extractfile)
 
 

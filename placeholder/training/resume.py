@@ -54,6 +54,8 @@ def resumed_config(start: Checkpoint | Weights, config: TrainConfig, facts: dict
         if getattr(config, name) is None:
             config = replace(config, **{name: recorded.get(name)})
     wanted = {name: value for name, value in asdict(config).items() if not OPTIONS[name].resume_may_change} | facts
+    if config.tokens and config.placeholder_warmup_fraction:  # with other steps, a LoRA that learns already would stop
+        wanted["steps"] = config.steps
     for name, value in wanted.items():
         stored = start.facts.get(name) if name in facts else recorded.get(name)
         value = list(value) if isinstance(value, tuple) else value  # as JSON has it

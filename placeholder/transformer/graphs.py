@@ -37,6 +37,7 @@ class Passes:
             self._stream = torch.cuda.Stream(device)
             compute_rotations_anew(transformer)
         self._captured_after, self._times, self._full = CAPTURED_AFTER, Counter(), False
+        self._beside = False  # whether a pass runs uncaptured while there are graphs, or ran out of memory so
         self._graphs: dict[Hashable, CapturedPass] = {}
         self._pool: Any = None
 
@@ -53,12 +54,22 @@ class Passes:
         """Drop the graphs, and run all shapes uncaptured first, since other code will run."""
         self.release()
         self._times.clear()
+        self._captured_after = max(self._captured_after, CAPTURED_AFTER)
 
     def give_way(self) -> None:
-        """Drop the graphs for want of memory, and wait twice as long with the next: or every new shape would drop them anew."""
+        """Need less memory: capture new shapes at once, in the memory of the other graphs, or else drop them all."""
+        if self._beside and self._captured_after == CAPTURED_AFTER:
+            self._captured_after = 0
+            self.log("CUDA graphs: no memory for a pass beside them, so other shapes are captured at once from here on")
+        else:
+            self._drop("out of memory")
+        self._beside = False
+
+    def _drop(self, why: str) -> None:
+        """Drop the graphs, and wait twice as long with the next: or every new shape would drop them anew."""
         self.start_again()
         self._captured_after *= 2
-        self.log(f"CUDA graphs dropped: out of memory; from here on a shape is captured after {self._captured_after} passes")
+        self.log(f"CUDA graphs dropped: {why}; from here on a shape is captured after {self._captured_after} passes")
 
     def stop_capturing(self, why: str) -> None:
         """Go on without; the log has a warning."""
@@ -90,7 +101,9 @@ class Passes:
                 self._capture(key, compute, tensors)
             if self.capturing and key in self._graphs:
                 return self._graphs[key].replay(tensors)
+            self._beside = self.holds_memory
             found = compute(tensors)
+            self._beside = False
             self._times[key] += 1
             return found
 
@@ -117,10 +130,11 @@ class Passes:
         except RuntimeError as error:
             with torch.cuda.graph(torch.cuda.CUDAGraph(), None, self._stream, "thread_local"):
                 torch.zeros(1, device=tensors[0].device)  # a capture that ends well ends what the failed one left open
-            if out_of_memory(error):
-                self.give_way()
+            why = reason(list(causes(error))[-1])  # the first: those that follow from it say nothing
+            if out_of_memory(error) or not self._captured_after:
+                self._drop("out of memory" if out_of_memory(error) else why)
             else:
-                self.stop_capturing(reason(list(causes(error))[-1]))  # the first: those that follow from it say nothing
+                self.stop_capturing(why)
 
 
 class CapturedPass:

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import stat
 import struct
 import tarfile
@@ -27,6 +28,20 @@ def write_tar_gz(path: Path, entries: dict[str, bytes]) -> Path:
 def contents(path: Path, limits: Limits = LIMITS) -> dict[str, bytes]:
     with open_archive(path, limits) as archive:
         return {name: archive.read(name) for name in archive.names}
+
+
+def test_a_gzipped_tar_is_decompressed_twice_whatever_the_order(tmp_path, monkeypatch):
+    entries = {f"{number}.bin": os.urandom(3000) for number in range(20)}
+    path, seek, backwards = write_tar_gz(tmp_path / "data.tgz", entries), gzip.GzipFile.seek, []
+
+    def noted(self, offset, *whence):
+        backwards.append(not whence and offset < seek(self, 0, 1))
+        return seek(self, offset, *whence)
+
+    monkeypatch.setattr(gzip.GzipFile, "seek", noted)
+    with open_archive(path) as archive:
+        assert {name: archive.read(name) for name in reversed(archive.names)} == entries
+    assert sum(backwards) == 1
 
 
 def refusal(path: Path, limits: Limits = LIMITS) -> str:

@@ -53,6 +53,16 @@ def all_ended(before: list[psutil.Process]) -> bool:
     return not alive
 
 
+def test_what_was_compiled_stays_when_the_folder_of_a_training_goes(dataset, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(launch, "run", lambda _, environment, *__: found.append(environment))
+    launch.train(Job(dataset, SHORT, tmp_path / "weights.zip"), print)
+    assert not Path(found[0]["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(found[0]["TMPDIR"])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    launch.train(Job(dataset, SHORT, tmp_path / "weights.zip"), print)
+    assert found[1]["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+
+
 @pytest.fixture(scope="module")
 def parallel(base, dataset, tmp_path_factory) -> Path:
     """What two processes of tests/parallel_steps.py have left."""

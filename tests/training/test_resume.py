@@ -21,6 +21,7 @@ from placeholder.training.examples import BatchSampler
 from placeholder.training.loop import TrainState
 from placeholder.training.losses import Denoiser
 from placeholder.training.optimizers import TokenOptimizer, lora_optimizer
+from placeholder.training.resume import resume_path, resumed_config
 from tests.support.samples import Run, write_dataset
 
 LORA, ROWS = "lora/lora_weights.safetensors", "embeddings/zwx.safetensors"
@@ -177,6 +178,15 @@ def test_a_checkpoint_of_another_training_is_refused_before_any_weight_is_loaded
 ):
     with pytest.raises(ValueError, match=sentence):
         resumed(interrupted, zero_prior, dataset, base, tmp_path / "w.zip", **changes)
+
+
+def test_where_the_embedding_learns_first_the_steps_may_not_change(interrupted, zero_prior):
+    start = read_checkpoint(resume_path(interrupted))
+    start.facts["config"]["placeholder_warmup_fraction"] = 0.5
+    config = replace(zero_prior.config, placeholder_warmup_fraction=0.5)
+    assert resumed_config(start, config, {}).steps == 15
+    with pytest.raises(ValueError, match="was made with steps 15, this training has 30: give the same to go on"):
+        resumed_config(start, replace(config, steps=30), {})
 
 
 def test_a_checkpoint_of_another_data_set_or_base_is_refused(interrupted, zero_prior, base, dataset, tmp_path):
