@@ -35,8 +35,10 @@ from study.subjects import SUBJECTS
 from tests.support.samples import read_zip
 
 HOUSE = SUBJECTS["object"]
+CONTEXTS = (*HOUSE.seen, *HOUSE.unseen)
+BACKGROUNDS = tuple(context.background for context in CONTEXTS)
 PROMPTS = [
-    *(HOUSE.prompt(TOKEN, context) for context in (*HOUSE.seen, *HOUSE.unseen)),
+    *(HOUSE.prompt(TOKEN, context) for context in CONTEXTS),
     HOUSE.prompt("", HOUSE.seen[0]),
     "a photo of a red circle on a blue background",
 ]
