@@ -178,7 +178,7 @@ def test_cancelled_at_random_moments_the_server_goes_on_as_if_undisturbed(base, 
         server.ask(inputs[0] | {"steps": 200})
         whole = time.monotonic() - start  # an image that is finished cannot be cancelled
         over = 0
-        for number in range(6):
+        for number in range(4):
             server.start(f"cancelled-{number}", inputs[number % 3] | {"steps": 200, "go_fast": False})
             time.sleep(choose.uniform(0, whole / 2))
             try:
@@ -195,4 +195,4 @@ def test_cancelled_at_random_moments_the_server_goes_on_as_if_undisturbed(base, 
             assert answer["status"] == "succeeded", answer
             found = np.asarray(Image.open(io.BytesIO(from_data_url(answer["output"]))))
             assert np.array_equal(found, expected[(number + 1) % 3])
-    assert ours() == [] and over < 3
+    assert ours() == [] and over < 2
