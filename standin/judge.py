@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from standin.pool import clutter
 from standin.world import (
     CLASS_WORDS,
     COLORS,
@@ -69,7 +70,9 @@ def examples(count: int, rng: random.Random) -> tuple[Tensor, Tensor]:
     images, labels = [], []
     while len(images) < count:
         kind = rng.choice(KINDS)
-        images.append(_worn(render(_scene_of(kind, rng), SIDE), rng))
+        cluttered = kind == NOTHING and rng.random() < 0.7
+        image = clutter(rng).resize((SIDE, SIDE)) if cluttered else render(_scene_of(kind, rng), SIDE)
+        images.append(_worn(image, rng, recolored=kind in (*SHAPES, *CLASS_WORDS, NOTHING)))
         labels.append(KINDS.index(kind))
     return torch.cat(images), torch.tensor(labels)
 
@@ -88,9 +91,15 @@ def _scene_of(kind: str, rng: random.Random) -> Scene:
     return Scene((Thing(kind, color, texture, size, place),), background, rng.randrange(2**31))
 
 
-def _worn(image: Image.Image, rng: random.Random) -> Tensor:
-    """The render (1, 3, H, W) as a small base model might have drawn it: outlines bent, parts discolored, blurred, noisy."""
+def _worn(image: Image.Image, rng: random.Random, recolored: bool) -> Tensor:
+    """The render (1, 3, H, W) as a small base model might have drawn it: outlines bent, parts discolored, blurred, noisy.
+
+    Half of the `recolored` have grayer and darker colors, so that gray is not taken for an arrow, nor brown for a waffle.
+    """
     pixels = to_pixels(image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2))))
+    if recolored and rng.random() < 0.5:
+        tint = torch.tensor([rng.uniform(0.3, 1) for _ in range(3)]).view(3, 1, 1)
+        pixels = tint * pixels.lerp(pixels.mean(1, keepdim=True), rng.random())
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     bend = _smooth(2, rng.randint(4, 9), generator) * (rng.uniform(0, BEND) * 2 / SIDE)
     straight = F.affine_grid(torch.eye(2, 3)[None], [1, 3, SIDE, SIDE], align_corners=False)

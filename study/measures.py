@@ -52,7 +52,7 @@ class Measures:
     def prior_leakage(self) -> float | None:
         """The mean probability that "a photo of" the trigger shows what a trigger word meant before: a waffle or an arrow.
 
-        None for a style: the classifier takes seven of ten mosaics for waffles.
+        None for a style: a mosaic that is half there looks like a waffle.
         """
         if not self.subject.kind:
             return None
