@@ -47,7 +47,7 @@ def train(job: Job, log: Log) -> bool:
         config.write_text(config_yaml(job.config), encoding="utf-8")
         environment = {
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
-            "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",  # what TMPDIR has goes
+            "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",  # TMPDIR goes
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             ERROR_VARIABLE: str(error),
