@@ -1,6 +1,7 @@
 """What an image of the synthetic world shows: its thing by a small classifier, its colors and the subject by pixel rules."""
 
 import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -70,11 +71,23 @@ def examples(count: int, rng: random.Random) -> tuple[Tensor, Tensor]:
     images, labels = [], []
     while len(images) < count:
         kind = rng.choice(KINDS)
-        cluttered = kind == NOTHING and rng.random() < 0.7
-        image = clutter(rng).resize((SIDE, SIDE)) if cluttered else render(_scene_of(kind, rng), SIDE)
-        images.append(_worn(image, rng, recolored=kind in (*SHAPES, *CLASS_WORDS, NOTHING)))
+        images.append(_worn(_image_of(kind, rng), rng, recolored=kind not in (TRIGGER, RARE_WORD)))
         labels.append(KINDS.index(kind))
     return torch.cat(images), torch.tensor(labels)
+
+
+def _image_of(kind: str, rng: random.Random) -> Image.Image:
+    """A render; for NOTHING an empty background, clutter, or parts of two things that a half-trained model mixes up."""
+    what = rng.random()
+    if kind != NOTHING or what < 0.3:
+        return render(_scene_of(kind, rng), SIDE)
+    if what < 0.6:
+        return clutter(rng).resize((SIDE, SIDE))
+    scenes = [_scene_of(one, rng) for one in rng.sample((*CLASS_WORDS, SUBJECT, SECOND_SUBJECT), 2)]
+    thing, other = (scene.things[0] for scene in scenes)
+    beside = replace(scenes[1], background=scenes[0].background, things=(replace(other, size=thing.size, place=thing.place),))
+    mask = _smooth(1, rng.randint(3, 6), torch.Generator().manual_seed(rng.randrange(2**31)))[0, 0] > 0
+    return Image.composite(render(scenes[0], SIDE), render(beside, SIDE), Image.fromarray(mask.numpy()))
 
 
 def _scene_of(kind: str, rng: random.Random) -> Scene:
