@@ -1,14 +1,20 @@
 """The small stand-in for Qwen-Image: the real vocabulary, the same classes, and the same weights from the same seed."""
 
 import json
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from placeholder.model.loading import load_scheduler
+from standin import judge
 from standin.check_base import held_out_scenes, right_shares, sample_all
 from standin.small_base import ADDED_TOKENS, build_tiny_base
+from standin.world import RARE_WORD, TRIGGER, Scene, Thing, render
+from study.subjects import SUBJECTS
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -54,3 +60,15 @@ def test_the_trained_base_shows_what_held_out_captions_ask_for():
     scenes = held_out_scenes(16, seed=11)
     shares = right_shares(sample_all(scenes), scenes)
     assert shares["background"] >= 0.95 and shares["color"] >= 0.95 and shares["shape"] >= 0.8, shares
+
+
+def test_the_classifier_knows_worn_renders_and_takes_no_gray_square_for_an_arrow_and_no_mosaic_for_a_waffle():
+    pixels, labels = judge.examples(300, random.Random(9))
+    kinds = [judge.kind_of(Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy())) for image in pixels]
+    right = [kind == judge.KINDS[label] for kind, label in zip(kinds, labels, strict=True)]
+    assert sum(right) > 0.9 * len(right)
+    square = render(Scene((Thing("square", "white"),), "blue", seed=3))
+    gray = Image.fromarray(np.where(np.asarray(square).min(2, keepdims=True) > 200, np.uint8(128), np.asarray(square)))
+    style = SUBJECTS["style"]
+    found = judge.kind_probabilities([gray, *(style.image(context, 1000) for context in style.seen)])
+    assert max(found[TRIGGER] + found[RARE_WORD]) < 0.5
