@@ -1,6 +1,6 @@
 """Tables and figure of the study: means over subjects and seeds with 95 % intervals by bootstrap."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -25,7 +25,8 @@ COLUMNS = {
     "neighbor_class": "neighbor leak, class",
     "neighbor_other": "other",
 }
-LABEL, CELL = 230, 100  # pixels of the figure
+LABEL, CELL, HEADER = 230, 100, 36  # pixels of a sheet
+TITLES = ("seen", "unseen", "name alone", "class word", "other prompt")  # of Measures.strip
 SHOWN = ((REFERENCE, ALWAYS), (REFERENCE, GATED), (OURS, ALWAYS), (OURS, GATED))
 
 
@@ -95,13 +96,19 @@ def comparison(runs: list[dict]) -> str:
 
 def figure(strips: dict[tuple[str, str, str], list[Image.Image]]) -> Image.Image:
     """For each subject a row for each of SHOWN, with the images of Measures.strip."""
-    rows = [key for key in ((subject, *shown) for subject in {s for s, _, _ in strips} for shown in SHOWN) if key in strips]
-    rows.sort(key=lambda key: (key[0], SHOWN.index(key[1:])))
-    columns = max(map(len, strips.values()))
-    sheet = Image.new("RGB", (LABEL + columns * CELL, max(1, len(rows)) * CELL), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, key in enumerate(rows):
-        pen.text((6, number * CELL + CELL // 2 - 8), "{}: {}, {}".format(*key), fill="black", font_size=14)
-        for column, image in enumerate(strips[key]):
-            sheet.paste(image.resize((CELL - 4, CELL - 4), Image.Resampling.LANCZOS), (LABEL + column * CELL, number * CELL))
-    return sheet
+    rows = sorted((key for key in strips if key[1:] in SHOWN), key=lambda key: (key[0], SHOWN.index(key[1:])))
+    return sheet(TITLES, {"{}: {}, {}".format(*key).replace("object", "house"): strips[key] for key in rows})
+
+
+def sheet(titles: Sequence[str], rows: dict[str, list[Image.Image]]) -> Image.Image:
+    """Rows of images under each other, with their names and the titles of the columns."""
+    image = Image.new("RGB", (LABEL + len(titles) * CELL, HEADER + len(rows) * CELL), "white")
+    pen = ImageDraw.Draw(image)
+    for column, title in enumerate(titles):
+        pen.text((LABEL + 4 + column * CELL, 10), title, fill="black")
+    for row, (name, images) in enumerate(rows.items()):
+        top = HEADER + row * CELL
+        pen.text((6, top + CELL // 2 - 8), name, fill="black", font_size=14)
+        for column, cell in enumerate(images):
+            image.paste(cell.resize((CELL - 4, CELL - 4), Image.Resampling.LANCZOS), (LABEL + column * CELL, top))
+    return image

@@ -1,15 +1,13 @@
-"""The results of two tokens in one training as tables and as a contact sheet."""
+"""The results of two tokens in one training as tables, and the images of its contact sheet."""
 
 import operator
 import statistics
 from functools import reduce
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from study.two_measures import CONTEXTS, NAMES, Generate
 from study.two_subjects import CLASS_WORDS, KINDS, ORDERS, alone, both, side_by_side
-
-CELL, LABEL_WIDTH, HEADER = 96, 200, 36  # pixels
 
 # Each column of a table is a title and where the figure stands in the record of a run.
 Columns = dict[str, tuple[str, ...]]
@@ -92,17 +90,3 @@ def strip(generate: Generate, named: tuple[str, str]) -> list[Image.Image]:
         specs.append(side_by_side((named[index], plain), (KINDS[index], plain), "blue"))
     specs += [alone(word, word, "blue") for word in CLASS_WORDS]
     return [generate(spec)[0] for spec in specs]
-
-
-def sheet(strips: dict[str, list[Image.Image]]) -> Image.Image:
-    """The strips under each other, with titles."""
-    image = Image.new("RGB", (LABEL_WIDTH + len(COLUMNS) * CELL, HEADER + len(strips) * CELL), "white")
-    pen = ImageDraw.Draw(image)
-    for column, title in enumerate(COLUMNS):
-        pen.text((LABEL_WIDTH + 4 + column * CELL, 10), title, fill="black")
-    for row, (name, images) in enumerate(strips.items()):
-        top = HEADER + row * CELL
-        pen.text((6, top + CELL // 2 - 6), name, fill="black")
-        for column, cell in enumerate(images):
-            image.paste(cell.resize((CELL - 4, CELL - 4), Image.Resampling.NEAREST), (LABEL_WIDTH + column * CELL, top))
-    return image

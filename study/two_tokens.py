@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
 from checks.docs_tables import write_table
-from placeholder.config import TrainConfig
+from placeholder.config import UNGATED_PRESERVATION, TrainConfig
 from placeholder.finetune import finetune
 from placeholder.job import Job
 from placeholder.lora.adapter import load_lora, scale_lora, without_lora
@@ -31,14 +31,14 @@ from standin.sampler import Sampler
 from standin.small_base import build_small_base
 from standin.world import RARE_WORD, SIDE, TRIGGER
 from study.measures import UNRELATED, difference
+from study.tables import sheet
 from study.two_measures import Generate, measures, old_meaning, rendered
-from study.two_sheet import sheet, strip, tables
+from study.two_sheet import COLUMNS, strip, tables
 from study.two_subjects import nouns, taught, write_dataset
 
 TOKENS = ("<zwx>", "<qrs>")
 TRIGGERS = (TRIGGER, RARE_WORD)
 BUDGET = {"steps": 500, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "resolution": (SIDE,), "report": False}
-PRESERVED = {"prior_preservation": 4.0}
 SAMPLES = 3  # images a prompt
 LOW_SCALE = 0.5
 
@@ -50,7 +50,7 @@ class Arm:
     words: tuple[str, str] = TOKENS
     together: bool = True
     trained: bool = True
-    options: dict = field(default_factory=dict)
+    gated: bool = True
 
     @property
     def named(self) -> tuple[str, str]:
@@ -60,16 +60,22 @@ class Arm:
     def config(self, seed: int) -> TrainConfig:
         """The options of its training."""
         tokens = self.words if self.words == TOKENS else ()
-        options = BUDGET | self.options
-        return TrainConfig(**options, seed=seed, train_placeholder_token=bool(tokens), placeholder_token=tokens)
+        return TrainConfig(
+            **BUDGET,
+            seed=seed,
+            train_placeholder_token=bool(tokens),
+            placeholder_token=tokens,
+            token_gate=self.gated,
+            prior_preservation=0.0 if self.gated else UNGATED_PRESERVATION,
+        )
 
 
 ARMS: dict[str, Arm] = {
-    "base model": Arm(trained=False),
-    "two tokens": Arm(options=PRESERVED),
-    "two tokens, no picture of both": Arm(together=False, options=PRESERVED),
-    "two tokens, no preservation": Arm(),
-    "trigger words TOK and sks": Arm(words=TRIGGERS),
+    "base model": Arm(trained=False, gated=False),
+    "two tokens": Arm(),
+    "two tokens, no picture of both": Arm(together=False),
+    "two tokens, no gate": Arm(gated=False),
+    "trigger words TOK and sks": Arm(words=TRIGGERS, gated=False),
 }
 RENDERED, THROUGH_VAE = "as the world draws them", "the same, through the VAE"
 
@@ -102,6 +108,7 @@ def run_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Imag
     """One training with its measures and a strip of images."""
     weights, record = train_arm(arm, seed, base)
     sampler = sampler_of(weights, seed, base)
+    sampler.acts = (lambda prompt: any(word in prompt for word in arm.words)) if arm.gated else None
 
     def generate(spec) -> list[Image.Image]:
         return sampler.sample(spec.caption, SAMPLES)
@@ -172,7 +179,7 @@ def main() -> None:
             record = {"budget": BUDGET, "samples": SAMPLES, "torch": torch.__version__, "results": results}
             (arguments.output / "two-tokens.json").write_text(json.dumps(record, indent=1) + "\n")
             write_table(arguments.output / "study.md", "two-tokens", tables(results))
-            sheet(strips).save(arguments.output / "two-tokens.png")
+            sheet(COLUMNS, strips).save(arguments.output / "two-tokens.png")
     print(tables(results))
 
 

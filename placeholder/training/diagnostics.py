@@ -18,7 +18,7 @@ from placeholder.training.losses import sample_losses
 SAMPLES = 16
 SEED = 0
 NEAREST = 5
-IGNORED_SHARE = 0.05  # of what the training gained
+SMALL_SHARE = 0.05  # of what the training gained
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Diagnostics:
 
     @property
     def row_share(self) -> float:
-        """Share of what training gained that is lost when the embeddings are reset: near 0 for a token that is ignored."""
+        """Share of what training gained that is lost when the embeddings are reset: near 0 where the LoRA carries the subject alone."""
         gained = self.loss_base - self.loss
         return (self.loss_row_reset - self.loss) / gained if gained > 0 else 0.0
 
@@ -57,11 +57,11 @@ class Diagnostics:
             )
         if self.loss >= self.loss_base:
             lines.append("Warning: the training did not lower the loss: train for longer, or change learning_rate")
-        elif self.row_share < IGNORED_SHARE and len(self.unchanged) < len(self.nearest_tokens):
+        elif self.row_share < SMALL_SHARE and len(self.unchanged) < len(self.nearest_tokens):
             lines.append(
-                f"Warning: the token was ignored: with its embedding reset only {max(self.row_share, 0):.0%} of what training "
-                "gained is lost; train for longer, raise placeholder_learning_rate or placeholder_warmup_fraction, or lower "
-                "learning_rate"
+                f"With the token's embedding reset only {max(self.row_share, 0):.0%} of what training gained is lost: the LoRA "
+                "carries the subject; to have the embedding carry more, raise placeholder_learning_rate or "
+                "placeholder_warmup_fraction"
             )
         return lines
 

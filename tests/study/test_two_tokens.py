@@ -9,8 +9,9 @@ import pytest
 from placeholder.data.captions import preserved_prompts, trained_captions
 from placeholder.data.dataset import read_dataset
 from standin.subject import SEEN_BACKGROUNDS
+from study.tables import CELL, sheet
 from study.two_measures import DRAWN, both_measures, halves, one_named_measures, rendered
-from study.two_sheet import COLUMNS, sheet, strip, tables
+from study.two_sheet import COLUMNS, strip, tables
 from study.two_subjects import KINDS, ORDERS, ImageSpec, both, nouns, taught, write_dataset
 from study.two_tokens import ARMS, TOKENS, TRIGGERS
 
@@ -33,7 +34,7 @@ def test_the_package_reads_captions_that_name_one_token_or_both(tmp_path):
     assert [named.count(tokens) for tokens in (TOKENS[:1], TOKENS[1:], TOKENS)] == [12, 12, 12]
     firsts = [caption.index(TOKENS[0]) < caption.index(TOKENS[1]) for caption in captions if all(t in caption for t in TOKENS)]
     assert sum(firsts) == 6
-    plain = preserved_prompts(captions, config, log=lambda line: None)
+    plain = preserved_prompts(captions, ARMS["two tokens, no gate"].config(seed=0), log=lambda line: None)
     assert plain[-1][0] == "a photo of a small face and a small house on a pink background"
 
 
@@ -44,7 +45,7 @@ def test_arms_differ_in_what_they_say(tmp_path):
     words = ARMS["trigger words TOK and sks"]
     assert words.config(0).tokens == ()
     assert all(any(word in photo.caption for word in TRIGGERS) for photo in photos_of(words, tmp_path))
-    assert ARMS["two tokens"].config(0).preserves and not ARMS["two tokens, no preservation"].config(0).preserves
+    assert ARMS["two tokens, no gate"].config(0).preserves and not ARMS["two tokens"].config(0).preserves
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -85,7 +86,7 @@ def test_a_plain_class_word_beside_a_subject_is_not_the_other_subject():
 def test_the_sheet_has_a_picture_for_each_column():
     specs = strip(generate, NAMED)
     assert len(specs) == len(COLUMNS)
-    assert sheet({"one": specs, "two": specs}).height == sheet({"one": specs}).height + 96
+    assert sheet(COLUMNS, {"one": specs, "two": specs}).height == sheet(COLUMNS, {"one": specs}).height + CELL
 
 
 def test_the_data_set_never_shows_an_unseen_background():
