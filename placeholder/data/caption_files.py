@@ -71,7 +71,7 @@ def read_captions(archive: Archive, names: list[str], images: list[str]) -> Capt
     if wrong:
         shown = listed([f"{label(name)} {why}" for name, why in sorted(wrong.items())], 10)
         raise ValueError(f"caption {shown}" if len(wrong) == 1 else f"{len(wrong)} captions cannot be read: {shown}")
-    for name in filter(_is_table, names):
+    for name in sorted(filter(_is_table, names), key=lambda name: TABLES.index(PurePosixPath(name).name.lower())):
         _read_table(archive, name, images, found)
     return found
 

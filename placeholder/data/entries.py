@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from placeholder.errors import quoted
@@ -113,7 +113,7 @@ def plain_names(archive: str, entries: Iterable[Entry]) -> dict[str, Entry]:
         if "\0" in entry.name:
             raise ValueError(f"{archive}: the name {quoted(entry.name)} holds a NUL: pack the files under plain names")
         name = PurePosixPath(entry.name).as_posix()
-        if PureWindowsPath(name).anchor or ".." in PurePosixPath(name).parts or name == ".":
+        if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in PurePosixPath(name).parts or name == ".":
             raise ValueError(f"{archive}: the name {quoted(entry.name)} leaves the archive: pack the files under plain names")
         if name in found:
             raise ValueError(f"{archive} holds {quoted(name)} twice: pack it again")

@@ -26,6 +26,14 @@ UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, Image.De
 # What littlecms and Pillow raise for a profile that is damaged or made for another kind of image.
 BAD_PROFILE = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
 BAD_PROFILE_LINE = "its color profile cannot be applied, so its colors are read as sRGB"
+# What Pillow raises for EXIF data that are cut off, are none, or stand in text chunks of a png.
+BAD_EXIF = (struct.error, IndexError, SyntaxError, TypeError, ValueError, OSError)
+BAD_EXIF_LINE = "its EXIF data cannot be read, so it is not turned by its orientation"
+DNG_VERSION, NEW_SUBFILE_TYPE, REDUCED = (
+    50706,
+    254,
+    1,
+)  # TIFF 6.0, page 36: bit 0 is a smaller version of another image
 SRGB = ImageCms.createProfile("sRGB")
 
 pillow_heif.register_heif_opener(thumbnails=False)
@@ -41,11 +49,14 @@ def to_rgb(content: bytes, max_pixels: int = MAX_PIXELS, note: Log | None = None
 
     Of an animation or of several pages it is the first. An embedded ICC profile is applied, and `note` is told where that
     cannot be done; without `note` there are no colors to manage, and the numbers stay as they are. Raises NotAnImageError for
-    another format, and one of UNREADABLE for an image that is truncated, smaller than MIN_SIDE or larger than `max_pixels`.
+    another format, and one of UNREADABLE for an image that is truncated, smaller than MIN_SIDE or larger than `max_pixels`, and
+    for a camera's raw file, of which Pillow would read the thumbnail.
     """
     if not content:
         raise NotAnImageError("the file is empty")
     with _opened(content) as image:
+        if image.format == "TIFF" and (DNG_VERSION in image.tag_v2 or image.tag_v2.get(NEW_SUBFILE_TYPE, 0) & REDUCED):
+            raise ValueError("it is a camera's raw file: export it as jpg or png")
         width, height = image.size
         if min(width, height) < MIN_SIDE:
             raise ValueError(f"{width}x{height} pixels: at least {MIN_SIDE} on each side are needed")
@@ -53,9 +64,9 @@ def to_rgb(content: bytes, max_pixels: int = MAX_PIXELS, note: Log | None = None
             raise ValueError(f"{width}x{height} pixels: at most {max_pixels / 1e6:g} megapixels are read, scale it down")
         try:
             image.load()
-            turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-        except (struct.error, IndexError) as error:
-            raise ValueError("its EXIF data or its color profile is damaged: save it again") from error
+        except (struct.error, IndexError, TypeError) as error:
+            raise ValueError("its metadata are damaged: save it again") from error
+        turn = _turn(image, note)
         if image.mode == "P" and image.palette is None:
             raise ValueError("its palette is missing: save it again")
         if image.mode == "F":
@@ -65,6 +76,16 @@ def to_rgb(content: bytes, max_pixels: int = MAX_PIXELS, note: Log | None = None
             note(BAD_PROFILE_LINE)
         image = _managed(image, profile, note) if profile and note else _converted(image, backdrop)
     return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image, note: Log | None) -> Transpose | None:
+    """How the image is turned upright by its EXIF orientation; None where it is, or where `note` says that none can be read."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except BAD_EXIF:
+        if note:
+            note(BAD_EXIF_LINE)
+        return None
 
 
 def _opened(content: bytes) -> Image.Image:

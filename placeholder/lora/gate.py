@@ -38,9 +38,11 @@ class TokenGate:
 
     def remember(self, prompt_embeds: Tensor, idle: Collection[str]) -> None:
         """The adapters that do not act for these prompt embeddings, (T, D) as the transformer gets them."""
-        if len(self._idle) >= PROMPTS_KEPT:
-            self._idle.clear()
-        self._idle[_digest(prompt_embeds)] = frozenset(idle)
+        digest = _digest(prompt_embeds)
+        self._idle.pop(digest, None)
+        self._idle[digest] = frozenset(idle)
+        if len(self._idle) > PROMPTS_KEPT:
+            del self._idle[next(iter(self._idle))]  # what was remembered the longest ago
         self._decided.clear()
 
     def remove(self) -> None:

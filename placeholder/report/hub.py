@@ -4,21 +4,20 @@ import json
 import re
 import zipfile
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from httpx2 import HTTPError
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from placeholder.config import WITHOUT_TOKEN
 from placeholder.errors import Log
-from placeholder.weights.layout import EMBEDDINGS_FOLDER, LORA_NAME, META_NAME, embedding_name
+from placeholder.weights.layout import EMBEDDINGS_FOLDER, HUB_LORA_NAME, LORA_NAME, META_NAME, embedding_name
 
 CARD = Path(__file__).with_name("model_card.md.jinja")
 GRID, CURVE = "report/grid.jpg", "report/curve.png"
 SHOWN = re.compile(r"report/(grid\.jpg|curve\.png|samples/[^/]+\.jpg)")  # the photographs trained on are not uploaded
-LORA_FILE = PurePosixPath(LORA_NAME).name  # at the root, where load_lora_weights(repo_id) looks
 BASE_LICENSE = "apache-2.0"  # of Qwen/Qwen-Image, from which the LoRA is derived
 # Of the hub, the connection, the card's front matter, large files and the disk.
 UPLOAD_ERRORS = (HfHubHTTPError, HTTPError, ValueError, RuntimeError, OSError)
@@ -60,7 +59,11 @@ class HubRepository:
     def upload(self, archive: Path, log: Log) -> None:
         """Upload what the archive holds. A failure is a warning in the log: the archive is returned in any case."""
         try:
-            commit = self._api().create_commit(self.repo_id, _operations(archive, self.repo_id), commit_message="Upload LoRA")
+            api, added = self._api(), _operations(archive, self.repo_id)
+            stale = {name for name in api.list_repo_files(self.repo_id) if name.startswith(EMBEDDINGS_FOLDER + "/")}
+            stale -= {file.path_in_repo for file in added}  # of an earlier training's tokens, which meta.json no longer names
+            operations = [*added, *map(CommitOperationDelete, sorted(stale))]
+            commit = api.create_commit(self.repo_id, operations, commit_message="Upload LoRA")
         except UPLOAD_ERRORS as error:
             log(f"Warning: the upload to {self.repo_id} failed ({_reason(error)}): the archive itself is returned as always")
         else:
@@ -80,7 +83,7 @@ def _operations(archive: Path, repo_id: str) -> list[CommitOperationAdd]:
         files = {name: opened.read(name) for name in opened.namelist()}
     shown = [name for name in files if SHOWN.fullmatch(name)]
     embeddings = [name for name in files if name.startswith(EMBEDDINGS_FOLDER + "/")]
-    uploaded = {name: files[name] for name in (META_NAME, *embeddings, *shown)} | {LORA_FILE: files[LORA_NAME]}
+    uploaded = {name: files[name] for name in (META_NAME, *embeddings, *shown)} | {HUB_LORA_NAME: files[LORA_NAME]}
     uploaded["README.md"] = model_card(json.loads(files[META_NAME]), repo_id, shown).encode()
     return [CommitOperationAdd(name, content) for name, content in sorted(uploaded.items())]
 
@@ -111,7 +114,7 @@ def model_card(meta: dict[str, Any], repo_id: str, images: list[str]) -> str:
         tokens=list(tokens),
         embeddings=[(token, ids[0], embedding_name(token)) for token, ids in tokens.items()],
         code=base and all(len(ids) == 1 for ids in tokens.values()),
-        lora_file=LORA_FILE,
+        lora_file=HUB_LORA_NAME,
         grid=GRID if GRID in images else None,
         grid_caption=caption,
         curve=CURVE if CURVE in images else None,

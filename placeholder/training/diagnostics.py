@@ -38,7 +38,7 @@ class Diagnostics:
 
     @property
     def row_share(self) -> float:
-        """Share of what training gained that is lost with the embeddings reset: near 0 where the LoRA alone carries the subject."""
+        """Share of what training gained that is lost with the embeddings reset: near 0 where the LoRA carries the subject."""
         gained = self.loss_base - self.loss
         return (self.loss_row_reset - self.loss) / gained if gained > 0 else 0.0
 

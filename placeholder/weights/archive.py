@@ -20,7 +20,7 @@ from placeholder.lora.formats import METADATA_KEY, lora_alone, read_lora, read_l
 from placeholder.lora.safetensors import looks_like_safetensors, read_tensors
 from placeholder.model.base import QWEN_IMAGE
 from placeholder.tokens.vocabulary import MAX_TOKENS, check_word
-from placeholder.weights.layout import EMBEDDINGS_FOLDER, LORA_NAME, META_NAME, embedding_name
+from placeholder.weights.layout import EMBEDDINGS_FOLDER, HUB_LORA_NAME, LORA_NAME, META_NAME, embedding_name
 
 EMBEDDING_KEY = QWEN_IMAGE.embedding_key
 HEADER_MULTIPLE = 8  # the tensors behind the header are aligned to so many bytes (the format's description)
@@ -98,7 +98,7 @@ def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def read_weights(path: Path | str) -> Weights:
-    """Read a weights archive (zip or tar), one of another trainer, or a bare LoRA in safetensors, told apart by content.
+    """Read a weights archive (zip or tar; also of a repository on the hub), another trainer's, or a bare LoRA, by content.
 
     Raises ValueError, one sentence, when something that belongs there is missing, damaged or of another kind.
     """
@@ -113,12 +113,13 @@ def read_weights(path: Path | str) -> Weights:
         archive = unwrapped(archive, (META_NAME, LORA_NAME))
         if not any(name in (META_NAME, LORA_NAME) or name.startswith(EMBEDDINGS_FOLDER + "/") for name in archive.names):
             return _foreign(archive)
-        if LORA_NAME not in archive.names:
+        lora_name = next((name for name in (LORA_NAME, HUB_LORA_NAME) if name in archive.names), None)
+        if lora_name is None:
             raise ValueError(f"LoRA weights not found in {archive.name}: expected {LORA_NAME}")
         if META_NAME not in archive.names:
             raise ValueError(f"{META_NAME} not found in {archive.name}: give the archive as the training returned it")
         meta = _meta(archive)
-        lora = read_lora(f"{archive.name}: {LORA_NAME}", archive.read(LORA_NAME))
+        lora = read_lora(f"{archive.name}: {lora_name}", archive.read(lora_name))
         return Weights(lora, _embeddings(archive, meta), meta)
 
 

@@ -4,6 +4,7 @@ from urllib.parse import quote
 
 META_NAME = "meta.json"
 LORA_NAME = "lora/lora_weights.safetensors"
+HUB_LORA_NAME = "lora_weights.safetensors"  # at the root of a repository, where load_lora_weights(repo_id) looks
 EMBEDDINGS_FOLDER = "embeddings"
 
 

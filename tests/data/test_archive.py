@@ -158,6 +158,13 @@ def test_a_link_in_a_zip_and_a_sparse_file_in_a_tar_get_their_sentence(tmp_path)
     assert "or sparse" in refusal(one_entry_tar(tmp_path / "data.tar", pax_headers=sparse))
 
 
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_a_colon_in_a_name_is_no_drive(write, tmp_path):
+    path = write(tmp_path / "data", {"1:1/a.txt": b"square"})
+    with open_archive(path) as archive:
+        assert archive.names == ("1:1/a.txt",)
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -63,6 +63,8 @@ def test_the_captions_of_every_kind_of_file_are_read(files, captions, read):
 def test_the_nearest_file_counts_and_the_others_are_named(read):
     table = '{"file_name": "a.png", "text": "four"}'
     files = {"a.png": PNG, "a.json": '{"caption": "three"}', "a.caption": "two", "a.txt": "one", "metadata.jsonl": table}
+    found, _, _ = read({"a.png": PNG, "metadata.csv": "file_name,text\na.png,five\n", "metadata.jsonl": table})
+    assert found == {"a.png": "four"}
     found, _, skipped = read(files)
     assert found == {"a.png": "one"}
     assert skipped == {

@@ -116,14 +116,31 @@ def without_palette() -> bytes:
         (encoded(picture(), "PPM"), r"its content is no image .*"),
         (encoded(Image.new("F", (64, 64)), "TIFF"), "its colors are 32-bit floats: save it with 8 or 16 bits"),
         (encoded(picture(31, 200)), "31x200 pixels: at least 32 on each side are needed"),
-        (PNG[:-12] + chunk(b"eXIf", b"MM\0*") + PNG[-12:], "its EXIF data or its color profile is damaged: save it again"),
-        (PNG[:-12] + chunk(b"iCCP", b"") + PNG[-12:], "its EXIF data or its color profile is damaged: save it again"),
+        (PNG[:-12] + chunk(b"iCCP", b"") + PNG[-12:], "its metadata are damaged: save it again"),
+        # NEF begins with a thumbnail, DNG has its version.
+        (encoded(picture(), "TIFF", tiffinfo={254: 1}), "it is a camera's raw file: export it as jpg or png"),
+        (encoded(picture(), "TIFF", tiffinfo={50706: b"\1\4\0\0"}), "it is a camera's raw file: export it as jpg or png"),
         (without_palette(), "its palette is missing: save it again"),
     ],
 )
 def test_an_image_that_cannot_be_used_gets_its_sentence(content, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         to_rgb(content)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        chunk(b"eXIf", b"MM\0*"),
+        chunk(b"tEXt", b"xmp\0<x:xmpmeta/>"),
+        chunk(b"tEXt", b"exif\0b'Exif'"),
+        chunk(b"zTXt", b"exif\0\0" + zlib.compress(b"Exif")),
+    ],
+)
+def test_exif_data_that_cannot_be_read_cost_the_orientation_and_a_line(metadata):
+    lines = []
+    assert to_rgb(PNG[:-12] + metadata + PNG[-12:], note=lines.append).size == picture().size
+    assert lines == ["its EXIF data cannot be read, so it is not turned by its orientation"]
 
 
 def matrix_profile(primaries: tuple[tuple[float, float], ...], gamma: float) -> bytes:

@@ -93,6 +93,9 @@ def test_what_is_remembered_last_counts_and_the_oldest_prompts_are_forgotten(tra
     for number in range(5):
         gate.remember(embeds[1] + number, (ADAPTER,))
         assert len(gate._idle) <= 2
+    for sample, adapters in ((embeds[1] + 4, ()), (embeds[0], (ADAPTER,)), (embeds[1] + 4, ())):
+        gate.remember(sample, adapters)  # the last is known, and takes nobody's place
+    assert not torch.equal(predicted(transformer, embeds[:1]), every)
 
 
 def test_after_sampling_a_training_goes_on_as_before(base, embeds):

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from placeholder.report.hub import HubRepository, model_card
+from placeholder.weights.archive import read_weights
 from tests.support.samples import read_zip, write_zip
 from tests.support.serving import serving
 
@@ -25,8 +26,9 @@ class Hub(BaseHTTPRequestHandler):
     refused: set[str] = set()
 
     def do_GET(self) -> None:
-        """Only asked whether the token may write."""
-        self._answer({})
+        """Asked whether the token may write, and what is there."""
+        tree = [{"type": "file", "path": name, "oid": "", "size": len(content)} for name, content in self.files.items()]
+        self._answer(tree if "/tree/" in self.path else {})
 
     def do_POST(self) -> None:
         """Make, ask how to upload, commit."""
@@ -42,6 +44,8 @@ class Hub(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                elif entry["key"] == "deletedFile":
+                    del self.files[entry["value"]["path"]]
             self._answer({"commitUrl": f"https://huggingface.co/{REPO}/commit/1", "commitOid": "1", "success": True})
         else:
             self._answer({"errors": [], "warnings": []})
@@ -72,12 +76,15 @@ def test_the_archive_is_uploaded_with_a_card_and_without_the_photographs(hub, ze
     reported = {"report/grid.jpg": b"grid", "report/dataset/001.jpg": b"a photograph", "report/index.html": b"captions"}
     archive = write_zip(tmp_path / "weights.zip", entries | reported)
     repository, log = HubRepository(REPO, TOKEN, hub), []
+    Hub.files |= {"embeddings/old.safetensors": b"of an earlier training", "notes.txt": b"by hand"}
     repository.check()
     repository.upload(archive, log.append)
     assert [made["visibility"] for made in Hub.created] == ["private"]
     assert log == [f"Uploaded to https://huggingface.co/{REPO}/commit/1"]
     stored = {"embeddings/zwx.safetensors", "lora_weights.safetensors", "meta.json", "report/grid.jpg"}
-    assert set(Hub.files) == {"README.md", *stored}
+    assert set(Hub.files) == {"README.md", "notes.txt", *stored}
+    found = read_weights(write_zip(tmp_path / "repository.zip", Hub.files))
+    assert torch.equal(found.embeddings["<zwx>"], read_weights(zero_prior.archive).embeddings["<zwx>"])
     assert Hub.files["lora_weights.safetensors"] == entries["lora/lora_weights.safetensors"]
     assert Hub.files["embeddings/zwx.safetensors"] == entries["embeddings/zwx.safetensors"]
     card = Hub.files["README.md"].decode()
