@@ -34,7 +34,7 @@ class ImageGenerator:
     """The base model in memory, and the weights archives that are applied to it.
 
     `fast` is the step-distilled LoRA for requests with `go_fast`; without it they use the first-block cache. `free` is the
-    number of bytes that may be allocated on the device, by default those that are free; models that do not fit are offloaded.
+    number of bytes that may be allocated on the device, by default those that are free; layers that do not fit are offloaded.
     """
 
     def __init__(self, base: BaseModel, log: Log = print, fast: FastLora | None = None, free: int | None = None):
@@ -43,14 +43,14 @@ class ImageGenerator:
         self.tokenizer = load_tokenizer(base)
         placement = placement_of(base, free)
         log(placement.line)
-        self.text_encoder = load_text_encoder(base, offload=placement.offload_text_encoder)
+        self.text_encoder = load_text_encoder(base, resident=placement.text_encoder_layers)
         # The pipeline gets prompt_embeds from `_encode`, as in training, so it needs no text encoder of its own.
         self.pipeline = QWEN_IMAGE.pipeline(
             scheduler=load_scheduler(base),
             vae=load_vae(base, base.dtype),
             text_encoder=None,
             tokenizer=None,
-            transformer=load_transformer(base, offload=placement.offload_transformer),
+            transformer=load_transformer(base, resident=placement.transformer_blocks),
         )
         self.pipeline.set_progress_bar_config(disable=True)  # its line is rewritten in place, which logs do not show
         # Stretching the schedule so that its last step is at shift_terminal divides 0 by 0 where the last step is the first.

@@ -45,11 +45,11 @@ def load_vae(base: BaseModel, dtype: torch.dtype) -> nn.Module:
     return vae.requires_grad_(False).eval().to(base.device)
 
 
-def load_text_encoder(base: BaseModel, quantization: Quantization = "none", offload: bool = False) -> nn.Module:
+def load_text_encoder(base: BaseModel, quantization: Quantization = "none", resident: int | None = None) -> nn.Module:
     """The language model inside Qwen2.5-VL, frozen: without the vision tower and the head that computes logits.
 
-    The embedding matrix stays in host memory, where ids are looked up. `offload`: so do the layers, each of which is on the
-    device while it computes.
+    The embedding matrix stays in host memory, where ids are looked up. So do the layers after the first `resident` ones (None:
+    all are resident), each of which is on the device while it computes.
     """
     vlm = base.component(QWEN_IMAGE.text_encoder, "text_encoder", dtype=base.dtype, use_safetensors=True)
     text_encoder = vlm.model.language_model.requires_grad_(False).eval()
@@ -57,11 +57,14 @@ def load_text_encoder(base: BaseModel, quantization: Quantization = "none", offl
     text_encoder.embed_tokens.cpu()
     text_encoder.norm.to(base.device)
     text_encoder.rotary_emb.to(base.device)
-    if offload:
-        stream(text_encoder.layers, base.device)
-    else:
-        text_encoder.layers.to(base.device)
+    _place(text_encoder.layers, resident, base.device)
     return text_encoder
+
+
+def _place(layers: nn.ModuleList, resident: int | None, device: torch.device) -> None:
+    kept = len(layers) if resident is None else resident
+    layers[:kept].to(device)
+    stream(layers[kept:], device)
 
 
 def text_encoder_bytes(base: BaseModel, quantization: Quantization = "none", offload: bool = False) -> int:
@@ -74,9 +77,9 @@ def text_encoder_bytes(base: BaseModel, quantization: Quantization = "none", off
 
 
 def load_transformer(
-    base: BaseModel, quantization: Quantization = "none", sigmas: Tensor | None = None, offload: bool = False
+    base: BaseModel, quantization: Quantization = "none", sigmas: Tensor | None = None, resident: int | None = None
 ) -> nn.Module:
-    """The denoising transformer, frozen. `offload`: its blocks stay in host memory; each is on the device while it computes.
+    """The denoising transformer, frozen. Blocks after the first `resident` ones (None: all are) are offloaded as those layers.
 
     With `sigmas` (N,) its modulations are a table for these in host memory, computed from unquantized weights.
     """
@@ -85,12 +88,10 @@ def load_transformer(
         tabulate(transformer, sigmas, base.device)
     quantize(transformer.transformer_blocks, quantization, base.device)
     transformer.requires_grad_(False).eval()
-    if not offload:
-        return transformer.to(base.device)
     for name, part in transformer.named_children():
         if name != "transformer_blocks":
             part.to(base.device)
-    stream(transformer.transformer_blocks, base.device)
+    _place(transformer.transformer_blocks, resident, base.device)
     return transformer
 
 

@@ -43,7 +43,7 @@ class Streamed:
 
 def stream(layers: Sequence[nn.Module], device: torch.device) -> None:
     """Keep the weights of these layers, which are alike, in host memory; each layer computes on the device, see `Streamed`."""
-    step = max(1, PINNED_AT_ONCE // sum(parameter.nbytes for parameter in layers[0].parameters()))
+    step = max(1, PINNED_AT_ONCE // max(1, sum(parameter.nbytes for layer in layers[:1] for parameter in layer.parameters())))
     for first in range(0, len(layers), step):
         some = layers[first : first + step]
         # In the order of Streamed's places; weights of one dtype.

@@ -1,39 +1,76 @@
-"""Placement of a prediction's models: on the GPU if they fit, otherwise offloaded to host memory layer by layer."""
+"""Placement of a prediction's models: on the GPU as far as they fit, the other layers offloaded to host memory."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
 
 from placeholder.devices import KEPT_FREE
 from placeholder.model.base import BaseModel
-from placeholder.model.loading import text_encoder_bytes, transformer_shell
+from placeholder.model.loading import text_encoder_bytes, text_encoder_shell, transformer_shell
+
+DECODING = 6_000_000_000  # bytes: an image of 1328x1328 pixels needs 5.9 GB in bf16, see `decoding_bytes`
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Which models are offloaded to host memory, and the log line that says so."""
+class Sizes(NamedTuple):
+    """The bytes of a model and of its largest layer, and how many layers it has."""
 
-    offload_text_encoder: bool
-    offload_transformer: bool
+    whole: int
+    layer: int
+    layers: int
+
+    def resident(self, room: int) -> int:
+        """How many layers may stay in `room` bytes; where not all do, decoding and the layer that computes have room too."""
+        if self.whole <= room:
+            return self.layers
+        return max(0, self.layers - 1 - math.ceil((self.whole + DECODING - room) / self.layer))
+
+    def taken(self, resident: int) -> int:
+        """Bytes on the device with so many layers there for good, and one that computes."""
+        return self.whole - max(0, self.layers - 1 - resident) * self.layer
+
+
+class Placement(NamedTuple):
+    """How many layers of each model stay on the device, and the log line that says so."""
+
+    text_encoder_layers: int
+    transformer_blocks: int
     line: str
 
 
-def place(transformer: int, text_encoder: int, free: int) -> Placement:
-    """The placement of models of so many bytes where `free` bytes are free on the device.
+def place(transformer: Sizes, text_encoder: Sizes, free: int) -> Placement:
+    """The placement of models where `free` bytes are free on the device.
 
     The text encoder is offloaded first: it runs once a prompt, the transformer in every step. A tenth of the memory is left to
     the VAE and the activations.
     """
     usable = round((1 - KEPT_FREE) * free)
-    offload_text_encoder = transformer + text_encoder > usable
-    offload_transformer = offload_text_encoder and transformer > usable
-    where = {False: "on the device", True: "offloaded layer by layer"}
+    layers = text_encoder.resident(usable - transformer.whole)
+    blocks = transformer.resident(usable - text_encoder.taken(layers))
     line = (
-        f"Memory: {usable / 1e9:.3g} GB may be used; transformer ({transformer / 1e9:.3g} GB) {where[offload_transformer]}, "
-        f"text encoder ({text_encoder / 1e9:.3g} GB) {where[offload_text_encoder]}"
+        f"Memory: {usable / 1e9:.3g} GB may be used; {_where('transformer', transformer, blocks)}, "
+        f"{_where('text encoder', text_encoder, layers)}"
     )
-    return Placement(offload_text_encoder, offload_transformer, line)
+    return Placement(layers, blocks, line)
+
+
+def _where(name: str, sizes: Sizes, resident: int) -> str:
+    where = "on the device"
+    if resident < sizes.layers:
+        where = f"{sizes.layers - resident} of its {sizes.layers} layers offloaded to the host's memory"
+    return f"{name} ({sizes.whole / 1e9:.3g} GB) {where}"
 
 
 def placement_of(base: BaseModel, free: int | None = None) -> Placement:
     """The placement of a base model in `free` bytes, by default those free now; from its configuration, no weights are read."""
-    transformer = sum(parameter.nbytes for parameter in transformer_shell(base).parameters())
-    return place(transformer, text_encoder_bytes(base), base.free_bytes() if free is None else free)
+    transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
+    sizes = (
+        Sizes(_bytes([transformer]), _bytes(transformer.transformer_blocks[:1]), len(transformer.transformer_blocks)),
+        Sizes(text_encoder_bytes(base), _bytes(text_encoder.layers[:1]), len(text_encoder.layers)),
+    )
+    return place(*sizes, base.free_bytes() if free is None else free)
+
+
+def _bytes(modules: Sequence[nn.Module]) -> int:
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())

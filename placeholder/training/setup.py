@@ -176,7 +176,7 @@ def encode_text(
     """The embeddings of prompts without a placeholder, cached; the text encoder stays only where tokens are trained."""
     config, token_optimizer = context.config, None
     with context.timing.part("load"):
-        text_encoder = load_text_encoder(context.base, "int8" if config.quantize_te else "none", offload)
+        text_encoder = load_text_encoder(context.base, "int8" if config.quantize_te else "none", 0 if offload else None)
     prompt_embeds = PromptEncoder(text_encoder, tokens)
     with context.timing.part("cache"):
         cached = prompt_embeds.cache(prompts)

@@ -10,8 +10,8 @@ import torch
 from benchmarks.full_size import RandomBase
 from placeholder.generate import ImageGenerator
 from placeholder.model.loading import load_text_encoder
-from placeholder.model.offloading import stream
-from placeholder.model.placement import place, placement_of
+from placeholder.model.offloading import Streamed, stream
+from placeholder.model.placement import Placement, Sizes, place, placement_of
 from placeholder.request import Request
 from placeholder.transformer.checkpointing import saved_bytes
 
@@ -19,24 +19,23 @@ REQUEST = Request("a photo of <zwx>", "", 2, 4.0, 64, 64, 3, 1.0, False, "png", 
 FULL_SIZE = RandomBase("Qwen-Image with random weights", torch.device("cpu"), torch.bfloat16)
 
 
-@pytest.mark.parametrize(("gigabytes", "offloaded"), [(80, (False, False)), (48, (True, False)), (24, (True, True))])
-def test_the_full_size_model_is_placed_on_the_cards_that_people_have(gigabytes, offloaded):
-    """Counted, not measured on such cards."""
+@pytest.mark.parametrize(("gigabytes", "resident"), [(80, (28, 60)), (48, (0, 60)), (40, (0, 40)), (24, (0, 19))])
+def test_the_full_size_model_is_placed_on_the_cards_that_people_have(gigabytes, resident):
+    """Counted, not measured on such cards: layers of the text encoder and blocks of the transformer that stay there."""
     found = placement_of(FULL_SIZE, gigabytes * 10**9)
-    assert (found.offload_text_encoder, found.offload_transformer) == offloaded
+    assert (found.text_encoder_layers, found.transformer_blocks) == resident
     assert "transformer (40.9 GB)" in found.line and "text encoder (14.1 GB)" in found.line
 
 
 def test_a_tenth_of_the_memory_stays_free():
-    assert not place(50, 40, 100).offload_text_encoder
-    assert place(50, 41, 100).offload_text_encoder
-    assert not place(90, 41, 100).offload_transformer
-    assert place(91, 41, 100).offload_transformer
+    assert place(Sizes(50, 5, 10), Sizes(40, 4, 10), 100)[:2] == (10, 10)
+    assert place(Sizes(50, 5, 10), Sizes(41, 4, 10), 100)[:2] == (0, 10)
+    assert place(Sizes(90, 9, 10), Sizes(40, 4, 10), 100)[:2] == (0, 0)
 
 
-@pytest.mark.parametrize("factor", [1.5, 0.5])
-def test_offloading_changes_no_pixel(base, zero_prior, baseline, factor):
-    """With room for the transformer alone, and without: base model, an archive, another one, the first again."""
+@pytest.mark.parametrize("free", [0, "half"])
+def test_offloading_changes_no_pixel(base, zero_prior, baseline, free, monkeypatch):
+    """With room for half the layers, and for none: base model, an archive, another one, the first again."""
 
     def images(generator: ImageGenerator) -> list[np.ndarray]:
         archives = (None, zero_prior.archive, baseline.archive, zero_prior.archive)
@@ -44,10 +43,14 @@ def test_offloading_changes_no_pixel(base, zero_prior, baseline, factor):
         return [np.asarray(generator.generate(*both)) for both in zip(requests, archives, strict=True)]
 
     plain = ImageGenerator(base, log=lambda line: None)
-    size = sum(parameter.nbytes for parameter in plain.pipeline.transformer.parameters())
-    log: list[str] = []
-    offloading = ImageGenerator(base, log.append, free=round(factor * size))
-    assert log[0].count("offloaded layer by layer") == (1 if factor > 1 else 2)
+    resident = tuple(
+        len(layers) // 2 if free else 0 for layers in (plain.text_encoder.layers, plain.pipeline.transformer.transformer_blocks)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("placeholder.generate.placement_of", lambda *_: Placement(*resident, "placed"))
+        offloading = ImageGenerator(base, lambda line: None)
+    blocks = offloading.pipeline.transformer.transformer_blocks
+    assert [isinstance(block.forward, Streamed) for block in blocks] == [number >= resident[1] for number in range(len(blocks))]
     expected, found = images(plain), images(offloading)
     assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
     assert not np.array_equal(expected[1], expected[2]) and np.array_equal(expected[1], expected[3])
