@@ -37,12 +37,15 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def unreserved_bytes(device: torch.device) -> int:
+    """Bytes that nothing has reserved on the device, PyTorch included: what CUDA graphs keep is not among them."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = unreserved_bytes(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if device.type == "cuda" else free
 
 
 def reset_peak() -> None:

@@ -25,7 +25,6 @@ from placeholder.training.context import Context, Training, checkpoint_facts, co
 from placeholder.training.diagnostics import diagnose
 from placeholder.training.flow import MIDDLE_SIGMA
 from placeholder.training.loop import Step, TrainState, train_steps
-from placeholder.training.memory_plan import Plan, plan_memory
 from placeholder.training.progress import Progress
 from placeholder.training.resume import read_start, resume_path, resumed_config
 from placeholder.training.setup import prepare
@@ -47,12 +46,11 @@ def finetune(
     log: Log = print,
     processes: Processes = SINGLE_PROCESS,
     stop: Stop | None = None,
-    planned: Callable[..., Plan] = plan_memory,
 ) -> dict[str, Any] | None:
     """Do the job on the base model, and write its weights archive; returns what meta.json holds.
 
     Where `stop` is wanted, a last checkpoint is left and StoppedError raised. Of several processes the first alone writes and
-    returns, the others return None. `planned` decides how the training fits into memory.
+    returns, the others return None.
     Raises ValueError for a bad data set, token or start before any weight is loaded, and RuntimeError when the loss stops being
     finite or the archive cannot be verified.
     """
@@ -65,7 +63,7 @@ def finetune(
         tracker.start(config, shared)
         stack.enter_context(deterministic(base.device, config.deterministic))
         reset_peak()
-        training = prepare(job.dataset, context, grid_prompts, planned)
+        training = prepare(job.dataset, context, grid_prompts)
         start = context.start if isinstance(context.start, Checkpoint) else None
         progress = Progress(config.steps, training.tokens, log, training.state.step, start and start.facts["progress"])
         report = Report(training, context, lambda: stop.wanted) if config.report and first else None

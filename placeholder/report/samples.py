@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from placeholder.config import TrainConfig
 from placeholder.data.captions import with_token, without_token
-from placeholder.devices import free_memory
+from placeholder.devices import free_memory, unreserved_bytes
 from placeholder.lora.adapter import ADAPTER, without_lora
 from placeholder.lora.gate import TokenGate, gated
 from placeholder.model.base import QWEN_IMAGE, BaseModel
@@ -22,6 +22,7 @@ from placeholder.training.diagnostics import rows_as
 
 STEPS, GUIDANCE, SEED = 20, 4.0, 0  # the guidance of Qwen-Image's model card, fewer steps, and the same noise for every image
 MAX_SIDE = 512  # pixels: at full size an image would cost about seven training steps (counted in FLOPs)
+SAMPLE_BYTES = 3 * 10**9  # of Qwen-Image at MAX_SIDE: the VAE 0.25, decoding 0.9 (counted), and room for the passes (estimated)
 CAPTIONS = 3  # how many captions of the data set are sampled where no prompts are given
 STEPS_A_CAPTION = 300  # of training: sampling more captions would take a large part of a shorter training's time
 
@@ -104,8 +105,10 @@ class Sampler:
     @contextmanager
     def _generator(self) -> Iterator[Callable[[str], Image]]:
         """Generates an image of a prompt, by the pipeline around the transformer; its VAE is in memory only meanwhile."""
-        self.training.state.passes.release()  # the memory is needed
         free_memory()
+        if unreserved_bytes(self.base.device) < SAMPLE_BYTES:
+            self.training.state.passes.release()
+            free_memory()
         transformer = self.training.state.transformer
         pipeline = QWEN_IMAGE.pipeline(load_scheduler(self.base), load_vae(self.base, self.base.dtype), None, None, transformer)
         pipeline.set_progress_bar_config(disable=True)

@@ -82,7 +82,7 @@ class PromptEncoder:
         """Encode the prompts without a placeholder, once each; returns how many prompts are cached."""
         for ids in prompts:
             if ids not in self._cached and not self.tokens.contains(list(ids)):
-                self._cached[ids] = self._encode([ids])[0]
+                self._cached[ids] = self._encode([ids])[0].clone()  # without the rows of the template
         return len(self._cached)
 
     def release(self) -> None:

@@ -41,7 +41,6 @@ def prepare(
     dataset: Path,
     context: Context,
     shown_prompts: Callable[[TrainConfig, list[str]], list[str]] = lambda config, captions: [],
-    planned: Callable[..., Plan] = plan_memory,
 ) -> Training:
     """All stages from the archive of images on. `shown_prompts` gives the prompts of the report's images.
 
@@ -55,7 +54,7 @@ def prepare(
     photos, report, descriptions = read_photos(dataset, context)
     generator = torch.Generator().manual_seed(config.seed)
     tokens = fresh_tokens(config, text_width(base), tokenizer, generator, log).to(base.device)
-    plan = plan_photos(photos, descriptions, tokenizer, tokens, context, planned)
+    plan = plan_photos(photos, descriptions, tokenizer, tokens, context)
     with timing.part("load"):
         base.fetch(log)
     if descriptions is None:
@@ -105,7 +104,6 @@ def plan_photos(
     tokenizer: PreTrainedTokenizerBase,
     tokens: PlaceholderTokens,
     context: Context,
-    planned: Callable[..., Plan],
 ) -> Plan:
     """The memory plan for the largest crop and the longest prompt; captions still to be written count at their longest.
 
@@ -121,7 +119,7 @@ def plan_photos(
     largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
     free = context.processes.all_reduce_min(context.base.free_bytes())
     config = replace(config, autocaption=descriptions is None)
-    plan = planned(context.base, config, largest, longest, free, stored_need(context.start))
+    plan = plan_memory(context.base, config, largest, longest, free, stored_need(context.start))
     for line in plan.lines():
         context.log(line)
     return plan

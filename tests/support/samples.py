@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
@@ -52,7 +53,9 @@ class Run:
 def train(dataset: Path, config: TrainConfig, output: Path, base: BaseModel, planned: Callable[..., Plan] = plan_memory) -> Run:
     """A whole training, with its log kept."""
     log: list[str] = []
-    meta = finetune(Job(dataset, config, output), base, log.append, planned=planned)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("placeholder.training.setup.plan_memory", planned)
+        meta = finetune(Job(dataset, config, output), base, log.append)
     return Run(config, output, meta, log)
 
 

@@ -40,7 +40,9 @@ def prepared(dataset: Path, base: BaseModel, kind: str, offloaded: bool = False,
         need = next(need for need in (*plan.needs, *on_gpu) if need.name == kind)
         return replace(plan, chosen=replace(need, offloaded=offloaded))
 
-    return prepare(dataset, Context(TrainConfig(**SHORT | options), base, log=lambda line: None), planned=planned)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("placeholder.training.setup.plan_memory", planned)
+        return prepare(dataset, Context(TrainConfig(**SHORT | options), base, log=lambda line: None))
 
 
 def largest_batch(training: Training, batch_size: int) -> list:

@@ -137,12 +137,16 @@ def test_only_so_many_shapes_are_captured_and_a_line_says_so(gpu, monkeypatch, b
     assert log == ["CUDA graphs: 2 shapes of images and prompts are captured, others run without"]
 
 
-def test_samples_and_what_follows_the_last_step_have_the_memory_of_graphs(monkeypatch, dataset, base, tmp_path):
+@pytest.mark.parametrize(("free", "times"), [(0, 4), (10**10, 1)])
+def test_what_follows_the_last_step_has_the_memory_of_graphs_and_samples_where_they_need_it(
+    free, times, monkeypatch, dataset, base, tmp_path
+):
     forgotten = []
+    monkeypatch.setattr("placeholder.report.samples.unreserved_bytes", lambda device: free)
     monkeypatch.setattr(graphs.Passes, "release", lambda passes: forgotten.append(passes))
     config = TrainConfig(**SHORT | {"steps": 4, "sample_every": 2, "report": True})
     train(dataset, config, tmp_path / "weights.zip", base)
-    assert len(forgotten) == 4  # two times samples, the end of training, the grid
+    assert len(forgotten) == times  # two times samples, the end of training, the grid
 
 
 def test_without_memory_graphs_go_first_then_blocks_are_checkpointed_then_nothing_is_captured(
