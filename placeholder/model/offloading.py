@@ -1,6 +1,7 @@
 """Layers whose weights stay in host memory while they do not compute, and the first-block cache, removed completely."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ class Streamed:
         finally:
             for module, name, parameter in self.places:
                 setattr(module, name, parameter)
+
+
+def recompute(layers: Sequence[nn.Module]) -> None:
+    """Let layers keep their input alone for the backward pass, as `Streamed` does; on shells, to count their memory."""
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def stream(layers: Sequence[nn.Module], device: torch.device) -> None:

@@ -16,6 +16,7 @@ from placeholder.lora.adapter import add_lora
 from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.captioner import vlm_bytes
 from placeholder.model.loading import text_encoder_bytes, text_encoder_shell, transformer_shell
+from placeholder.model.offloading import recompute
 from placeholder.model.quantization import QUANTIZATIONS, Quantization, dequantized_bytes, quantized_bytes
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import PromptEncoder
@@ -109,8 +110,7 @@ def plan_memory(
     """Choose the transformer's quantization (with `quantize` the best that fits) and whether its modulations become a table.
 
     `grid` is that of the largest crop, `ids` the length of the longest prompt with its template, `free` the free bytes of the
-    device, `stored` what the checkpoint to resume from was made with, which is kept. Where nothing fits, the text encoder is
-    offloaded. Raises ValueError where nothing fits even so.
+    device, `stored` how a resumed checkpoint was made. Where nothing fits, the text encoder is offloaded, or ValueError raised.
     """
     usable = round((1 - KEPT_FREE) * free)
     kinds = QUANTIZATIONS[1:] if config.quantize else QUANTIZATIONS[:1]
@@ -158,7 +158,7 @@ def memory_needs(base: BaseModel, config: TrainConfig, grid: Grid, ids: int, off
     rows = config.batch_size * row_bytes(transformer)
     text_encoder = text_encoder_bytes(base, "int8" if config.quantize_te else "none", offload)
     encoding = vlm_bytes(base) if config.autocaption else text_encoder
-    footprint, lora = step_footprint(base, config.rank, config.batch_size, config.tokens, grid, ids)
+    footprint, lora = step_footprint(base, config.rank, config.batch_size, config.tokens, grid, ids, offload)
     variants = [(kind, False) for kind in QUANTIZATIONS]
     if base.device.type != "cpu" and depend_on_timestep_alone(transformer):  # on a CPU a table would lie in the same memory
         variants = [("none", False), *((kind, True) for kind in QUANTIZATIONS)]
@@ -179,10 +179,11 @@ def memory_needs(base: BaseModel, config: TrainConfig, grid: Grid, ids: int, off
 
 @lru_cache(maxsize=16)
 def step_footprint(
-    base: BaseModel, rank: int, batch_size: int, tokens: tuple[str, ...], grid: Grid, ids: int
+    base: BaseModel, rank: int, batch_size: int, tokens: tuple[str, ...], grid: Grid, ids: int, offload: bool
 ) -> tuple[Footprint, int]:
     """What autograd keeps of a step, and the number of the LoRA's parameters; counted once for trainings of the same shapes."""
     transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
+    recompute(text_encoder.layers if offload else ())
     blocks = len(transformer.transformer_blocks)
     counted = transformer.transformer_blocks = transformer.transformer_blocks[:2]  # they are alike
     with fake_step(transformer, text_encoder, rank, batch_size, tokens, grid, ids) as loss:
