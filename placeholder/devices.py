@@ -31,9 +31,9 @@ def stack_on(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def free_memory() -> None:
-    """Give memory back that nothing refers to any more."""
-    gc.collect()
+    """Give the GPU's memory back that nothing refers to any more; in the host's memory Python's own collector does that."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
