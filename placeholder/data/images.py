@@ -29,11 +29,9 @@ BAD_PROFILE_LINE = "its color profile cannot be applied, so its colors are read 
 # What Pillow raises for EXIF data that are cut off, are none, or stand in text chunks of a png.
 BAD_EXIF = (struct.error, IndexError, SyntaxError, TypeError, ValueError, OSError)
 BAD_EXIF_LINE = "its EXIF data cannot be read, so it is not turned by its orientation"
-DNG_VERSION, NEW_SUBFILE_TYPE, REDUCED = (
-    50706,
-    254,
-    1,
-)  # TIFF 6.0, page 36: bit 0 is a smaller version of another image
+# Of raw files: DNG's tag, what CR2 has at byte 8, and TIFF's tag whose lowest bit says that an image is a smaller version of
+# another one (TIFF 6.0, page 36).
+DNG_VERSION, CR2_MARK, NEW_SUBFILE_TYPE, REDUCED = 50706, b"CR", 254, 1
 SRGB = ImageCms.createProfile("sRGB")
 
 pillow_heif.register_heif_opener(thumbnails=False)
@@ -55,7 +53,7 @@ def to_rgb(content: bytes, max_pixels: int = MAX_PIXELS, note: Log | None = None
     if not content:
         raise NotAnImageError("the file is empty")
     with _opened(content) as image:
-        if image.format == "TIFF" and (DNG_VERSION in image.tag_v2 or image.tag_v2.get(NEW_SUBFILE_TYPE, 0) & REDUCED):
+        if image.format == "TIFF" and _is_raw(image, content):
             raise ValueError("it is a camera's raw file: export it as jpg or png")
         width, height = image.size
         if min(width, height) < MIN_SIDE:
@@ -76,6 +74,12 @@ def to_rgb(content: bytes, max_pixels: int = MAX_PIXELS, note: Log | None = None
             note(BAD_PROFILE_LINE)
         image = _managed(image, profile, note) if profile and note else _converted(image, backdrop)
     return image if turn is None else image.transpose(turn)
+
+
+def _is_raw(image: Image.Image, content: bytes) -> bool:
+    """Whether a TIFF is a camera's raw file: it has DNG's version or the mark of CR2, or begins with a thumbnail."""
+    kind = image.tag_v2.get(NEW_SUBFILE_TYPE)
+    return DNG_VERSION in image.tag_v2 or content[8:10] == CR2_MARK or (isinstance(kind, int) and bool(kind & REDUCED))
 
 
 def _turn(image: Image.Image, note: Log | None) -> Transpose | None:

@@ -42,7 +42,7 @@ class Streamed:
                 setattr(module, name, parameter)
 
 
-def recompute(layers: Sequence[nn.Module]) -> None:
+def checkpoint_layers(layers: Sequence[nn.Module]) -> None:
     """Let layers keep their input alone for the backward pass, as `Streamed` does; on shells, to count their memory."""
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

@@ -60,14 +60,14 @@ class HubRepository:
         """Upload what the archive holds. A failure is a warning in the log: the archive is returned in any case."""
         try:
             api, added = self._api(), _operations(archive, self.repo_id)
-            stale = {name for name in api.list_repo_files(self.repo_id) if name.startswith(EMBEDDINGS_FOLDER + "/")}
-            stale -= {file.path_in_repo for file in added}  # of an earlier training's tokens, which meta.json no longer names
-            operations = [*added, *map(CommitOperationDelete, sorted(stale))]
+            stored = {name for name in api.list_repo_files(self.repo_id) if name.startswith(EMBEDDINGS_FOLDER + "/")}
+            stale = sorted(stored - {file.path_in_repo for file in added})  # of tokens that meta.json no longer names
+            operations = [*added, *map(CommitOperationDelete, stale)]
             commit = api.create_commit(self.repo_id, operations, commit_message="Upload LoRA")
         except UPLOAD_ERRORS as error:
             log(f"Warning: the upload to {self.repo_id} failed ({_reason(error)}): the archive itself is returned as always")
         else:
-            log(f"Uploaded to {commit.commit_url}")
+            log(f"Uploaded to {commit.commit_url}" + f"; removed there: {', '.join(stale)}" * bool(stale))
 
     def _api(self) -> HfApi:
         return HfApi(endpoint=self.endpoint, token=self.token)

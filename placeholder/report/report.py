@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from placeholder.config import config_yaml
 from placeholder.data.captions import caption_files
-from placeholder.errors import readable_errors
+from placeholder.errors import out_of_memory, readable_errors
 from placeholder.model.base import DEFAULT_MODEL, BaseModel
 from placeholder.model.loading import transformer_shell
 from placeholder.report.charts import curves, image_grid
@@ -63,11 +63,15 @@ class Report:
 
     def _sampled(self, part: str, what: str, sample: Callable[[], Any]) -> Any | None:
         try:
-            with self.timing.part(part), readable_errors("sample with predict, which can stream the models"):
+            with self.timing.part(part), readable_errors("sample with predict, which can offload the models"):
                 return sample()
         except SamplingStopped:
             return None
         except (RuntimeError, ValueError, OSError) as error:  # a sample is not worth the training
+            passes = self.training.state.passes
+            if passes.holds_memory and out_of_memory(error):
+                passes.release()
+                return self._sampled(part, what, sample)
             self.missing.append(f"Not sampled: {what} ({error})")
             self.log(f"Warning: not sampled: {what} ({error})")
             return None

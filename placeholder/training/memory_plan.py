@@ -16,7 +16,7 @@ from placeholder.lora.adapter import add_lora
 from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.captioner import vlm_bytes
 from placeholder.model.loading import text_encoder_bytes, text_encoder_shell, transformer_shell
-from placeholder.model.offloading import recompute
+from placeholder.model.offloading import checkpoint_layers
 from placeholder.model.quantization import QUANTIZATIONS, Quantization, dequantized_bytes, quantized_bytes
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import PromptEncoder
@@ -183,7 +183,7 @@ def step_footprint(
 ) -> tuple[Footprint, int]:
     """What autograd keeps of a step, and the number of the LoRA's parameters; counted once for trainings of the same shapes."""
     transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
-    recompute(text_encoder.layers if offload else ())
+    checkpoint_layers(text_encoder.layers if offload else ())
     blocks = len(transformer.transformer_blocks)
     counted = transformer.transformer_blocks = transformer.transformer_blocks[:2]  # they are alike
     with fake_step(transformer, text_encoder, rank, batch_size, tokens, grid, ids) as loss:

@@ -185,7 +185,7 @@ def encode_text(
     else:
         prompt_embeds.release()
     del text_encoder
-    free_memory()  # the VAE too
+    free_memory()  # a GPU's: of the VAE too
     return prompt_embeds, token_optimizer
 
 

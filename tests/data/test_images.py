@@ -7,9 +7,9 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
-from placeholder.data.images import SRGB, UNREADABLE, to_rgb
+from placeholder.data.images import SRGB, UNREADABLE, _is_raw, to_rgb
 from tests.support.samples import encoded, picture
 
 PNG = encoded(picture())
@@ -126,6 +126,22 @@ def without_palette() -> bytes:
 def test_an_image_that_cannot_be_used_gets_its_sentence(content, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         to_rgb(content)
+
+
+def test_a_tiff_with_an_odd_tag_is_no_raw_file():
+    assert to_rgb(encoded(picture(), "TIFF", tiffinfo=odd_tiff_tags())).size == picture().size
+
+
+def test_a_cr2_is_a_raw_file_by_its_mark():
+    with Image.open(io.BytesIO(encoded(picture(), "TIFF"))) as image:
+        assert [_is_raw(image, b"II*\0\x10\0\0\0" + mark) for mark in (b"CR\2\0", b"\x0a\0\0\1")] == [True, False]
+
+
+def odd_tiff_tags() -> TiffImagePlugin.ImageFileDirectory_v2:
+    """What kind of image it is, in letters instead of a number."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[254], tags[254] = 2, "1"
+    return tags
 
 
 @pytest.mark.parametrize(

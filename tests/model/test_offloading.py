@@ -16,15 +16,17 @@ from placeholder.request import Request
 from placeholder.transformer.checkpointing import saved_bytes
 
 REQUEST = Request("a photo of <zwx>", "", 2, 4.0, 64, 64, 3, 1.0, False, "png", 80)
-FULL_SIZE = RandomBase("Qwen-Image with random weights", torch.device("cpu"), torch.bfloat16)
+FULL_SIZE = RandomBase("Qwen-Image with random weights", torch.device("cuda"), torch.bfloat16)  # counted alone
 
 
-@pytest.mark.parametrize(("gigabytes", "resident"), [(80, (28, 60)), (48, (0, 60)), (40, (0, 40)), (24, (0, 19))])
+@pytest.mark.parametrize(
+    ("gigabytes", "resident"), [(80, (28, 60)), (56, (6, 60)), (48, (0, 60)), (40, (0, 42)), (24, (0, 21))]
+)
 def test_the_full_size_model_is_placed_on_the_cards_that_people_have(gigabytes, resident):
     """Counted, not measured on such cards: layers of the text encoder and blocks of the transformer that stay there."""
     found = placement_of(FULL_SIZE, gigabytes * 10**9)
     assert (found.text_encoder_layers, found.transformer_blocks) == resident
-    assert "transformer (40.9 GB)" in found.line and "text encoder (14.1 GB)" in found.line
+    assert "transformer (40.9 GB)" in found.line and "text encoder (13.1 GB)" in found.line
 
 
 def test_a_tenth_of_the_memory_stays_free():

@@ -80,7 +80,7 @@ def test_the_archive_is_uploaded_with_a_card_and_without_the_photographs(hub, ze
     repository.check()
     repository.upload(archive, log.append)
     assert [made["visibility"] for made in Hub.created] == ["private"]
-    assert log == [f"Uploaded to https://huggingface.co/{REPO}/commit/1"]
+    assert log == [f"Uploaded to https://huggingface.co/{REPO}/commit/1; removed there: embeddings/old.safetensors"]
     stored = {"embeddings/zwx.safetensors", "lora_weights.safetensors", "meta.json", "report/grid.jpg"}
     assert set(Hub.files) == {"README.md", "notes.txt", *stored}
     found = read_weights(write_zip(tmp_path / "repository.zip", Hub.files))

@@ -183,6 +183,19 @@ def test_the_reports_configuration_repeats_the_archive_byte_for_byte_at_a_fixed_
     assert "Peak memory" not in page_of(first).text
 
 
+def test_samples_that_run_out_of_memory_beside_graphs_are_made_without_them(hostile, base):
+    def full_at_first() -> bool:
+        if training.state.passes.holds_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return False
+
+    log: list[str] = []
+    training = prepare(hostile, Context(TOKEN, base, lambda line: None), grid_prompts)
+    training.state.passes._graphs["shapes"] = object()
+    Report(training, Context(TOKEN, base, log.append), full_at_first).step(SimpleNamespace(number=3))
+    assert [line.split(":")[0] for line in log] == ["Samples of step 3"]
+
+
 def test_samples_that_run_out_of_memory_are_missing_and_the_rest_is_there(shown, hostile, base):
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -64,8 +64,9 @@ def test_what_a_step_keeps_is_predicted_without_any_weight(base, dataset, option
         lambda: sample_losses(state.denoiser, prompt_embeds, batch).sum(),
         encoder.parameters() if encoder else (),
     )
-    example = batch[0].example
-    need = memory_needs(base, TrainConfig(**SHORT | options), example.grid, len(example.input_ids), offloaded)[0]
+    example, need = batch[0].example, training.plan.needs[0]
+    if offloaded:
+        need = memory_needs(base, TrainConfig(**SHORT | options), example.grid, len(example.input_ids), offloaded)[0]
     assert need.footprint == found
     weights = [parameter for parameter in state.transformer.parameters() if not parameter.requires_grad]
     assert need.transformer == sum(weight.nbytes for weight in weights)
