@@ -141,7 +141,7 @@ def training(name: str, report: Report, counts: dict[str, int], fault: str | Non
     report.check(not measured.blocking, f"{name}: copies to the GPU do not block {dict(measured.blocking)}")
     report.check(not card.captured, f"{name}: no tensor of the host is captured {dict(card.captured)}")
     report.check(not card.mixed, f"{name}: no operation is on tensors of two devices {dict(card.mixed)}")
-    planned_offload = any("text encoder, offloaded" in line for line in log)
+    planned_offload = any("of the text encoder do not fit" in line for line in log)
     report.check(planned_offload == ("offloaded" in name), f"{name}: the plan offloads the text encoder: {planned_offload}")
     kinds = {kind for kind, heads in card.attention if heads == HEADS}
     report.check(kinds == {"fused"}, f"{name}: the blocks' attention is fused, without a mask {kinds}")

@@ -43,14 +43,14 @@ class ImageGenerator:
         self.tokenizer = load_tokenizer(base)
         placement = placement_of(base, free)
         log(placement.line)
-        self.text_encoder = load_text_encoder(base, resident=placement.text_encoder_layers)
+        self.text_encoder = load_text_encoder(base, offloaded=placement.text_encoder)
         # The pipeline gets prompt_embeds from `_encode`, as in training, so it needs no text encoder of its own.
         self.pipeline = QWEN_IMAGE.pipeline(
             scheduler=load_scheduler(base),
             vae=load_vae(base, base.dtype),
             text_encoder=None,
             tokenizer=None,
-            transformer=load_transformer(base, resident=placement.transformer_blocks),
+            transformer=load_transformer(base, offloaded=placement.transformer),
         )
         self.pipeline.set_progress_bar_config(disable=True)  # its line is rewritten in place, which logs do not show
         # Stretching the schedule so that its last step is at shift_terminal divides 0 by 0 where the last step is the first.

@@ -13,7 +13,7 @@ from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.offloading import stream
 from placeholder.model.quantization import Quantization, quantize, quantized_bytes
 from placeholder.model.vae import as_single_frame
-from placeholder.transformer.modulations import tabulate
+from placeholder.transformer.modulations import modulation_layers, tabulate
 
 
 @lru_cache(maxsize=2)
@@ -45,11 +45,11 @@ def load_vae(base: BaseModel, dtype: torch.dtype) -> nn.Module:
     return vae.requires_grad_(False).eval().to(base.device)
 
 
-def load_text_encoder(base: BaseModel, quantization: Quantization = "none", resident: int | None = None) -> nn.Module:
+def load_text_encoder(base: BaseModel, quantization: Quantization = "none", offloaded: int = 0) -> nn.Module:
     """The language model inside Qwen2.5-VL, frozen: without the vision tower and the head that computes logits.
 
-    The embedding matrix stays in host memory, where ids are looked up. So do the layers after the first `resident` ones (None:
-    all are resident), each of which is on the device while it computes.
+    The embedding matrix stays in host memory, where ids are looked up. So do the last `offloaded` layers, each of which is on
+    the device while it computes.
     """
     vlm = base.component(QWEN_IMAGE.text_encoder, "text_encoder", dtype=base.dtype, use_safetensors=True)
     text_encoder = vlm.model.language_model.requires_grad_(False).eval()
@@ -57,29 +57,28 @@ def load_text_encoder(base: BaseModel, quantization: Quantization = "none", resi
     text_encoder.embed_tokens.cpu()
     text_encoder.norm.to(base.device)
     text_encoder.rotary_emb.to(base.device)
-    _place(text_encoder.layers, resident, base.device)
+    _place(text_encoder.layers, offloaded, base.device)
     return text_encoder
 
 
-def _place(layers: nn.ModuleList, resident: int | None, device: torch.device) -> None:
-    kept = len(layers) if resident is None else resident
+def _place(layers: nn.ModuleList, offloaded: int, device: torch.device) -> None:
+    kept = len(layers) - offloaded
     layers[:kept].to(device)
     stream(layers[kept:], device)
 
 
-def text_encoder_bytes(base: BaseModel, quantization: Quantization = "none", offload: bool = False) -> int:
-    """Bytes that the text encoder of `load_text_encoder` has on the device, offloaded: with its largest layer."""
+def text_encoder_bytes(base: BaseModel, quantization: Quantization = "none", offloaded: int = 0) -> int:
+    """Bytes that the text encoder of `load_text_encoder` has on the device: of `offloaded` layers one, while it computes."""
     shell = text_encoder_shell(base)
-    if offload:
-        return max(sum(parameter.nbytes for parameter in layer.parameters()) for layer in shell.layers)
     embedding = 0 if base.device.type == "cpu" else shell.embed_tokens.weight.nbytes
-    return quantized_bytes(shell, shell.layers, quantization) - embedding
+    elsewhere = [parameter for layer in shell.layers[: max(0, offloaded - 1)] for parameter in layer.parameters()]
+    return quantized_bytes(shell, shell.layers, quantization) - embedding - sum(parameter.nbytes for parameter in elsewhere)
 
 
 def load_transformer(
-    base: BaseModel, quantization: Quantization = "none", sigmas: Tensor | None = None, resident: int | None = None
+    base: BaseModel, quantization: Quantization = "none", sigmas: Tensor | None = None, offloaded: int = 0
 ) -> nn.Module:
-    """The denoising transformer, frozen. Blocks after the first `resident` ones (None: all are) are offloaded as those layers.
+    """The denoising transformer, frozen. Its last `offloaded` blocks are in host memory, as those layers.
 
     With `sigmas` (N,) its modulations are a table for these in host memory, computed from unquantized weights.
     """
@@ -91,8 +90,17 @@ def load_transformer(
     for name, part in transformer.named_children():
         if name != "transformer_blocks":
             part.to(base.device)
-    _place(transformer.transformer_blocks, resident, base.device)
+    _place(transformer.transformer_blocks, offloaded, base.device)
     return transformer
+
+
+def transformer_bytes(shell: nn.Module, quantization: Quantization, tabled: bool) -> int:
+    """Bytes that the transformer of `load_transformer` has on the device, from its `transformer_shell`."""
+    whole = quantized_bytes(shell, shell.transformer_blocks, quantization)
+    if not tabled:
+        return whole
+    modulations = sum(quantized_bytes(layer, layer, quantization) for layer in modulation_layers(shell))
+    return whole - modulations - quantized_bytes(shell.time_text_embed, shell.time_text_embed, "none")
 
 
 def transformer_shell(base: BaseModel) -> nn.Module:

@@ -20,22 +20,22 @@ class Sizes(NamedTuple):
     layer: int
     layers: int
 
-    def resident(self, room: int) -> int:
-        """How many layers may stay in `room` bytes; where not all do, decoding and the layer that computes have room too."""
+    def offloaded(self, room: int) -> int:
+        """How many layers to offload to fit into `room` bytes: none, or so many that there is room for decoding too."""
         if self.whole <= room:
-            return self.layers
-        return max(0, self.layers - 1 - math.ceil((self.whole + DECODING - room) / self.layer))
+            return 0
+        return min(self.layers, 1 + math.ceil((self.whole + DECODING - room) / self.layer))
 
-    def taken(self, resident: int) -> int:
-        """Bytes on the device with so many layers there for good, and one that computes."""
-        return self.whole - max(0, self.layers - 1 - resident) * self.layer
+    def taken(self, offloaded: int) -> int:
+        """Bytes on the device: of the offloaded layers one is there, while it computes."""
+        return self.whole - max(0, offloaded - 1) * self.layer
 
 
 class Placement(NamedTuple):
-    """How many layers of each model stay on the device, and the log line that says so."""
+    """How many layers of each model are offloaded, and the log line that says so."""
 
-    text_encoder_layers: int
-    transformer_blocks: int
+    text_encoder: int
+    transformer: int
     line: str
 
 
@@ -46,8 +46,8 @@ def place(transformer: Sizes, text_encoder: Sizes, free: int) -> Placement:
     the VAE and the activations.
     """
     usable = round((1 - KEPT_FREE) * free)
-    layers = text_encoder.resident(usable - transformer.whole)
-    blocks = transformer.resident(usable - text_encoder.taken(layers))
+    layers = text_encoder.offloaded(usable - transformer.whole)
+    blocks = transformer.offloaded(usable - text_encoder.taken(layers))
     line = (
         f"Memory: {usable / 1e9:.3g} GB may be used; {_where('transformer', transformer, blocks)}, "
         f"{_where('text encoder', text_encoder, layers)}"
@@ -55,10 +55,8 @@ def place(transformer: Sizes, text_encoder: Sizes, free: int) -> Placement:
     return Placement(layers, blocks, line)
 
 
-def _where(name: str, sizes: Sizes, resident: int) -> str:
-    where = "on the device"
-    if resident < sizes.layers:
-        where = f"{sizes.layers - resident} of its {sizes.layers} layers offloaded to the host's memory"
+def _where(name: str, sizes: Sizes, offloaded: int) -> str:
+    where = f"{offloaded} of its {sizes.layers} layers offloaded to the host's memory" if offloaded else "on the device"
     return f"{name} ({sizes.whole / 1e9:.3g} GB) {where}"
 
 

@@ -1,9 +1,11 @@
 """The GPU memory of a training, counted from the model's configuration before any weight is loaded, and how to fit into it."""
 
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 
 import torch
@@ -15,16 +17,16 @@ from placeholder.devices import KEPT_FREE
 from placeholder.lora.adapter import add_lora
 from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.captioner import vlm_bytes
-from placeholder.model.loading import text_encoder_bytes, text_encoder_shell, transformer_shell
+from placeholder.model.loading import text_encoder_bytes, text_encoder_shell, transformer_bytes, transformer_shell
 from placeholder.model.offloading import checkpoint_layers
-from placeholder.model.quantization import QUANTIZATIONS, Quantization, dequantized_bytes, quantized_bytes
+from placeholder.model.quantization import QUANTIZATIONS, Quantization, dequantized_bytes
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import PromptEncoder
 from placeholder.training.examples import Example, draw_sample
 from placeholder.training.losses import Denoiser, sample_losses
 from placeholder.training.optimizers import STATES
 from placeholder.transformer.checkpointing import BlockCheckpointing, Footprint, measure
-from placeholder.transformer.modulations import depend_on_timestep_alone, modulation_layers, row_bytes
+from placeholder.transformer.modulations import depend_on_timestep_alone, row_bytes
 
 GB = 1e9
 Grid = tuple[int, int]  # height and width in image tokens
@@ -37,7 +39,7 @@ class Need:
     """Bytes that a training needs with the transformer quantized in one way, its modulations `tabled` or not.
 
     `encoding` is the peak before training, while the text encoder is whole or captions images; `text_encoder` is what of it
-    stays. `offloaded`: its layers stay in host memory, and each is on the GPU while it computes, forward and backward.
+    stays. Its last `offloaded` layers stay in host memory, and each is on the GPU while it computes, forward and backward.
     """
 
     quantization: Quantization
@@ -47,7 +49,7 @@ class Need:
     text_encoder: int
     lora: int
     footprint: Footprint
-    offloaded: bool = False
+    offloaded: int = 0
 
     @property
     def name(self) -> str:
@@ -87,21 +89,21 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as a table in GB."""
-        blocks = self.needs[0].footprint.blocks
+        offloaded = self.chosen.offloaded
         counts = [need.checkpointed(self.free) for need in self.needs]
         rows = [
             ("GB expected", [f"{need.name}{' *' if need == self.chosen else ''}" for need in self.needs]),
             ("transformer", [_gb(need.transformer) for need in self.needs]),
-            (f"text encoder{', offloaded' * self.chosen.offloaded}", [_gb(need.text_encoder) for need in self.needs]),
+            (f"text encoder{f', {offloaded} offloaded' if offloaded else ''}", [_gb(need.text_encoder) for need in self.needs]),
             ("LoRA, gradients, optimizer", [_gb(need.lora) for need in self.needs]),
             ("activations", [_gb(need.footprint.total(count)) for need, count in zip(self.needs, counts, strict=True)]),
             ("peak", [_gb(need.peak(count)) for need, count in zip(self.needs, counts, strict=True)]),
-            (f"checkpointed blocks, of {blocks}", [str(count) for count in counts]),
+            (f"checkpointed blocks, of {self.needs[0].footprint.blocks}", [str(count) for count in counts]),
         ]
         lines = [f"Memory plan for {self.title}; {_gb(self.free)} GB may be used; * is what this training takes"]
-        slower = "Warning: the text encoder does not fit: its layers are copied to the GPU whenever they compute, which is slow"
+        slower = f"Warning: {offloaded} layers of the text encoder do not fit: each is copied to the GPU whenever it computes"
         lines += [f"  {name:<28}" + "".join(f"{cell:>13}" for cell in cells) for name, cells in rows]
-        return lines + [slower] * self.chosen.offloaded
+        return lines + [slower] * (offloaded > 0)
 
 
 def plan_memory(
@@ -110,25 +112,32 @@ def plan_memory(
     """Choose the transformer's quantization (with `quantize` the best that fits) and whether its modulations become a table.
 
     `grid` is that of the largest crop, `ids` the length of the longest prompt with its template, `free` the free bytes of the
-    device, `stored` how a resumed checkpoint was made. Where nothing fits, the text encoder is offloaded, or ValueError raised.
+    device, `stored` how a resumed checkpoint was made. Where nothing fits, as few of the text encoder's layers as possible are
+    offloaded. Raises ValueError where that does not help, and where no need is as `stored`.
     """
     usable = round((1 - KEPT_FREE) * free)
-    kinds = QUANTIZATIONS[1:] if config.quantize else QUANTIZATIONS[:1]
-    wanted = [stored] if stored else list(product(kinds, (False, True)))
-    for offload in (False,) if base.device.type == "cpu" or config.quantize_te else (False, True):
-        needs = memory_needs(base, config, grid, ids, offload)
-        allowed = [need for need in needs if (need.quantization, need.tabled) in wanted]
-        if fitting := [need for need in allowed if need.least <= usable]:
-            break
+    wanted = [stored] if stored else list(product(QUANTIZATIONS[1:] if config.quantize else QUANTIZATIONS[:1], (False, True)))
+    count = partial(memory_needs, base, config, grid, ids)
+
+    def fitting(needs: tuple[Need, ...], most: float = usable) -> list[Need]:
+        return [need for need in needs if (need.quantization, need.tabled) in wanted and need.least <= most]
+
+    needs = count()
+    if not fitting(needs) and base.device.type != "cpu" and not config.quantize_te:
+        layers = range(1, len(text_encoder_shell(base).layers) + 1)
+        needs = count(layers[-1])
+        if best := {need.quantization for need in fitting(needs)[:1]}:
+            fewest = bisect_left(layers, True, key=lambda n: best <= {need.quantization for need in fitting(count(n))})
+            needs = count(layers[fewest])
     side = "{1}x{0}".format(*(QWEN_IMAGE.pixels_per_token * tokens for tokens in grid))
     token = "with" if config.tokens else "without"
     title = f"training at {side} pixels, batch {config.batch_size}, rank {config.rank}, {token} a token"
-    if not allowed:
+    if not (allowed := fitting(needs, math.inf)):
         raise ValueError("the checkpoint was made on another kind of device: resume where it was made, on a GPU or a CPU")
-    if not fitting:
+    if not (found := fitting(needs)):
         levers = ", or ".join(_levers(config, needs, allowed[-1], usable))
         raise ValueError(f"{title} needs {_gb(allowed[-1].least)} GB, {_gb(usable)} GB may be used: {levers}")
-    alike = [need for need in fitting if need.quantization == fitting[0].quantization]
+    alike = [need for need in found if need.quantization == found[0].quantization]
     return Plan(title, needs, usable, min(alike, key=lambda need: need.checkpointed(usable)))
 
 
@@ -141,24 +150,15 @@ def _levers(config: TrainConfig, needs: tuple[Need, ...], need: Need, usable: in
     return ["set quantize to true"] * quantized + [smaller, "take a larger GPU"]
 
 
-def memory_needs(base: BaseModel, config: TrainConfig, grid: Grid, ids: int, offload: bool = False) -> tuple[Need, ...]:
-    """What the training needs with each quantization, the largest first; `offload`: with an offloaded text encoder.
+def memory_needs(base: BaseModel, config: TrainConfig, grid: Grid, ids: int, offloaded: int = 0) -> tuple[Need, ...]:
+    """What the training needs with each quantization, the largest first, with so many layers of the text encoder offloaded.
 
-    On a GPU quantized weights have their modulations tabled, others come with a table and without. For the other arguments see
-    `plan_memory`.
+    On a GPU quantized weights have their modulations tabled, others come with a table and without. See `plan_memory`.
     """
     transformer = transformer_shell(base)
-    weights = {kind: quantized_bytes(transformer, transformer.transformer_blocks, kind) for kind in QUANTIZATIONS}
-    dequantized = {kind: dequantized_bytes(transformer.transformer_blocks, kind) for kind in QUANTIZATIONS}
-    embedder = quantized_bytes(transformer.time_text_embed, transformer.time_text_embed, "none")
-    replaced = {
-        kind: embedder + sum(quantized_bytes(layer, layer, kind) for layer in modulation_layers(transformer))
-        for kind in QUANTIZATIONS
-    }
-    rows = config.batch_size * row_bytes(transformer)
-    text_encoder = text_encoder_bytes(base, "int8" if config.quantize_te else "none", offload)
-    encoding = vlm_bytes(base) if config.autocaption else text_encoder
-    footprint, lora = step_footprint(base, config.rank, config.batch_size, config.tokens, grid, ids, offload)
+    rows, blocks = config.batch_size * row_bytes(transformer), transformer.transformer_blocks
+    text_encoder = text_encoder_bytes(base, "int8" if config.quantize_te else "none", offloaded)
+    footprint, lora = step_footprint(base, config.rank, config.batch_size, config.tokens, grid, ids, offloaded)
     variants = [(kind, False) for kind in QUANTIZATIONS]
     if base.device.type != "cpu" and depend_on_timestep_alone(transformer):  # on a CPU a table would lie in the same memory
         variants = [("none", False), *((kind, True) for kind in QUANTIZATIONS)]
@@ -166,12 +166,12 @@ def memory_needs(base: BaseModel, config: TrainConfig, grid: Grid, ids: int, off
         Need(
             kind,
             tabled,
-            encoding=encoding,
-            transformer=weights[kind] - tabled * replaced[kind],
+            encoding=vlm_bytes(base) if config.autocaption else text_encoder,
+            transformer=transformer_bytes(transformer, kind, tabled),
             text_encoder=text_encoder if config.tokens else 0,
             lora=(2 + STATES[config.optimizer]) * lora * torch.float32.itemsize,  # weights, gradients, the optimizer's states
-            footprint=replace(footprint, rest=footprint.rest + tabled * rows + dequantized[kind]),
-            offloaded=offload,
+            footprint=replace(footprint, rest=footprint.rest + tabled * rows + dequantized_bytes(blocks, kind)),
+            offloaded=offloaded,
         )
         for kind, tabled in variants
     )
@@ -179,11 +179,11 @@ def memory_needs(base: BaseModel, config: TrainConfig, grid: Grid, ids: int, off
 
 @lru_cache(maxsize=16)
 def step_footprint(
-    base: BaseModel, rank: int, batch_size: int, tokens: tuple[str, ...], grid: Grid, ids: int, offload: bool
+    base: BaseModel, rank: int, batch_size: int, tokens: tuple[str, ...], grid: Grid, ids: int, offloaded: int
 ) -> tuple[Footprint, int]:
     """What autograd keeps of a step, and the number of the LoRA's parameters; counted once for trainings of the same shapes."""
     transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
-    checkpoint_layers(text_encoder.layers if offload else ())
+    checkpoint_layers(text_encoder.layers[len(text_encoder.layers) - offloaded :])
     blocks = len(transformer.transformer_blocks)
     counted = transformer.transformer_blocks = transformer.transformer_blocks[:2]  # they are alike
     with fake_step(transformer, text_encoder, rank, batch_size, tokens, grid, ids) as loss:

@@ -169,12 +169,15 @@ def encode_text(
     tokenizer: PreTrainedTokenizerBase,
     tokens: PlaceholderTokens,
     context: Context,
-    offload: bool,
+    offloaded: int,
 ) -> tuple[PromptEncoder, TokenOptimizer | None]:
-    """The embeddings of prompts without a placeholder, cached; the text encoder stays only where tokens are trained."""
+    """The embeddings of prompts without a placeholder, cached; the text encoder stays only where tokens are trained.
+
+    Its last `offloaded` layers are in the host's memory.
+    """
     config, token_optimizer = context.config, None
     with context.timing.part("load"):
-        text_encoder = load_text_encoder(context.base, "int8" if config.quantize_te else "none", 0 if offload else None)
+        text_encoder = load_text_encoder(context.base, "int8" if config.quantize_te else "none", offloaded)
     prompt_embeds = PromptEncoder(text_encoder, tokens)
     with context.timing.part("cache"):
         cached = prompt_embeds.cache(prompts)
