@@ -174,7 +174,7 @@ def train_config(inputs: dict[str, Any], config_file: Path | str | None = None) 
     if options.setdefault("train_placeholder_token", named) and not named:
         options["placeholder_token"] = DEFAULT_PLACEHOLDER
     config = checked(TrainConfig, options)
-    if not config.token_gate and "prior_preservation" not in options:
+    if config.tokens and not config.token_gate and "prior_preservation" not in options:
         config = replace(config, prior_preservation=UNGATED_PRESERVATION)
     _check_together(config)
     return config

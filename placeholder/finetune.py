@@ -113,6 +113,8 @@ def resolve(job: Job, base: BaseModel, log: Log, processes: Processes) -> tuple[
         )
     if config.placeholder_token and not config.tokens:
         log(f"Placeholder token '{','.join(config.placeholder_token)}' is not used: train_placeholder_token is false")
+    if config.prior_preservation and not config.tokens:
+        log("prior_preservation is not used: no placeholder token is trained")
     return Context(config, base, log, processes, start), shared
 
 

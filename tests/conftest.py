@@ -96,7 +96,7 @@ def style(zero_prior, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def baseline(base, dataset, tmp_path_factory) -> Run:
     """A training without the token, although one is named."""
-    config = TrainConfig(**SHORT, train_placeholder_token=False, placeholder_token=("<zwx>",))
+    config = TrainConfig(**SHORT, train_placeholder_token=False, placeholder_token=("<zwx>",), prior_preservation=4.0)
     return train(dataset, config, tmp_path_factory.mktemp("baseline") / "baseline.zip", base)
 
 

@@ -74,6 +74,7 @@ def test_a_token_is_trained_when_asked_for_or_left_blank_and_named(train, named,
 )
 def test_without_the_token_gate_the_prior_is_preserved_unless_told_otherwise(given, weight):
     assert train_config({"placeholder_token": "<zwx>", "prior_preservation": None} | given).prior_preservation == weight
+    assert train_config(given).prior_preservation == given.get("prior_preservation", 0.0)  # without a token
 
 
 def test_a_token_named_beside_an_explicit_false_is_kept_for_the_log():

@@ -8,7 +8,7 @@ import torch
 from peft import set_peft_model_state_dict
 
 from placeholder.config import OPTIONS, TrainConfig
-from placeholder.errors import shown
+from placeholder.errors import quoted, shown
 from placeholder.lora.adapter import ADAPTER, lora_state_dict
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.training.checkpoint import Checkpoint, is_checkpoint, read_checkpoint, stored_checkpoints
@@ -110,9 +110,14 @@ def apply_start(start: Checkpoint | Weights, state: TrainState, tokens: Placehol
         return f"Resumed from {start.name} after step {state.step}"
     fresh = {key: tuple(value.shape) for key, value in lora_state_dict(state.transformer).items()}
     given = {key: tuple(value.shape) for key, value in start.lora.items()}
-    if wrong := sorted(key for key in fresh.keys() | given.keys() if fresh.get(key) != given.get(key)):
+    if others := fresh.keys() ^ given.keys():
         raise ValueError(
-            f"the LoRA to start from has {wrong[0]} of shape {given.get(wrong[0])}, this training makes {fresh.get(wrong[0])}: "
+            f"the LoRA to start from is on other layers than this training's, {len(others)} weights differ, among them "
+            f"{quoted(min(others))}: give an archive of a training like this one, or leave resume_from out"
+        )
+    if wrong := sorted(key for key in fresh if fresh[key] != given[key]):
+        raise ValueError(
+            f"the LoRA to start from has {wrong[0]} of shape {given[wrong[0]]}, this training makes {fresh[wrong[0]]}: "
             "give the rank it was trained with"
         )
     set_peft_model_state_dict(state.transformer, start.lora, adapter_name=ADAPTER)

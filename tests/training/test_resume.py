@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from demo.server import ROOT
 from placeholder.config import config_yaml
@@ -204,6 +205,10 @@ def test_weights_that_the_training_cannot_start_from_are_refused(zero_prior, bas
         ValueError, match=r"the LoRA to start from has .* of shape \(4, 64\), this training makes \(8, 64\): give"
     ):
         resumed(baseline.archive, baseline, dataset, base, tmp_path / "w.zip", rank=8)
+    fewer = {key: value for key, value in baseline.tensors(LORA).items() if "transformer_blocks.0.attn.to_q.lora_A" not in key}
+    save_file(fewer, tmp_path / "fewer.safetensors")
+    with pytest.raises(ValueError, match=r"on other layers than this training's, 1 weights differ, among them '.*to_q\.lora_A"):
+        resumed(tmp_path / "fewer.safetensors", baseline, dataset, base, tmp_path / "w.zip")
 
 
 def test_what_is_not_there_gets_its_sentence(zero_prior, dataset, base, tmp_path):
@@ -218,8 +223,6 @@ def test_what_is_not_there_gets_its_sentence(zero_prior, dataset, base, tmp_path
     [{}, {"config": 3}, {"config": {}}, {"step": "x"}, {"progress": None}, {"state": {"items": 3}}, {"state": 3}, {"x": 1}],
 )
 def test_a_checkpoint_with_other_facts_gets_a_sentence(facts, interrupted, zero_prior, dataset, base, tmp_path):
-    from safetensors.torch import save_file
-
     stored = read_checkpoint(interrupted / "checkpoint-000008.safetensors")
     state = {"state": {"items": [["step", 8]]}}
     changed = stored.facts | state | facts if facts else state
