@@ -48,11 +48,17 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "token, preservation": PRESERVED,
     "token, int8": TOKEN | {"quantize": True},
     "token, batch 2, blocks checkpointed": PRESERVED | {"batch_size": 2},
+    "token, rank 256, blocks checkpointed": TOKEN | {"rank": 256},
     "token, text encoder offloaded": TOKEN | {"quantize": True},
     "token, resumed": TOKEN | {"steps": 4},
 }
 # Bytes of the card; 80 GB for the others.
-SMALL_CARD = {"token, batch 2, blocks checkpointed": 5.1e9, "token, text encoder offloaded": 2.0e9}
+SMALL_CARD = {
+    "token, batch 2, blocks checkpointed": 5.1e9,
+    "token, rank 256, blocks checkpointed": 8.0e9,
+    "token, text encoder offloaded": 2.0e9,
+}
+BLOCKS = {"token, rank 256, blocks checkpointed": 8}  # 2 for the others
 PREDICTIONS = {"prediction": 80e9, "prediction, offloaded": 1.5e9}
 FAST, FAST_FAULTS = ("token",), ("item",)
 LORA_LAYER, WIDTH = "transformer.transformer_blocks.1.attn.to_q", 3072
@@ -124,7 +130,8 @@ class Report:
 def training(name: str, report: Report, counts: dict[str, int], fault: str | None = None, side: int = 512) -> int:
     """One training of two steps, or two steps after a checkpoint, with its checks; returns the kernels of a step."""
     with fake_cuda(SMALL_CARD.get(name, 80e9)) as card, tempfile.TemporaryDirectory() as folder:
-        base = full_size.RandomBase("fake", torch.device("cuda"), torch.bfloat16, sizes=SIZES)
+        sizes = SIZES | {"transformer": {"num_layers": BLOCKS.get(name, 2)}}
+        base = full_size.RandomBase("fake", torch.device("cuda"), torch.bfloat16, sizes=sizes)
         options = {"steps": 2, "caption_dropout": 0.0, "report": False} | TRAININGS[name]  # the second step is captured
         config = TrainConfig(resolution=(side,), seed=0, **options)
         measured, log = Measured(card), []

@@ -137,8 +137,7 @@ def plan_memory(
     if not (found := fitting(needs)):
         levers = ", or ".join(_levers(config, needs, allowed[-1], usable))
         raise ValueError(f"{title} needs {_gb(allowed[-1].least)} GB, {_gb(usable)} GB may be used: {levers}")
-    alike = [need for need in found if need.quantization == found[0].quantization]
-    return Plan(title, needs, usable, min(alike, key=lambda need: need.checkpointed(usable)))
+    return Plan(title, needs, usable, min(found, key=lambda n: (QUANTIZATIONS.index(n.quantization), n.checkpointed(usable))))
 
 
 def _levers(config: TrainConfig, needs: tuple[Need, ...], need: Need, usable: int) -> list[str]:
@@ -188,8 +187,10 @@ def step_footprint(
     counted = transformer.transformer_blocks = transformer.transformer_blocks[:2]  # they are alike
     with fake_step(transformer, text_encoder, rank, batch_size, tokens, grid, ids) as loss:
         footprint = measure(transformer, loss, text_encoder.parameters())
-    lora = sum(parameter.numel() for parameter in counted.parameters() if parameter.requires_grad)
-    return replace(footprint, blocks=blocks), lora * blocks // len(counted)
+    lora = sum(parameter.numel() for parameter in counted.parameters() if parameter.requires_grad) // len(counted)
+    casts = lora * base.dtype.itemsize * (base.dtype != torch.float32)  # of a block, also of a checkpointed one
+    kept = footprint.checkpointed_block + casts
+    return replace(footprint, blocks=blocks, checkpointed_block=kept, lora=2 * casts * blocks), lora * blocks
 
 
 @contextmanager
@@ -210,8 +211,7 @@ def fake_step(
     with HostFakes(allow_non_fake_inputs=True):
         for module in [transformer, text_encoder] if names else [transformer]:
             module.to_empty(device="cpu")  # FakeTensors that claim to be there: their attention keeps what a GPU's keeps
-        # The embeddings of a prompt without a token are computed once.
-        cached = torch.zeros(1, ids - QWEN_IMAGE.dropped_tokens, width)
+        cached = torch.zeros(1, ids - QWEN_IMAGE.dropped_tokens, width)  # of a prompt without a token, computed once
         prompt_embeds = PromptEncoder(text_encoder, tokens) if names else lambda prompts: cached.expand(len(prompts), -1, -1)
         yield lambda: sample_losses(Denoiser(transformer), prompt_embeds, batch).sum()
 

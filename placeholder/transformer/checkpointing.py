@@ -41,16 +41,21 @@ class BlockCheckpointing:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that autograd keeps of one forward pass: of a block, of a checkpointed block, of all but the blocks."""
+    """Bytes that autograd keeps of one forward pass: of a block, of a checkpointed block, of all but the blocks.
+
+    `lora`: the casts of the LoRA's weights and of their gradients, all of which are there at the end of the backward pass.
+    """
 
     blocks: int
     block: int
     checkpointed_block: int
     rest: int
+    lora: int = 0
 
     def total(self, checkpointed: int) -> int:
         """Peak bytes of the backward pass: what is kept, and one block's worth for the gradients of a block."""
-        return self.rest + (self.blocks - checkpointed) * self.block + checkpointed * self.checkpointed_block + self.block
+        kept = (self.blocks - checkpointed) * self.block + checkpointed * self.checkpointed_block
+        return max(self.rest + kept + self.block, self.lora)
 
     def blocks_to_checkpoint(self, free: int) -> int:
         """The fewest blocks to checkpoint for the step to fit into `free` bytes; all, if that is not enough."""

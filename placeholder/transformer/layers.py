@@ -89,17 +89,22 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def cast_together(transformer: nn.Module, adapter: str, dtype: torch.dtype) -> None:
-    """Cast the fp32 weights of an adapter to `dtype` before each pass in one operation; FusedLoraAddition reads the casts.
+    """Cast the fp32 weights of an adapter to `dtype` before each pass, a block's together; FusedLoraAddition reads the casts.
 
-    Autocast would launch a kernel for each of a LoRA's 960 weights in each pass, and for each of their gradients.
+    Autocast would launch a kernel for each of a LoRA's 960 weights in each pass, and for each of their gradients. In one
+    operation for all blocks the fp32 copies of all gradients would be in memory at once.
     """
-    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer) and adapter in module.lora_A]
-    parts = [part[adapter] for layer in layers for part in (layer.lora_A, layer.lora_B)]
+    blocks = [
+        [module for module in block.modules() if isinstance(module, LoraLayer) and adapter in module.lora_A]
+        for block in transformer.transformer_blocks
+    ]
 
     def cast(*_: Any) -> None:
-        casts = _Cast.apply(dtype, *(part.weight for part in parts))
-        for layer, *pair in zip(layers, casts[::2], casts[1::2], strict=True):
-            setattr(layer, CAST, pair)
+        for layers in blocks:
+            weights = [part[adapter].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
+            casts = _Cast.apply(dtype, *weights)
+            for layer, *pair in zip(layers, casts[::2], casts[1::2], strict=True):
+                setattr(layer, CAST, pair)
 
     transformer.register_forward_pre_hook(cast)
 

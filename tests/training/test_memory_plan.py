@@ -114,10 +114,10 @@ QUANTIZED = {"quantize": True}
         (replace(WITH, **QUANTIZED), 48, ("int8+table", 22, 0)),
         (WITH, 48, ("none+table", 60, 4)),
         (replace(WITH, **QUANTIZED), 32, ("nf4+table", 47, 0)),
-        (replace(WITH, **QUANTIZED), 24, ("int8+table", 59, 21)),
+        (replace(WITH, **QUANTIZED), 24, ("int8+table", 60, 21)),
         (replace(WITHOUT, **QUANTIZED), 48, ("int8+table", 0, 0)),
         (replace(WITHOUT, **QUANTIZED), 24, ("int8+table", 47, 0)),
-        (replace(WITH, **QUANTIZED), 16, ("nf4+table", 59, 22)),
+        (replace(WITH, **QUANTIZED), 16, ("nf4+table", 60, 22)),
     ],
 )
 def test_the_full_size_model_fits_the_cards_that_people_have(config, gigabytes, expected):
@@ -136,12 +136,12 @@ def test_one_layer_less_would_not_fit():
         (
             WITH,
             32,
-            "needs 31.2 GB, 28.8 GB may be used: set quantize to true, or give a smaller resolution, or take a larger GPU$",
+            "needs 31.4 GB, 28.8 GB may be used: set quantize to true, or give a smaller resolution, or take a larger GPU$",
         ),
         (
             replace(WITH, **QUANTIZED),
             12,
-            "needs 11.1 GB, 10.8 GB may be used: give a smaller resolution, or take a larger GPU$",
+            "needs 11.3 GB, 10.8 GB may be used: give a smaller resolution, or take a larger GPU$",
         ),
         (replace(WITH, **QUANTIZED, batch_size=2), 12, "used: give a smaller resolution or batch_size, or take a larger GPU$"),
     ],

@@ -8,6 +8,7 @@ from peft.tuners.lora.layer import LoraLayer
 from benchmarks.flops import flop_counter
 from placeholder.lora.adapter import ADAPTER, add_lora, without_lora
 from placeholder.training.losses import Denoiser
+from placeholder.transformer import layers
 from placeholder.transformer.checkpointing import BlockCheckpointing, saved_bytes
 from placeholder.transformer.layers import Int8Linear, prepare_layers
 from standin.small_base import TINY_SIZE, new_components
@@ -95,6 +96,14 @@ def test_weights_that_are_cast_together_learn_as_with_autocast_bit_for_bit(check
     found, expected = bf16_steps(True, checkpointed), bf16_steps(False)
     assert len(found) == len(expected) > 50 and {gradient.dtype for gradient in found} == {torch.float32}
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_weights_and_gradients_are_cast_block_by_block(monkeypatch):
+    """The fp32 copies of all gradients at once would be as large as the LoRA."""
+    made, copies = [], layers._copies
+    monkeypatch.setattr(layers, "_copies", lambda tensors, dtype: made.append(len(tensors)) or copies(tensors, dtype))
+    bf16_steps(True)
+    assert made == 2 * [16, 16, 14, 16]  # eight layers a block; nothing reads what the last one's to_add_out gives
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
