@@ -4,7 +4,7 @@ import pathlib
 from contextlib import ExitStack
 from typing import Optional
 
-from cog import BasePredictor, Input, Path
+from cog import BasePredictor, Input, Path, current_scope
 
 from placeholder.generate import ImageGenerator, save_image
 from placeholder.lora.distilled import load_fast_lora
@@ -12,7 +12,6 @@ from placeholder.model.base import BaseModel
 from placeholder.model.download import local_file
 from placeholder.request import image_request
 from placeholder.service.files import OutputFolder
-from placeholder.service.metrics import record
 
 OUTPUT = OutputFolder("placeholder-prediction-")
 
@@ -116,5 +115,5 @@ class Predictor(BasePredictor):
                 pathlib.Path(extra) if extra else None,
             )
             saved = save_image(image, request, folder)
-            record("image_output_count", 1)
+            current_scope().record_metric("image_output_count", 1)
             return Path(saved)

@@ -2,13 +2,12 @@
 
 from typing import Optional
 
-from cog import BaseModel, Input, Path, Secret
+from cog import BaseModel, Input, Path, Secret, current_scope
 
 from placeholder.job import Job
 from placeholder.report.hub import HubRepository
 from placeholder.service import launch
 from placeholder.service.files import OutputFolder
-from placeholder.service.metrics import record
 
 OUTPUT = OutputFolder("placeholder-training-")
 
@@ -196,5 +195,5 @@ def train(
         launch.train(job, print)
         if repository:
             repository.upload(job.output, print)
-        record("training_step_count", job.config.steps)
+        current_scope().record_metric("training_step_count", job.config.steps)
         return TrainingOutput(weights=Path(job.output))

@@ -22,7 +22,7 @@ from checks.mutations import Entries, mutated_yaml
 from checks.mutations_dataset import mutated_dataset
 from checks.mutations_weights import mutated_weights
 from demo.server import ROOT
-from placeholder.config import train_config
+from placeholder.config import TrainConfig, config_yaml, train_config
 from placeholder.data.captions import place_token
 from placeholder.data.dataset import read_dataset
 from placeholder.generate import ImageGenerator
@@ -31,7 +31,6 @@ from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.weights.archive import Weights, write_weights
 from standin.small_base import build_tiny_base
 from tests.support.samples import read_zip
-from tests.test_config import EVERY_OPTION
 
 MAX_SECONDS, MAX_BYTES, MAX_CHARACTERS = 10, 2 * 1024**3, 2000
 PROCESS = Path("/proc/self")
@@ -79,7 +78,7 @@ class Target:
         """The bytes of the case."""
         if kind == "weights":
             return mutated_weights(self.valid, seed)
-        return mutated_dataset(seed) if kind == "dataset" else mutated_yaml(EVERY_OPTION, seed)
+        return mutated_dataset(seed) if kind == "dataset" else mutated_yaml(config_yaml(TrainConfig(seed=0)), seed)
 
     def weights(self) -> None:
         """Apply the case's archive and take it off again."""

@@ -23,11 +23,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def stack_on(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Tensors of one shape and dtype, of the CPU or of the device, as one (n, ...) on the device; see `to_device`."""
-    first = tensors[0]
-    if first.device.type == device.type:
-        return torch.stack(tuple(tensors))
-    stacked = torch.empty((len(tensors), *first.shape), dtype=first.dtype, pin_memory=device.type == "cuda")
-    return torch.stack(tuple(tensors), out=stacked).to(device, non_blocking=True)
+    return to_device(torch.stack(tuple(tensors)), device)
 
 
 def free_memory() -> None:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from diffusers import FirstBlockCacheConfig
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from placeholder.errors import Log, readable_errors
 from placeholder.lora.distilled import FastLora, line_of
 from placeholder.model.base import QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_scheduler, load_text_encoder, load_tokenizer, load_transformer, load_vae
-from placeholder.model.offloading import cache_first_block, stop_caching
+from placeholder.model.offloading import stop_caching
 from placeholder.model.placement import placement_of
 from placeholder.model.vae import tile_where_needed
 from placeholder.options import MAX_SEED
@@ -147,7 +148,7 @@ class ImageGenerator:
         stop_caching(self.pipeline.transformer)
         try:
             if wanted:
-                cache_first_block(self.pipeline.transformer)
+                self.pipeline.transformer.enable_cache(FirstBlockCacheConfig())
             yield
         finally:
             stop_caching(self.pipeline.transformer)

@@ -119,21 +119,12 @@ def is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def number(name: str, value: Any, low: float, high: float) -> float:
-    """A number within [low, high]. Raises ValueError, one sentence, for anything else."""
-    return _within(name, value, Number, low, high)
-
-
 def whole(name: str, value: Any, low: int, high: int) -> int:
     """A whole number within [low, high]. Raises ValueError, one sentence, for anything else."""
-    return _within(name, value, Whole, low, high)
-
-
-def _within(name: str, value: Any, kind: Any, low: float, high: float) -> Any:
     try:
-        return TypeAdapter(Annotated[kind, Field(ge=low, le=high)]).validate_python(value)
+        return TypeAdapter(Annotated[Whole, Field(ge=low, le=high)]).validate_python(value)
     except ValidationError:
-        raise ValueError(_sentence(name, value, _accepts(get_args(kind)[0], low, high))) from None
+        raise ValueError(_sentence(name, value, _accepts(int, low, high))) from None
 
 
 def _kind(annotation: Any) -> tuple[type, tuple]:

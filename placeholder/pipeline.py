@@ -10,12 +10,12 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
 from placeholder.errors import quoted
-from placeholder.lora.adapter import ADAPTER, load_lora, scale_lora, unload_lora
+from placeholder.lora.adapter import ADAPTER, load_lora, unload_lora
 from placeholder.lora.gate import TokenGate
 from placeholder.model.base import QWEN_IMAGE
 from placeholder.model.download import local_file
-from placeholder.options import number
-from placeholder.request import MAX_SCALE
+from placeholder.options import checked
+from placeholder.request import PredictInputs
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import tokenized
 from placeholder.tokens.vocabulary import archive_tokens
@@ -107,7 +107,7 @@ def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0, 
     """
     earlier = _loaded(pipe)
     _check(pipe, earlier)
-    lora_scale = number("lora_scale", lora_scale, -MAX_SCALE, MAX_SCALE)
+    lora_scale = checked(PredictInputs, {"prompt": "", "lora_scale": lora_scale}).lora_scale
     with local_file(str(weights)) as path:
         found = read_weights(path)
     width = pipe.text_encoder.get_input_embeddings().embedding_dim
@@ -143,7 +143,7 @@ def unload(pipe: QwenImagePipeline) -> None:
 
 def _apply(pipe: QwenImagePipeline, archive: LoadedArchive) -> None:
     load_lora(pipe.transformer, archive.weights.lora)
-    scale_lora(pipe.transformer, archive.lora_scale)
+    pipe.transformer.set_adapters(ADAPTER, weights=archive.lora_scale)
     if archive.gated:
         archive.gate = TokenGate(pipe.transformer)
         archive.gate.install(pipe.transformer, ADAPTER, fused=False)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from PIL import Image
 
-from placeholder.lora.adapter import scale_lora
+from placeholder.lora.adapter import ADAPTER
 from placeholder.tokens.prompt_encoder import EMPTY_PROMPT
 from standin.judge import background_of, half_fidelity, kind_probabilities, to_pixels
 from standin.sampler import Sampler
@@ -98,9 +98,9 @@ class Measures:
         found |= {"prior_leakage": self.prior_leakage()} | self.of_the_class(class_word)
         found["class_leak"] -= self.of_the_class(base_class)["class_leak"]
         found |= {"class_change": difference(class_word, base_class), "drift": difference(unrelated, base_unrelated)}
-        scale_lora(self.sampler.transformer, LOW_SCALE)
+        self.sampler.transformer.set_adapters(ADAPTER, weights=LOW_SCALE)
         found["prior_leakage_low_scale"] = self.prior_leakage()
-        scale_lora(self.sampler.transformer, 1.0)
+        self.sampler.transformer.set_adapters(ADAPTER, weights=1.0)
         return found | self.neighbors()
 
     def strip(self) -> list[Image.Image]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from placeholder.data.buckets import to_image
 from placeholder.data.captions import with_token
 from placeholder.data.dataset import Photo, read_dataset
-from placeholder.lora.adapter import scale_lora, without_lora
+from placeholder.lora.adapter import ADAPTER, without_lora
 from placeholder.model.base import BaseModel
 from standin.sampler import Sampler
 from standin.subject import write_images
@@ -113,9 +113,9 @@ class RealMeasures:
             "class_change": difference([plain], [base["class"]]),
             "drift": difference([other], [base["other"]]),
         }
-        scale_lora(self.sampler.transformer, LOW_SCALE)
+        self.sampler.transformer.set_adapters(ADAPTER, weights=LOW_SCALE)
         found["prior_leakage_low_scale"] = self.prior(base)
-        scale_lora(self.sampler.transformer, 1.0)
+        self.sampler.transformer.set_adapters(ADAPTER, weights=1.0)
         return found
 
     def _subject(self, images: list[Image.Image]) -> float:

@@ -21,7 +21,7 @@ from checks.docs_tables import write_table
 from placeholder.config import UNGATED_PRESERVATION, TrainConfig
 from placeholder.finetune import finetune
 from placeholder.job import Job
-from placeholder.lora.adapter import load_lora, scale_lora, without_lora
+from placeholder.lora.adapter import ADAPTER, load_lora, without_lora
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
@@ -118,9 +118,9 @@ def run_arm(arm: Arm, seed: int, base: BaseModel) -> tuple[dict, list[Image.Imag
         unrelated = sampler.sample_all(UNRELATED, SAMPLES)
         with without_lora(sampler.transformer):
             found["drift"] = difference(unrelated, sampler.sample_all(UNRELATED, SAMPLES))
-        scale_lora(sampler.transformer, LOW_SCALE)
+        sampler.transformer.set_adapters(ADAPTER, weights=LOW_SCALE)
         found["old_meaning_low_scale"] = old_meaning(generate, arm.words)
-        scale_lora(sampler.transformer, 1.0)
+        sampler.transformer.set_adapters(ADAPTER, weights=1.0)
     else:
         found["old_meaning_low_scale"] = found["old_meaning"]
     return found, strip(generate, arm.named)

@@ -95,77 +95,6 @@ def test_resolution_is_a_sorted_set_of_sides(given, sides):
     assert train_config({"resolution": given}).resolution == sides
 
 
-EVERY_OPTION = """
-train:
-  steps: 7
-  rank: 8
-  learning_rate: 1e-3
-  batch_size: 2
-  resolution: [64, 128]
-  default_caption: a photo of [trigger]
-  autocaption: true
-  autocaption_prefix: a photo of <>,
-  autocaption_suffix: 35mm
-  caption_dropout: 0.5
-  train_placeholder_token: true
-  placeholder_token: <qrs>
-  placeholder_init_std: 0.0
-  placeholder_learning_rate: 1e-2
-  placeholder_warmup_fraction: 0.5
-  prior_preservation: 2
-  prior_preservation_interval: 3
-  class_word: person
-  optimizer: prodigy
-  seed: 0
-  report: true
-  sample_every: 2
-  sample_prompts: "a cat\\na dog"
-debug:
-  log_prompt_ids: true
-model:
-  quantize: true
-  quantize_te: false
-"""
-
-
-def test_every_option_can_stand_in_the_yaml_file_and_overrules_the_inputs(yaml_file):
-    inputs = {
-        "steps": 99,
-        "rank": 99,
-        "lora_rank": 64,
-        "seed": 5,
-        "placeholder_token": "<zwx>",
-        "train_placeholder_token": False,
-    }
-    assert train_config(inputs, yaml_file(EVERY_OPTION)) == TrainConfig(
-        steps=7,
-        rank=8,
-        learning_rate=1e-3,
-        batch_size=2,
-        resolution=(64, 128),
-        default_caption="a photo of [trigger]",
-        autocaption=True,
-        autocaption_prefix="a photo of <>,",
-        autocaption_suffix="35mm",
-        caption_dropout=0.5,
-        train_placeholder_token=True,
-        placeholder_token=("<qrs>",),
-        placeholder_init_std=0.0,
-        placeholder_learning_rate=1e-2,
-        placeholder_warmup_fraction=0.5,
-        prior_preservation=2.0,
-        prior_preservation_interval=3,
-        class_word="person",
-        optimizer="prodigy",
-        quantize=True,
-        quantize_te=False,
-        log_prompt_ids=True,
-        seed=0,
-        sample_every=2,
-        sample_prompts="a cat\na dog",
-    )
-
-
 def test_what_the_yaml_file_does_not_name_stays_as_the_inputs_say(yaml_file):
     config = train_config({"steps": 99, "quantize": True}, yaml_file("train:\n  rank: 4\nmodel:\n"))
     assert (config.steps, config.rank, config.quantize) == (99, 4, True)
@@ -323,6 +252,7 @@ def test_a_prefix_or_suffix_of_autocaption_needs_autocaption(name):
         TrainConfig(seed=5, placeholder_token=("<zwx>",), quantize=True, quantize_te=True, report=False, optimizer="prodigy"),
         TrainConfig(seed=4294967295, sample_prompts="a\n\nb \u732b \U0001f600\n", sample_every=5, log_prompt_ids=True),
         TrainConfig(torch_compile=True, autocaption=True, autocaption_prefix="a photo of <>, ", default_caption="yes"),
+        TrainConfig(token_gate=False, torch_compile=False, deterministic=True, placeholder_vectors=2, caption_dropout=0.0),
     ],
 )
 def test_a_configuration_can_be_written_as_yaml_and_given_again(config, yaml_file):

@@ -395,28 +395,20 @@ def test_a_true_archive_is_verified_and_the_lora_taken_off(proof, zero_prior):
     assert not any("lora" in name for name, _ in proof.state.transformer.named_parameters())
 
 
-def test_an_archive_with_another_embedding_is_not_verified(proof, zero_prior, tmp_path):
-    path = tampered(zero_prior, tmp_path / "weights.zip", ROW_NAME, lambda tensors: tensors["qwen25_7b"][0, 3].add_(1e-6))
-    with pytest.raises(RuntimeError, match="the archive does not hold the embedding that was trained"):
-        proof(path)
+LAYER = "transformer.transformer_blocks.0.attn.to_q"
 
 
-def test_an_archive_with_another_lora_is_not_verified(proof, zero_prior, tmp_path):
-    def change(tensors):
-        next(iter(tensors.values()))[0, 0] += 1
-
-    path = tampered(zero_prior, tmp_path / "weights.zip", LORA_NAME, change)
-    with pytest.raises(RuntimeError, match="the archive does not hold the LoRA that was trained"):
-        proof(path)
-
-
-def test_an_archive_that_lacks_a_layer_is_not_verified(proof, zero_prior, tmp_path):
-    def change(tensors):
-        for part in ("lora_A", "lora_B"):
-            del tensors[f"transformer.transformer_blocks.0.attn.to_q.{part}.weight"]
-
-    path = tampered(zero_prior, tmp_path / "weights.zip", LORA_NAME, change)
-    with pytest.raises(RuntimeError, match="the archive does not hold the LoRA that was trained"):
+@pytest.mark.parametrize(
+    ("name", "change", "what"),
+    [
+        (ROW_NAME, lambda tensors: tensors["qwen25_7b"][0, 3].add_(1e-6), "embedding"),
+        (LORA_NAME, lambda tensors: tensors[f"{LAYER}.lora_A.weight"][0, 0].add_(1), "LoRA"),
+        (LORA_NAME, lambda tensors: [tensors.pop(f"{LAYER}.lora_{part}.weight") for part in "AB"], "LoRA"),
+    ],
+)
+def test_an_archive_that_holds_something_else_is_not_verified(name, change, what, proof, zero_prior, tmp_path):
+    path = tampered(zero_prior, tmp_path / "weights.zip", name, change)
+    with pytest.raises(RuntimeError, match=f"the archive does not hold the {what} that was trained"):
         proof(path)
 
 

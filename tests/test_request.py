@@ -21,7 +21,6 @@ def test_the_defaults_make_a_request():
     assert (found.output_format, found.output_quality, found.go_fast) == ("webp", 80, False)
 
 
-# The sizes that the hosted qwen/qwen-image-lora draws.
 @pytest.mark.parametrize(("given", "drawn"), [(64, 64), (79, 64), (80, 80), (1000, 992), (2048, 2048)])
 def test_width_and_height_override_the_aspect_ratio_and_are_rounded_to_sixteens(given, drawn):
     found = request(width=given, height=128)

@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from placeholder.data.images import MIN_SIDE
-from placeholder.model.vae import PIXELS_A_TOKEN
+from placeholder.model.base import QWEN_IMAGE
 
 MAX_ASPECT = 4.0  # a longer image is cropped to it
 
@@ -14,7 +14,7 @@ MAX_ASPECT = 4.0  # a longer image is cropped to it
 def buckets_of(size: tuple[int, int], resolutions: tuple[int, ...]) -> list[tuple[int, int]]:
     """The (width, height) buckets that an image of `size` = (width, height) pixels is trained at, without upscaling it.
 
-    One for each resolution: an area of about its square, the image's aspect ratio, sides in multiples of PIXELS_A_TOKEN.
+    One for each resolution: an area of about its square, the image's aspect ratio, sides in multiples of a token's 16 pixels.
     Where the image is smaller than a bucket, its own size takes that bucket's place, once.
     """
     width, height = size
@@ -40,8 +40,8 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def _round(side: float) -> int:
-    return _round_down(side + PIXELS_A_TOKEN / 2)
+    return _round_down(side + QWEN_IMAGE.pixels_per_token / 2)
 
 
 def _round_down(side: float) -> int:
-    return max(int(side / PIXELS_A_TOKEN) * PIXELS_A_TOKEN, MIN_SIDE)
+    return max(int(side / QWEN_IMAGE.pixels_per_token) * QWEN_IMAGE.pixels_per_token, MIN_SIDE)

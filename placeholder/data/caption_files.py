@@ -87,17 +87,17 @@ def _owners(names: list[str], images: list[str]) -> dict[str, list[str] | str]:
     """
     exact, folded = defaultdict(list), defaultdict(list)
     for image in images:
-        for key in (stem(image), _composed(image)):
+        for key in (stem(image), composed(image)):
             exact[key].append(image)
             folded[key.casefold()].append(image)
     rivals = defaultdict(list)
     for name in names:
-        rivals[_composed(name).casefold()].append(name)
+        rivals[composed(name).casefold()].append(name)
     owners: dict[str, list[str] | str] = {}
     for name in sorted(names, key=lambda name: (SUFFIXES.index(PurePosixPath(name).suffix.lower()), name)):
         key = stem(name)
         likely = exact.get(key) or folded.get(key.casefold(), [])
-        unsure = key not in exact and (len(likely) > 1 or len(rivals[_composed(name).casefold()]) > 1)
+        unsure = key not in exact and (len(likely) > 1 or len(rivals[composed(name).casefold()]) > 1)
         owners[name] = f"it could belong to {listed([*map(label, likely)], 3)}" if unsure and likely else likely or NO_IMAGE
     return owners
 
@@ -122,12 +122,12 @@ def _read_table(archive: Archive, name: str, images: list[str], found: CaptionFi
     except (ValueError, RecursionError) as error:
         why = "has JSON that is nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"captions {label(name)} {why}") from error
-    known, folded = {_composed(image): image for image in images}, defaultdict(list)
+    known, folded = {composed(image): image for image in images}, defaultdict(list)
     for image in images:
-        folded[_composed(image).casefold()].append(image)
+        folded[composed(image).casefold()].append(image)
     missing, incomplete, again = [], [], []
     for number, (file, text) in enumerate(rows, 1):
-        path = _composed((PurePosixPath(name).parent / (file or "").replace("\\", "/")).as_posix())
+        path = composed((PurePosixPath(name).parent / (file or "").replace("\\", "/")).as_posix())
         alike = folded[path.casefold()]
         image = known.get(path) or (alike[0] if len(alike) == 1 else None)
         if not file or not text:
@@ -206,9 +206,9 @@ def _one_line(text: str) -> str:
 
 def stem(name: str) -> str:
     """The name without its suffix, composed."""
-    return _composed(str(PurePosixPath(name).with_suffix("")))
+    return composed(str(PurePosixPath(name).with_suffix("")))
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
     """The name with composed accents, which macOS decomposes in the names of files."""
     return unicodedata.normalize("NFC", name)

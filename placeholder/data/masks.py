@@ -7,7 +7,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from placeholder.model.vae import PIXELS_A_TOKEN
+from placeholder.data.caption_files import composed
+from placeholder.model.base import QWEN_IMAGE
 
 MASK_ENDINGS = (".mask", "-masklabel")  # of the name without its suffix; the latter is OneTrainer's
 
@@ -25,7 +26,7 @@ def masks_by_image(masks: dict[str, str], images: dict[str, str]) -> tuple[dict[
     """
     exact, folded = defaultdict(list), defaultdict(list)
     for image, stem in images.items():
-        for key in {stem, image}:
+        for key in {stem, composed(image)}:
             exact[key].append(image)
             folded[key.casefold()].append(image)
     found: dict[str, str] = {}
@@ -55,7 +56,7 @@ def token_weights(mask: Image.Image, size: tuple[int, int], buckets: list[tuple[
     for width, height in buckets:
         fitted = np.array(ImageOps.fit(gray, (width, height), method=Image.Resampling.BOX), dtype=np.float32) / 255
         pixels = torch.from_numpy(fitted)[None]  # (1, H, W)
-        weights = torch.nn.functional.avg_pool2d(pixels, PIXELS_A_TOKEN).flatten()  # (L,)
+        weights = torch.nn.functional.avg_pool2d(pixels, QWEN_IMAGE.pixels_per_token).flatten()  # (L,)
         if not weights.any():
             raise ValueError(f"mask {name} is black where its image is cropped to {width}x{height}: white is what is learned")
         found.append(weights)

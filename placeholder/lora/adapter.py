@@ -1,7 +1,7 @@
-"""LoRA adapters on the transformer, through PEFT: add, read, load, check, overwrite, scale, disable and unload."""
+"""LoRA adapters on the transformer, through PEFT: add, read, load, check, overwrite, disable and unload."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,16 +109,6 @@ def overwrite_lora(transformer: nn.Module, state: dict[str, Tensor]) -> bool:
         for key, value in state.items():
             parameters[key].copy_(value)
     return True
-
-
-def scale_lora(transformer: nn.Module, scale: float) -> None:
-    """Set the strength of the loaded LoRA: W + scale * B A."""
-    scale_loras(transformer, {ADAPTER: scale})
-
-
-def scale_loras(transformer: nn.Module, scales: Mapping[str, float]) -> None:
-    """Set the strength of every loaded LoRA, by adapter: W + the sum of scale * B A. One that is not named is disabled."""
-    transformer.set_adapters(list(scales), weights=list(scales.values()))
 
 
 def unload_lora(transformer: nn.Module) -> None:

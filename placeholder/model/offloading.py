@@ -1,11 +1,10 @@
-"""Layers whose weights stay in host memory while they do not compute, and the first-block cache, removed completely."""
+"""Layers whose weights stay in host memory while they do not compute, and how to remove the first-block cache completely."""
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -63,13 +62,8 @@ def stream(layers: Sequence[nn.Module], device: torch.device) -> None:
             layer.streamed = layer.forward = Streamed(layer, part, device)
 
 
-def cache_first_block(transformer: nn.Module) -> None:
-    """Skip the other blocks in steps where the first one barely changes."""
-    transformer.enable_cache(FirstBlockCacheConfig())
-
-
 def stop_caching(transformer: nn.Module) -> None:
-    """Remove the first-block cache, also one that was applied or removed half way.
+    """Remove diffusers' first-block cache, also one that was applied or removed half way.
 
     diffusers changes `forward` and three lists of its registry one after the other, and its own removal fails, or leaves the
     changed `forward`, where an interruption fell between two of them.

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from placeholder.model.base import QWEN_IMAGE
 
-PIXELS_A_TOKEN = QWEN_IMAGE.pixels_per_token
 # Feature maps as wide as the decoder's last level and as large as the image that decoding has at once: counted on the shapes of
 # Qwen-Image's VAE, 17.5 at 1664x928, 17.4 at 1328x1328, 17.2 at 2048x2048.
 FEATURE_MAPS = 17.5
@@ -41,11 +40,8 @@ def normalize(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(B, C, H, W) => (B, H/2 * W/2, C * 4): one token for each 2x2 patch. H and W are even."""
-    batch, channels, height, width = latents.shape
-    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)  # (B, C, H/2, 2, W/2, 2)
-    patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, H/2, W/2, C, 2, 2)
-    return patches.reshape(batch, (height // 2) * (width // 2), channels * 4)
+    """(B, C, H, W) => (B, H/2 * W/2, C * 4), as the pipeline does it: one token for each 2x2 patch. H and W are even."""
+    return QWEN_IMAGE.pipeline._pack_latents(latents, *latents.shape)
 
 
 def decoding_bytes(vae: nn.Module, width: int, height: int) -> int:

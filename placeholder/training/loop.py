@@ -95,18 +95,12 @@ class TrainState:
         """Restore a `state_dict`. Raises KeyError, ValueError or others where it is not one of such a training."""
         with torch.no_grad():
             for parameter, value in zip(self.lora, state["lora"], strict=True):
-                parameter.copy_(_of_shape(value, parameter))
+                parameter.copy_(value)
         self.lora_optimizer.load_state_dict(state["lora_optimizer"])
         if self.token_optimizer:
             self.token_optimizer.load_state_dict(state["token"])
         self.sampler.load_state_dict(state["sampler"])
         self.step = state["step"]
-
-
-def _of_shape(value: Tensor, parameter: Tensor) -> Tensor:
-    if value.shape != parameter.shape:
-        raise ValueError(f"shape {tuple(value.shape)} instead of {tuple(parameter.shape)}")
-    return value
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.errors import Log, shown
-from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora, scale_loras, unload_lora
+from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora, unload_lora
 from placeholder.lora.gate import TokenGate
 from placeholder.model.base import BaseModel
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
@@ -84,7 +84,7 @@ class AppliedWeights:
         scales = {ADAPTER: scale, EXTRA_ADAPTER: extra_scale}
         active = {adapter: scales[adapter] for adapter, *_ in self.applied} | ({FAST_ADAPTER: 1.0} if fast else {})
         if active:
-            scale_loras(self.transformer, active)
+            self.transformer.set_adapters(list(active), weights=list(active.values()))  # others are disabled
 
     def unnamed(self, named: set[str]) -> dict[str, str]:
         """The adapters of the archives none of whose tokens is among those that a prompt names, with their tokens in words."""

@@ -105,7 +105,13 @@ def test_a_mask_without_its_image_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("image", "mask"),
-    [("photo.jpg", "photo.jpg.mask.png"), ("Photo.jpg", "photo.MASK.png"), ("photo.jpg", "photo-masklabel.png")],
+    [
+        ("photo.jpg", "photo.jpg.mask.png"),
+        ("Photo.jpg", "photo.MASK.png"),
+        ("photo.jpg", "photo-masklabel.png"),
+        ("e\u0301.jpg", "e\u0301.jpg.mask.png"),  # as macOS writes names
+        ("\xe9.jpg", "e\u0301.jpg.mask.png"),
+    ],
 )
 def test_masks_are_found_by_other_spellings_of_their_images_name(image, mask, tmp_path):
     files = {image: encoded(picture(), "JPEG"), mask: encoded(half())}

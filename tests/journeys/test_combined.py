@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, A, B, load_lora, scale_loras, unload_lora
+from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, A, B, load_lora, unload_lora
 from placeholder.model.loading import load_transformer
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.weights.applied import INCOMPLETE
@@ -75,7 +75,7 @@ def test_two_loras_add_up_each_at_its_own_scale(base):
     load_lora(transformer, first)
     load_lora(transformer, second, EXTRA_ADAPTER)
     for scales in ((1.0, 1.0), (0.7, 1.6), (0.0, 1.0), (1.0, 0.0), (0.7, 1.6)):
-        scale_loras(transformer, dict(zip((ADAPTER, EXTRA_ADAPTER), scales, strict=True)))
+        transformer.set_adapters([ADAPTER, EXTRA_ADAPTER], weights=list(scales))
         expected = merged(base, (scales[0], first), (scales[1], second))
         torch.testing.assert_close(velocity(transformer), velocity(expected), rtol=1e-4, atol=1e-5)
     assert (velocity(transformer) - velocity(merged(base, (1.6, first), (0.7, second)))).abs().max() > 0.01
@@ -218,15 +218,6 @@ def test_a_bad_extra_lora_leaves_nothing_of_the_first(layer, before, generate, z
         generate(BOTH, zero_prior.archive, bad)
     assert generate.generator.weights.applied == INCOMPLETE
     assert alone(generate)
-
-
-def test_offloading_changes_no_pixel_of_an_image_with_two_archives(generate, base, zero_prior, extra):
-    cases = [(BOTH, zero_prior.archive, extra), (PLAIN,)]
-    expected = [generate(*case) for case in cases]
-    offloaded = Images(base, free=1)
-    assert offloaded.log[0].count("offloaded") == 2
-    for _ in range(2):
-        assert all(np.array_equal(offloaded(*case), image) for case, image in zip(cases, expected, strict=True))
 
 
 def test_the_predictor_passes_both_archives_on(zero_prior, extra):

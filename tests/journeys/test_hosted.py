@@ -1,6 +1,6 @@
 """Requests to the hosted qwen/qwen-image-lora are taken as they are: inputs, ranges, choices, sizes, documented examples.
 
-tests/test_journey.py sends the examples through the real server.
+tests/journeys/test_journey.py sends the examples through the real server.
 """
 
 import ast
@@ -54,41 +54,6 @@ def picture(request: dict[str, Any]):
 def test_a_size_by_name_is_that_of_the_hosted_model(size, ratio):
     found = picture({"image_size": size, "aspect_ratio": ratio})
     assert (found.width, found.height, found.steps, found.guidance) == (*hosted.SIZES[size, ratio], 50, 4.0)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        (name, value)
-        for name, (_, _, accepted) in hosted.PREDICT_INPUTS.items()
-        for value in accepted or ()
-        if name not in ("width", "height")
-    ],
-)
-def test_every_choice_and_both_ends_of_every_range_are_taken_in_a_prediction(name, value):
-    request = hosted.defaults(hosted.PREDICT_INPUTS) | {name: value}
-    found = picture(request)
-    field = {"num_inference_steps": "steps"}.get(name, name)
-    if name in ("aspect_ratio", "image_size"):
-        assert (found.width, found.height) == hosted.SIZES[request["image_size"], request["aspect_ratio"]]
-    else:
-        assert getattr(found, field) == value
-
-
-@pytest.mark.parametrize("side", [512, 2048])
-def test_a_size_in_pixels_is_taken(side):
-    found = picture({"width": side, "height": 2560 - side})
-    assert (found.width, found.height) == (side, 2560 - side)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [(name, value) for name, (_, _, accepted) in hosted.TRAIN_INPUTS.items() for value in accepted or ()],
-)
-def test_every_choice_and_both_ends_of_every_range_are_taken_in_a_training(name, value):
-    config = train_config(TRAIN_DEFAULTS | hosted.defaults(hosted.TRAIN_INPUTS) | {name: value})
-    assert getattr(config, {"lora_rank": "rank"}.get(name, name)) == value
-    assert not config.train_placeholder_token
 
 
 @pytest.mark.parametrize("request_", hosted.TRAININGS.values(), ids=hosted.TRAININGS)

@@ -14,11 +14,9 @@ from PIL import Image
 from safetensors.torch import load, save
 
 from demo.server import CogServer, data_url, from_data_url
-from placeholder.generate import save_image
 from placeholder.model.offloading import Streamed
 from placeholder.request import Request
 from placeholder.weights.applied import INCOMPLETE
-from predict import OUTPUT
 from tests.support.interruption import CHANGING, Interruption, interrupt_anywhere, raising
 from tests.support.predictions import NAMED, PLAIN, Images
 from tests.support.samples import read_zip, write_zip
@@ -133,15 +131,6 @@ def test_running_out_of_memory_gets_its_sentence_and_leaves_no_trace(function, n
     images.forget()
     with pytest.raises(RuntimeError, match="memory.*: give a smaller width and height"), raising(function, error, number):
         images(*cases[1])
-    assert as_fresh()
-
-
-def test_an_image_that_cannot_be_saved_leaves_nothing(images, cases, as_fresh, monkeypatch, tmp_path):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    image = images.generator.generate(*cases[1])
-    with pytest.raises(Interruption), raising("Image.save", Interruption()), OUTPUT.fresh() as folder:
-        save_image(image, SHORT, folder)
-    assert list(tmp_path.iterdir()) == []
     assert as_fresh()
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from placeholder.lora.adapter import A, B, add_lora, load_lora, lora_metadata, lora_state_dict, scale_lora, unload_lora
+from placeholder.lora.adapter import ADAPTER, A, B, add_lora, load_lora, lora_metadata, lora_state_dict, unload_lora
 from placeholder.model.loading import load_transformer
 from placeholder.training.losses import Denoiser
 
@@ -101,7 +101,7 @@ def test_a_stored_lora_comes_back_whole(transformer, base):
 def test_the_scale_is_the_strength_and_zero_is_the_base_model_bit_for_bit(scale, base, transformer):
     state, plain = random_lora(), velocity(transformer)
     load_lora(transformer, state)
-    scale_lora(transformer, scale)
+    transformer.set_adapters(ADAPTER, weights=scale)
     assert torch.equal(velocity(transformer), plain) == (scale == 0)
     merged = load_transformer(base)
     with torch.no_grad():

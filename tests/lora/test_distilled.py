@@ -118,7 +118,7 @@ def test_the_lora_scale_is_the_users_alone(draw, zero_prior):
 
 
 def test_guidance_and_negative_prompt_do_not_count_and_the_log_says_so(draw, monkeypatch):
-    monkeypatch.setattr(generate_module, "cache_first_block", lambda _: pytest.fail("blocks would be skipped"))
+    monkeypatch.setattr(draw.generator.pipeline.transformer, "enable_cache", lambda _: pytest.fail("blocks would be skipped"))
     images = [draw(replace(FAST, guidance=guidance, negative_prompt=text)) for guidance, text in ((4.0, ""), (9.0, "blurry"))]
     assert np.array_equal(*images)
     said = f"go_fast: step-distilled LoRA {NAME}, at most 3 steps; guidance and the negative prompt are not used"

@@ -5,14 +5,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
+from diffusers import AutoencoderKLQwenImage
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from placeholder.model.loading import load_vae
-from placeholder.model.vae import as_single_frame, decoding_bytes, encode_image, pack, tile_where_needed
+from placeholder.model.vae import as_single_frame, decoding_bytes, encode_image, tile_where_needed
 from tests.support.samples import picture
 from tests.support.stock import stock_pipeline
 
@@ -50,13 +50,6 @@ def test_more_than_one_frame_is_refused(base):
     vae = as_single_frame(base.component(AutoencoderKLQwenImage, "vae"))
     with pytest.raises(ValueError, match=r"single images: got \d frames, expected 1"):
         vae.encode(IMAGES.expand(-1, -1, 5, -1, -1))
-
-
-@pytest.mark.parametrize("shape", [(1, 16, 8, 8), (2, 16, 4, 10), (3, 4, 2, 2)])
-def test_packing_equals_the_pipelines(shape):
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    packed = pack(latents)
-    assert torch.equal(packed, QwenImagePipeline._pack_latents(latents, *shape))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from placeholder.lora.adapter import scale_lora, without_lora
+from placeholder.lora.adapter import ADAPTER, without_lora
 from placeholder.model.base import BaseModel
 from placeholder.training.context import Training
 from placeholder.training.diagnostics import diagnose, rows_as
@@ -31,9 +31,9 @@ class Trained:
         return self.measures.fidelity(CONTEXTS)[0]
 
     def prior_leakage(self) -> float:
-        scale_lora(self.training.state.transformer, LOW_SCALE)
+        self.training.state.transformer.set_adapters(ADAPTER, weights=LOW_SCALE)
         found = self.measures.prior_leakage()
-        scale_lora(self.training.state.transformer, 1.0)
+        self.training.state.transformer.set_adapters(ADAPTER, weights=1.0)
         return found
 
 
