@@ -2,6 +2,7 @@
 
 import ast
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ def pins(text: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def lock() -> str:
     return (ROOT / "requirements.lock").read_text()
+
+
+@pytest.mark.parametrize("file", [".dockerignore", ".gitignore"])
+def test_what_a_user_keeps_beside_the_package_gets_into_no_image_and_no_commit(file):
+    patterns = [line.strip("/") for line in (ROOT / file).read_text().splitlines()]
+    for name in ("d.zip", "weights.zip", "lora.safetensors", "weights", "answer.json", "checkpoints", "wandb"):
+        assert any(fnmatch(name, pattern) for pattern in patterns), name
+    assert not any(fnmatch(name, pattern) for name in ("placeholder", "predict.py") for pattern in patterns)
 
 
 def test_every_requirement_stands_in_the_lock_with_its_version(lock):

@@ -25,9 +25,10 @@ UNSUPPORTED_METADATA = ("use_dora", "modules_to_save")
 UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 DEFAULT_ALPHA = LoraConfig().lora_alpha  # of a PEFT configuration that names none
 MAX_ALPHA = 1e6
-MAX_PATTERNS, MAX_PATTERN = 2000, 200  # of alpha_pattern, and characters of each
-# What can make a regular expression run for ever: a repeated group, flags and the like, more than two repetitions.
-ENDLESS = re.compile(r"\)\s*[*+{]|\(\?(?!:)|(?:[*+?{].*){3}", re.DOTALL)
+MAX_PATTERNS = 2000  # of alpha_pattern
+# A key of it: a layer's name or its end, dots escaped or not; ^ begins a whole name. PEFT takes any regular expression, with
+# which a stranger's file could keep the matching busy for ever.
+NAME = re.compile(r"\^?(?:[\w-]|\\?\.)+")
 BF16_ROUNDING = 4e-3  # 2^-8, of an alpha that is stored in bf16
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # bf16 holds their numbers exactly
 ALPHA_DTYPES = (*DTYPES, *FP8, torch.float64, torch.int64, torch.int32)
@@ -165,7 +166,8 @@ def _scale(module: str, rank: int, metadata: dict[str, Any], alphas: Mapping[str
         return 1.0
     patterns = metadata.get("alpha_pattern") or {}
     default = metadata.get("lora_alpha", DEFAULT_ALPHA)
-    alpha = next((alpha for pattern, alpha in patterns.items() if pattern.match(module)), default)
+    whole = f"^.{module}"
+    alpha = next((alpha for end, alpha in patterns.items() if whole.endswith(end)), default)
     return alpha / (rank**0.5 if metadata.get("use_rslora") else rank)
 
 
@@ -179,9 +181,9 @@ def _alpha(name: str, key: str, value: Tensor) -> float:
 
 
 def _metadata(where: str, text: str | None) -> dict[str, Any]:
-    """The PEFT configuration without prefix, its alpha_pattern compiled; empty where there is none (then alpha = rank).
+    """The PEFT configuration without prefix, its alpha_pattern by ends of names; empty where there is none (then alpha = rank).
 
-    `where` begins the sentence of the ValueError for a configuration that is damaged or could take for ever to read.
+    `where` begins the sentence of the ValueError for a configuration that is damaged or has other patterns.
     """
     if text is None:
         return {}
@@ -193,12 +195,11 @@ def _metadata(where: str, text: str | None) -> dict[str, Any]:
         raise ValueError(f"{where} cannot be read: save it again") from error
     if not all(isinstance(alpha, int | float) and 0 < alpha <= MAX_ALPHA for alpha in alphas):
         raise ValueError(f"{where} cannot be read: lora_alpha and alpha_pattern hold {shown(alphas)}, expected numbers above 0")
-    endless = [pattern for pattern in patterns if len(pattern) > MAX_PATTERN or ENDLESS.search(pattern)]
-    if endless or len(patterns) > MAX_PATTERNS:
-        found = shown(endless[0]) if endless else f"{len(patterns)} patterns"
-        raise ValueError(f"{where} holds {found} in alpha_pattern, which could take for ever: name the layers plainly")
-    try:  # as PEFT's get_pattern_key matches: the first that fits the end of a layer's name
-        metadata["alpha_pattern"] = {re.compile(rf"(.*\.)?({pattern})$"): alpha for pattern, alpha in patterns.items()}
-    except re.error as error:
-        raise ValueError(f"{where} holds an alpha_pattern that is no regular expression ({error}): save it again") from error
+    others = [pattern for pattern in patterns if not NAME.fullmatch(pattern)]
+    if others or len(patterns) > MAX_PATTERNS:
+        found = shown(others[0]) if others else f"{len(patterns)} patterns"
+        raise ValueError(f"{where} holds {found} in alpha_pattern: write the layers' names there, at most {MAX_PATTERNS}")
+    # As in PEFT's get_pattern_key the first counts that is the end of a layer's name, from a dot on.
+    names = {pattern.replace("\\", ""): alpha for pattern, alpha in patterns.items()}
+    metadata["alpha_pattern"] = {re.sub(r"^\^?", r"\g<0>.", name): alpha for name, alpha in names.items()}
     return metadata

@@ -135,8 +135,7 @@ def test_a_lora_has_the_strength_of_its_format_and_that_of_stock_diffusers(kind,
         {"lora_alpha": 8, "use_rslora": True},
         {"lora_alpha": 4, "alpha_pattern": {"transformer_blocks.1.attn.to_q": 16, "to_k": 2}},
         {"lora_alpha": 4, "alpha_pattern": {"^transformer_blocks.0.attn.to_v": 12}},
-        {"lora_alpha": 4, "alpha_pattern": {r"transformer_blocks\.[0-2]\.attn\.to_q": 16}},
-        {"lora_alpha": 4, "alpha_pattern": {"to_q|to_k": 16, "attn.to_k": 2}},
+        {"lora_alpha": 4, "alpha_pattern": {r"transformer_blocks\.0\.attn\.to_q": 16, "o_v": 2, "^to_k": 2}},
         {"lora_alpha": 4, "alpha_pattern": {"attn.to_k": 12, "to_k": 2}},
     ],
 )
@@ -174,23 +173,20 @@ def test_pefts_configuration_beside_its_file_gives_the_strength(layers, tmp_path
         torch.testing.assert_close(found[name + PEFT[1]] @ found[name + PEFT[0]], 3 * up @ down)
 
 
-ENDLESS = ["(a+)+$", "(a )+", "x" * 201, ".*" * 60 + "!", r"(?x:([\w.]+) +!)", "a*b*c*"]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "sentence"),
-    [("(", "is no regular expression"), ("a**", "is no regular expression"), *((pattern, "for ever") for pattern in ENDLESS)],
-)
-def test_a_pattern_that_is_none_or_could_take_for_ever_gets_its_sentence(pattern, sentence, tmp_path):
+@pytest.mark.parametrize("pattern", ["(", "", "to_q|to_k", ".*to_q", r"attn\.\w", r"(.|\w)" * 32 + "~", "(a+)+$", "to_q\n"])
+def test_a_pattern_that_is_no_name_gets_its_sentence(pattern, tmp_path):
+    """PEFT's are regular expressions; some of these would keep the matching busy for ever."""
     header = {"lora_adapter_metadata": json.dumps({"lora_alpha": 4, "alpha_pattern": {pattern: 2}})}
     path = tmp_path / "lora.safetensors"
     path.write_bytes(save({f"transformer.{LAYER}{end}": value for end, value in zip(PEFT, (DOWN, UP), strict=True)}, header))
-    with pytest.raises(ValueError, match=f"lora_adapter_metadata that holds .*{sentence}"):
+    with pytest.raises(
+        ValueError, match="lora_adapter_metadata that holds '.*' in alpha_pattern: write the layers' names there"
+    ):
         read_weights(path)
 
 
 def test_a_pattern_for_every_layer_is_read_at_once(tmp_path):
-    """Python keeps 512 compiled patterns; a configuration may name each of 840 layers."""
+    """A configuration may name each of 840 layers."""
     modules = [
         f"transformer_blocks.{block}.attn.{name}" for block in range(60) for name in ("to_q", "to_k", "to_v", "to_out.0") * 3
     ]
