@@ -61,7 +61,7 @@ def _archive(path: Path) -> list[tuple[str | None, Tensor]]:
             if len(entries) > MAX_ENTRIES:
                 raise ValueError(f"{path.name} holds {len(entries)} files: a weights archive has at most {MAX_ENTRIES}")
             chosen = sorted(
-                (entry for entry in entries if entry.filename.startswith(FOLDER) and entry.filename.endswith(SUFFIX)),
+                (entry for entry in entries if _is_embedding(entry.filename)),
                 key=lambda entry: entry.filename,
             )
             if len(chosen) > MAX_TOKENS:
@@ -75,6 +75,11 @@ def _archive(path: Path) -> list[tuple[str | None, Tensor]]:
     if not found:
         raise ValueError(f"{path.name} holds no {FOLDER}*{SUFFIX}: it was trained without a token, load its LoRA alone")
     return found
+
+
+def _is_embedding(name: str) -> bool:
+    """Also with a folder on top, as of an archive that was packed again; macOS leaves files of its own beside them then."""
+    return f"/{FOLDER}" in f"/{name}" and name.endswith(SUFFIX) and not name.startswith("__MACOSX/")
 
 
 def parse(name: str, content: bytes) -> tuple[str | None, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from placeholder.config import DEFAULT_PLACEHOLDER
+from placeholder.config import DEFAULT_PLACEHOLDER, OPTIONS, TOKEN, TrainConfig
 from placeholder.devices import deterministic, free_memory, peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.errors import Log
@@ -111,10 +111,10 @@ def resolve(job: Job, base: BaseModel, log: Log, processes: Processes) -> tuple[
             f"Placeholder token: {DEFAULT_PLACEHOLDER} is the default name. A prediction with two archives that both use it "
             "needs another name for one of them, given as extra_placeholder_token"
         )
-    if config.placeholder_token and not config.tokens:
-        log(f"Placeholder token '{','.join(config.placeholder_token)}' is not used: train_placeholder_token is false")
-    if config.prior_preservation and not config.tokens:
-        log("prior_preservation is not used: no placeholder token is trained")
+    token_options = [name for name, declared in OPTIONS.items() if declared.heading == TOKEN]
+    given = [name for name in token_options if getattr(config, name) != getattr(TrainConfig(), name)]
+    if given and not config.tokens:
+        log(f"Not used, since no placeholder token is trained: {', '.join(given)}")
     return Context(config, base, log, processes, start), shared
 
 

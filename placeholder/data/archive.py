@@ -23,6 +23,7 @@ from placeholder.data.entries import (
     OverrunError,
     Tally,
     inner_archive,
+    is_clutter,
     plain_names,
 )
 from placeholder.data.zip_names import zip_names
@@ -90,12 +91,12 @@ def _folder(path: Path, name: str, limits: Limits) -> Archive:
     tally = Tally(name, limits.total, limits)
     files = []
     for found in sorted(path.rglob("*")):
+        where = found.relative_to(path).as_posix()
         if found.is_file():
-            files.append(Entry(found.relative_to(path).as_posix(), found.stat().st_size, None, found))
+            files.append(Entry(where, found.stat().st_size, None, found))
             tally.add(files[-1])
-        elif found.is_symlink():
-            where = quoted(found.relative_to(path).as_posix())
-            raise ValueError(f"{name}: {where} is a link to a folder or to nothing: put the files themselves there")
+        elif found.is_symlink() and not is_clutter(where):
+            raise ValueError(f"{name}: {quoted(where)} is a link to a folder or to nothing: put the files themselves there")
     return _archive(name, files, lambda found: found.open("rb"))
 
 

@@ -83,7 +83,8 @@ def _is_table(name: str) -> bool:
 def _owners(names: list[str], images: list[str]) -> dict[str, list[str] | str]:
     """For each file beside an image the images that it belongs to, or why it belongs to none; the first to count come first.
 
-    `photo.txt` and `photo.png.txt` belong to photo.png, and so does PHOTO.TXT where nothing else could be meant.
+    `photo.txt` and then `photo.png.txt` belong to photo.png, the other way round where there is a photo.jpg too; and so does
+    PHOTO.TXT where nothing else could be meant.
     """
     exact, folded = defaultdict(list), defaultdict(list)
     for image in images:
@@ -94,7 +95,8 @@ def _owners(names: list[str], images: list[str]) -> dict[str, list[str] | str]:
     for name in names:
         rivals[composed(name).casefold()].append(name)
     owners: dict[str, list[str] | str] = {}
-    for name in sorted(names, key=lambda name: (SUFFIXES.index(PurePosixPath(name).suffix.lower()), name)):
+    order = {name: SUFFIXES.index(PurePosixPath(name).suffix.lower()) for name in names}
+    for name in sorted(names, key=lambda name: (order[name], len(exact.get(stem(name), ())), len(name), name)):
         key = stem(name)
         likely = exact.get(key) or folded.get(key.casefold(), [])
         unsure = key not in exact and (len(likely) > 1 or len(rivals[composed(name).casefold()]) > 1)
@@ -104,8 +106,9 @@ def _owners(names: list[str], images: list[str]) -> dict[str, list[str] | str]:
 
 def _one_caption(archive: Archive, name: str) -> str | None:
     """The caption in a file beside its image, on one line; None for JSON that holds none."""
-    text = _text(archive, name, MAX_CAPTION_BYTES, "a caption")
-    if not name.lower().endswith(".json"):
+    alone = not name.lower().endswith(".json")
+    text = _text(archive, name, MAX_CAPTION_BYTES if alone else MAX_TABLE_BYTES, "a caption")
+    if alone:
         return _one_line(text)
     try:
         content = json.loads(text)
@@ -125,7 +128,7 @@ def _read_table(archive: Archive, name: str, images: list[str], found: CaptionFi
     known, folded = {composed(image): image for image in images}, defaultdict(list)
     for image in images:
         folded[composed(image).casefold()].append(image)
-    missing, incomplete, again = [], [], []
+    own, missing, incomplete, twice, again = set(), [], [], [], []
     for number, (file, text) in enumerate(rows, 1):
         path = composed((PurePosixPath(name).parent / (file or "").replace("\\", "/")).as_posix())
         alike = folded[path.casefold()]
@@ -135,17 +138,18 @@ def _read_table(archive: Archive, name: str, images: list[str], found: CaptionFi
         elif image is None:
             missing.append(label(file))
         elif image in found.texts:
-            again.append(label(file))
+            (twice if image in own else again).append(label(file))
         else:
+            own.add(image)
             found.texts[image] = text
     columns = f"{' or '.join(FILE_COLUMNS)}, and {' or '.join(TEXT_COLUMNS)}"
-    reasons = {f"have no {columns}": incomplete, "name no image of the data set": missing}
+    reasons = {f"have no {columns}": incomplete, "name no image of the data set": missing, "name an image again": twice}
     said = [f"{len(which)} of its {len(rows)} rows {why}: {listed(which, 3)}" for why, which in reasons.items() if which]
-    if again and not said:
-        found.skipped[name] = OTHER_FILE
-    elif said or not rows:
+    if said or not rows:
         said += [f"{len(again)} rows are of images that have a caption already"] if again else []
         found.skipped[name] = "; ".join(said) or "no rows"
+    elif not own:
+        found.skipped[name] = OTHER_FILE
 
 
 def _rows(name: str, text: str) -> Iterator[tuple[str | None, str | None]]:

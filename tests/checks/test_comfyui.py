@@ -151,6 +151,12 @@ def test_an_archive_gives_all_its_tokens_or_the_one_that_is_named(comfyui, archi
         read(comfyui, archive, "<other>")
 
 
+def test_an_archive_that_was_packed_again_is_read(comfyui, archive, tmp_path):
+    entries = {f"weights/{name}": content for name, content in read_zip(archive).items()}
+    path = write_zip(tmp_path / "again.zip", entries | {"__MACOSX/weights/embeddings/._zwx.safetensors": b"x"})
+    assert read(comfyui, path) == read(comfyui, archive)
+
+
 def test_an_embedding_names_its_token_and_can_be_called_otherwise(comfyui, archive, tmp_path):
     path, rows = tmp_path / "zwx.safetensors", ROWS["<zwx>"].tolist()
     path.write_bytes(read_zip(archive)[embedding_name("<zwx>")])

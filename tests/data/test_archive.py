@@ -327,6 +327,9 @@ def test_half_a_character_in_a_tars_name_is_no_folder(tmp_path):
 def test_a_link_in_a_folder_to_another_folder_or_to_nothing_gets_its_sentence(target, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / ".#a.txt").symlink_to(target)  # Emacs' lock of a file that is open
+    with open_archive(tmp_path / "folder") as archive:
+        assert not archive.names
     (tmp_path / "folder" / "link").symlink_to(target)
     with pytest.raises(ValueError, match="'link' is a link to a folder or to nothing"), open_archive(tmp_path / "folder"):
         pass

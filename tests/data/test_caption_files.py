@@ -32,6 +32,9 @@ def read(tmp_path):
         ({"a.png": PNG, "a.caption": "one"}, {"a.png": "one"}),
         ({"a.png": PNG, "a.json": '{"caption": "one"}'}, {"a.png": "one"}),
         ({"a.png": PNG, "a.png.txt": "one"}, {"a.png": "one"}),
+        ({"a.png": PNG, "a.png.txt": "two", "a.txt": "one"}, {"a.png": "one"}),  # the latter is what a report calls it
+        ({"a.png": PNG, "a.webp": PNG, "a.png.txt": "one", "a.txt": "two"}, {"a.png": "one", "a.webp": "two"}),
+        ({"a.png": PNG, "a.json": json.dumps({"imageData": "x" * 70_000, "caption": "one"})}, {"a.png": "one"}),
         ({"IMG_1.PNG": PNG, "img_1.txt": "one"}, {"IMG_1.PNG": "one"}),
         ({"IMG_1.PNG": PNG, "Img_1.png.TXT": "one"}, {"IMG_1.PNG": "one"}),
         ({"a.png": PNG, "A.PNG": PNG, "a.txt": "one", "A.txt": "two"}, {"a.png": "one", "A.PNG": "two"}),
@@ -72,6 +75,12 @@ def test_the_nearest_file_counts_and_the_others_are_named(read):
         "a.json": "its image has a caption of another file",
         "metadata.jsonl": "its image has a caption of another file",
     }
+
+
+def test_a_table_that_is_used_for_some_images_is_not_called_skipped(read):
+    rows = "file_name,text\na.png,two\nb.png,three\n"
+    found = read({"a.png": PNG, "b.png": PNG, "a.txt": "one", "metadata.csv": rows})
+    assert found == ({"a.png": "one", "b.png": "three"}, [], {})
 
 
 @pytest.mark.parametrize(
@@ -125,7 +134,11 @@ def test_a_table_that_would_lose_captions_gets_its_sentence(files, sentence, rea
             {TABLE: '{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "title": "two"}'},
             "1 of its 2 rows have no .*: row 2",
         ),
-        ({TABLE: '{"file_name": "a.png", "text": "one"}\n{"file_name": "a.png", "text": "two"}'}, "a caption of another file"),
+        (
+            {TABLE: '{"file_name": "a.png", "text": "one"}\n{"file_name": "a.png", "text": "two"}'},
+            "1 of its 2 rows name an image again: a.png",
+        ),
+        ({TABLE: '{"file_name": "a.png", "text": "two"}', "a.txt": "one"}, "a caption of another file"),
         (
             {"a.txt": "one", "captions/b.txt": "two"},
             "1 of 2 caption files not used.*captions/b.txt: a caption without an image",
