@@ -66,11 +66,11 @@ interruptions: setup
 soak: setup
 	$(BIN)/python -m checks.soak
 
-# What full-size trainings and pictures cost, counted; writes the tables of docs/hardware.md.
+# What full-size trainings and images cost, counted; writes the tables of docs/hardware.md.
 scale: setup
 	$(BIN)/python -m benchmarks.scale
 
-# Train and draw with the full-size model, random weights, on a CUDA GPU; writes benchmarks/full_size.json and checks/cuda_graphs.json.
+# Train and generate with the full-size model, random weights, on a CUDA GPU; writes benchmarks/full_size.json and checks/cuda_graphs.json.
 check-gpu: export PYTORCH_CUDA_ALLOC_CONF := expandable_segments:True
 check-gpu: setup
 	$(BIN)/python -m checks.cuda_graphs
@@ -114,7 +114,7 @@ comfyui-check: setup .cache/comfyui-env/installed
 	$(BIN)/python -m checks.comfyui_reference .cache/comfyui
 	.cache/comfyui-env/bin/python checks/comfyui_check.py .cache/comfyui-env/source/vendor/ComfyUI .cache/comfyui comfyui/check.json
 
-# Draw with the archive that make demo left in four ways: predict.py, stock diffusers, the command line, ComfyUI; writes
+# Generate with the archive that make demo left in four ways: predict.py, stock diffusers, the command line, ComfyUI; writes
 # docs/four-ways.json, a table of docs/study.md and demo-output/four-ways.png, and fails where conditioning or LoRA differ by more than 1e-5.
 four-ways: setup .cache/comfyui-env/installed
 	$(BIN)/python -m checks.four_ways_ours demo-output/weights-zero-prior.zip .cache/four-ways

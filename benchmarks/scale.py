@@ -1,4 +1,4 @@
-"""What a training and a picture cost at full size, counted without weights and without a GPU: arithmetic and memory.
+"""What a training and an image cost at full size, counted without weights and without a GPU: arithmetic and memory.
 
 `make scale` writes the tables of docs/hardware.md.
 """
@@ -19,7 +19,7 @@ BLOCKS = 60
 BASE = RandomBase("Qwen-Image", torch.device("cuda"), torch.bfloat16)  # for its plan: nothing is put there
 SIDES, TEXT_TOKENS, RANKS = (512, 768, 1024, 1328), 128, (8, 32, 128)
 TOKEN = {"train_placeholder_token": True, "placeholder_token": ("<zwx>",)}
-GUIDED_STEPS = 50  # of a picture, two forward passes each
+GUIDED_STEPS = 50  # of an image, two forward passes each
 
 
 def grid(side: int) -> tuple[int, int]:
@@ -57,7 +57,7 @@ def _flops(config: TrainConfig, side: int, text_tokens: int, backward: bool, blo
 def arithmetic_table() -> list[str]:
     """TFLOP by resolution, at rank 32 and 128 text tokens."""
     lines = [
-        "| side | step | step with all blocks checkpointed | step, token | step, token, preservation | picture, 50 steps |",
+        "| side | step | step with all blocks checkpointed | step, token | step, token, preservation | image, 50 steps |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for side in SIDES:
@@ -72,7 +72,7 @@ def arithmetic_table() -> list[str]:
 
 
 def memory_table() -> list[str]:
-    """GB at the height of a training with no and with all blocks checkpointed, at 128 text tokens and batch 1."""
+    """Peak GB of a training with no and with all blocks checkpointed, at 128 text tokens and batch 1."""
     lines = [
         "| side | rank | token | bf16 | bf16, table | int8, table | nf4, table |",
         "| --- | --- | --- | --- | --- | --- | --- |",
