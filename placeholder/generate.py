@@ -34,15 +34,15 @@ PILLOW_FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 class ImageGenerator:
     """The base model in memory, and the weights archives that are applied to it.
 
-    `fast` is the step-distilled LoRA for requests with `go_fast`; without it they use the first-block cache. `free` is the
-    number of bytes that may be allocated on the device, by default those that are free; layers that do not fit are offloaded.
+    `fast` is the step-distilled LoRA for requests with `go_fast`; without it they use the first-block cache. Layers that do not
+    fit into the free memory are offloaded.
     """
 
-    def __init__(self, base: BaseModel, log: Log = print, fast: FastLora | None = None, free: int | None = None):
-        self.base, self.log, self.fast, self.free = base, log, fast, free
+    def __init__(self, base: BaseModel, log: Log = print, fast: FastLora | None = None):
+        self.base, self.log, self.fast = base, log, fast
         base.fetch(log)
         self.tokenizer = load_tokenizer(base)
-        placement = placement_of(base, free)
+        placement = placement_of(base, base.free_bytes())
         log(placement.line)
         self.text_encoder = load_text_encoder(base, offloaded=placement.text_encoder)
         # The pipeline gets prompt_embeds from `_encode`, as in training, so it needs no text encoder of its own.
@@ -92,7 +92,7 @@ class ImageGenerator:
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         self.log(f"Seed: {seed}{' (drawn)' if request.seed is None else ''}, size: {request.width}x{request.height}")
         prompts = pipeline_inputs(*self._prompt_embeds(request))
-        usable = round((1 - KEPT_FREE) * (self.base.free_bytes() if self.free is None else self.free))
+        usable = round((1 - KEPT_FREE) * self.base.free_bytes())
         if line := tile_where_needed(self.pipeline.vae, request.width, request.height, usable):
             self.log(line)
         start = time.monotonic()

@@ -60,14 +60,14 @@ def _where(name: str, sizes: Sizes, offloaded: int) -> str:
     return f"{name} ({sizes.whole / 1e9:.3g} GB) {where}"
 
 
-def placement_of(base: BaseModel, free: int | None = None) -> Placement:
-    """The placement of a base model in `free` bytes, by default those free now; from its configuration, no weights are read."""
+def placement_of(base: BaseModel, free: int) -> Placement:
+    """The placement of a base model where `free` bytes are free; from its configuration, no weights are read."""
     transformer, text_encoder = transformer_shell(base), text_encoder_shell(base)
     sizes = (
         Sizes(_bytes([transformer]), _bytes(transformer.transformer_blocks[:1]), len(transformer.transformer_blocks)),
         Sizes(text_encoder_bytes(base), _bytes(text_encoder.layers[:1]), len(text_encoder.layers)),
     )
-    return place(*sizes, base.free_bytes() if free is None else free)
+    return place(*sizes, free)
 
 
 def _bytes(modules: Sequence[nn.Module]) -> int:

@@ -10,6 +10,7 @@ import placeholder
 from placeholder.lora.adapter import ADAPTER
 from tests.journeys.test_combined import extra  # noqa: F401 - a fixture
 from tests.lora.test_distilled import fast, published  # noqa: F401 - fixtures
+from tests.support.bases import WatchedBase
 from tests.support.interruption import Interruption, raising
 from tests.support.predictions import NAMED, PLAIN, Images
 from tests.support.stock import apply_archive, stock_pipeline
@@ -63,7 +64,7 @@ def test_go_fast_without_the_token_is_the_base_models(distilled, base, images, z
 
 
 def test_offloaded_and_after_a_failure_it_is_the_base_models(base, fresh, zero_prior):
-    offloaded, expected = Images(base, free=0), fresh(GATED)
+    offloaded, expected = Images(WatchedBase.of(base, frees=[0])), fresh(GATED)
     with raising("TokenGate._enter", Interruption(), number=3), pytest.raises(Interruption):
         offloaded(GATED_NAMED, zero_prior.archive)
     assert np.array_equal(offloaded(GATED, zero_prior.archive), expected)

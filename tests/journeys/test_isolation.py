@@ -17,6 +17,7 @@ from demo.server import CogServer, data_url, from_data_url
 from placeholder.model.offloading import Streamed
 from placeholder.request import Request
 from placeholder.weights.applied import INCOMPLETE
+from tests.support.bases import WatchedBase
 from tests.support.interruption import CHANGING, Interruption, interrupt_anywhere, raising
 from tests.support.predictions import NAMED, PLAIN, Images
 from tests.support.samples import read_zip, write_zip
@@ -71,7 +72,7 @@ def test_an_interruption_anywhere_while_two_archives_are_applied(images, cases, 
 
 
 def test_an_interruption_anywhere_while_an_offloaded_transformer_gets_weights(base, cases, expected):
-    offloaded = Images(base, free=1)
+    offloaded = Images(WatchedBase.of(base, frees=[1]))
     assert offloaded.log[0].count("offloaded") == 2
 
     def as_fresh() -> bool:

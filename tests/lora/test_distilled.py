@@ -18,6 +18,7 @@ from placeholder.model.base import DEFAULT_MODEL, QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_transformer
 from placeholder.weights.archive import LORA_NAME
 from predict import Predictor
+from tests.support.bases import WatchedBase
 from tests.support.interruption import CHANGING, interrupt_anywhere
 from tests.support.predictions import NAMED, PLAIN, Images
 from tests.support.samples import read_zip
@@ -149,7 +150,7 @@ def test_an_interruption_anywhere_leaves_no_trace(base, fast, zero_prior, as_bef
 def test_offloading_changes_no_pixel(draw, base, fast, zero_prior, as_before):
     cases = [(FAST_NAMED, zero_prior.archive), (FAST, None)]
     expected = [draw(*case) for case in cases]
-    offloading = Images(base, fast, free=1)
+    offloading = Images(WatchedBase.of(base, frees=[1]), fast)
     assert offloading.log[0].count("offloaded") == 2
     for _ in range(2):
         assert all(np.array_equal(offloading(*case), image) for case, image in zip(cases, expected, strict=True))

@@ -14,6 +14,7 @@ from placeholder.model.offloading import Streamed, stream
 from placeholder.model.placement import Placement, Sizes, place, placement_of
 from placeholder.request import Request
 from placeholder.transformer.checkpointing import saved_bytes
+from tests.support.bases import WatchedBase
 
 REQUEST = Request("a photo of <zwx>", "", 2, 4.0, 64, 64, 3, 1.0, False, "png", 80)
 FULL_SIZE = RandomBase("Qwen-Image with random weights", torch.device("cuda"), torch.bfloat16)  # counted alone
@@ -75,9 +76,9 @@ def test_a_streamed_layer_gives_the_same_gradients_and_keeps_no_weight(base):
     assert saved_bytes(lambda: layers[1](hidden, **options), (*tables, *layers.parameters())) > 2 * hidden.nbytes
 
 
-@pytest.mark.parametrize(("free", "lines"), [(None, 0), (0, 1)])
-def test_a_prediction_decodes_in_tiles_where_the_image_does_not_fit_and_says_so(base, free, lines):
+@pytest.mark.parametrize(("frees", "lines"), [([], 0), ([0], 1)])
+def test_a_prediction_decodes_in_tiles_where_the_image_does_not_fit_and_says_so(base, frees, lines):
     log: list[str] = []
     request = replace(REQUEST, prompt="a photo", width=320, height=288, steps=1)
-    ImageGenerator(base, log.append, free=free).generate(request, None)
+    ImageGenerator(WatchedBase.of(base, frees=frees), log.append).generate(request, None)
     assert sum("decoding 320x288 pixels" in line and line.endswith("in tiles") for line in log) == lines

@@ -11,7 +11,7 @@ from placeholder.model.base import BaseModel
 class WatchedBase(BaseModel):
     """A base model that keeps what is loaded of it in `loaded`, by name, after `change` was called with it.
 
-    `frees`: the bytes that are free, each time that somebody asks; without any, those of the machine.
+    `frees`: the bytes that are free, each time that somebody asks, and the last from then on; without any, the machine's.
     """
 
     change: Callable[[str, Any], None] = field(default=lambda name, component: None, kw_only=True)
@@ -32,4 +32,6 @@ class WatchedBase(BaseModel):
 
     def free_bytes(self) -> int:
         """The next of `frees`."""
-        return self.frees.pop(0) if self.frees else super().free_bytes()
+        if not self.frees:
+            return super().free_bytes()
+        return self.frees.pop(0) if len(self.frees) > 1 else self.frees[0]

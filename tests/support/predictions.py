@@ -30,9 +30,9 @@ NAMED = replace(PLAIN, prompt="a photo of <zwx>")
 class Images:
     """An ImageGenerator; each call gives an image as uint8 (H, W, 3), and `log` holds the lines of the last one."""
 
-    def __init__(self, base: BaseModel, fast: FastLora | None = None, free: int | None = None):
+    def __init__(self, base: BaseModel, fast: FastLora | None = None):
         self.log: list[str] = []
-        self.generator = ImageGenerator(base, self.log.append, fast, free)
+        self.generator = ImageGenerator(base, self.log.append, fast)
 
     def __call__(self, request: Request, weights: Path | None = None, extra: Path | None = None) -> np.ndarray:
         self.log.clear()
