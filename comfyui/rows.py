@@ -78,8 +78,8 @@ def _archive(path: Path) -> list[tuple[str | None, Tensor]]:
 
 
 def _is_embedding(name: str) -> bool:
-    """Also with a folder on top, as of an archive that was packed again; macOS leaves files of its own beside them then."""
-    return f"/{FOLDER}" in f"/{name}" and name.endswith(SUFFIX) and not name.startswith("__MACOSX/")
+    """Also with a folder on top, as of an archive that was packed again; macOS leaves dot files beside them then."""
+    return f"/{FOLDER}" in f"/{name}" and name.endswith(SUFFIX) and not name.split("/")[-1].startswith(".")
 
 
 def parse(name: str, content: bytes) -> tuple[str | None, Tensor]:

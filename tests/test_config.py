@@ -95,6 +95,11 @@ def test_resolution_is_a_sorted_set_of_sides(given, sides):
     assert train_config({"resolution": given}).resolution == sides
 
 
+def test_the_sections_of_the_yaml_file_hold_what_the_docs_say():
+    assert YAML_SECTIONS["model"] == ("quantize", "quantize_te", "torch_compile", "deterministic")
+    assert YAML_SECTIONS["debug"] == ("log_prompt_ids",)
+
+
 def test_what_the_yaml_file_does_not_name_stays_as_the_inputs_say(yaml_file):
     config = train_config({"steps": 99, "quantize": True}, yaml_file("train:\n  rank: 4\nmodel:\n"))
     assert (config.steps, config.rank, config.quantize) == (99, 4, True)

@@ -28,8 +28,10 @@ def lock() -> str:
 
 @pytest.mark.parametrize("file", [".dockerignore", ".gitignore"])
 def test_what_a_user_keeps_beside_the_package_gets_into_no_image_and_no_commit(file):
-    patterns = [line.strip("/") for line in (ROOT / file).read_text().splitlines()]
-    for name in ("d.zip", "weights.zip", "lora.safetensors", "weights", "answer.json", "checkpoints", "wandb"):
+    lines = (ROOT / file).read_text().splitlines()
+    assert not {"weights", "checkpoints"} & {*lines}  # without a / placeholder/weights would match, too
+    patterns = [line.strip("/") for line in lines]
+    for name in ("d.zip", "weights.zip", "lora.safetensors", "image.png", "weights", "answer.json", "checkpoints", "wandb"):
         assert any(fnmatch(name, pattern) for pattern in patterns), name
     assert not any(fnmatch(name, pattern) for name in ("placeholder", "predict.py") for pattern in patterns)
 

@@ -17,7 +17,7 @@ TABLES = ("metadata.jsonl", "metadata.csv")  # as Hugging Face's datasets reads 
 OTHER_TABLES = (".jsonl", ".csv", ".tsv", ".parquet")  # suffixes of tables that are not read under other names
 DELIMITERS = ",;\t"
 FILE_COLUMNS, TEXT_COLUMNS = ("file_name", "image", "file"), ("text", "caption", "prompt")
-MAX_CAPTION_BYTES = 64 * 1024
+MAX_CAPTION_BYTES, MAX_JSON_BYTES = 64 * 1024, 8 * 1024**2  # of a caption alone, and of JSON with other things
 MAX_TABLE_BYTES = 64 * 1024**2
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 NO_IMAGE = "a caption without an image of that name"
@@ -95,10 +95,10 @@ def _owners(names: list[str], images: list[str]) -> dict[str, list[str] | str]:
     for name in names:
         rivals[composed(name).casefold()].append(name)
     owners: dict[str, list[str] | str] = {}
-    order = {name: SUFFIXES.index(PurePosixPath(name).suffix.lower()) for name in names}
-    for name in sorted(names, key=lambda name: (order[name], len(exact.get(stem(name), ())), len(name), name)):
-        key = stem(name)
-        likely = exact.get(key) or folded.get(key.casefold(), [])
+    found = {name: exact.get(stem(name)) or folded.get(stem(name).casefold(), []) for name in names}
+    order = {name: (SUFFIXES.index(PurePosixPath(name).suffix.lower()), len(found[name]), len(name), name) for name in names}
+    for name in sorted(names, key=order.get):
+        key, likely = stem(name), found[name]
         unsure = key not in exact and (len(likely) > 1 or len(rivals[composed(name).casefold()]) > 1)
         owners[name] = f"it could belong to {listed([*map(label, likely)], 3)}" if unsure and likely else likely or NO_IMAGE
     return owners
@@ -107,7 +107,7 @@ def _owners(names: list[str], images: list[str]) -> dict[str, list[str] | str]:
 def _one_caption(archive: Archive, name: str) -> str | None:
     """The caption in a file beside its image, on one line; None for JSON that holds none."""
     alone = not name.lower().endswith(".json")
-    text = _text(archive, name, MAX_CAPTION_BYTES if alone else MAX_TABLE_BYTES, "a caption")
+    text = _text(archive, name, MAX_CAPTION_BYTES if alone else MAX_JSON_BYTES, "a caption")
     if alone:
         return _one_line(text)
     try:

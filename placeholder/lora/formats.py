@@ -200,6 +200,7 @@ def _metadata(where: str, text: str | None) -> dict[str, Any]:
         found = shown(others[0]) if others else f"{len(patterns)} patterns"
         raise ValueError(f"{where} holds {found} in alpha_pattern: write the layers' names there, at most {MAX_PATTERNS}")
     # As in PEFT's get_pattern_key the first counts that is the end of a layer's name, from a dot on.
-    names = {pattern.replace("\\", ""): alpha for pattern, alpha in patterns.items()}
-    metadata["alpha_pattern"] = {re.sub(r"^\^?", r"\g<0>.", name): alpha for name, alpha in names.items()}
+    metadata["alpha_pattern"] = ends = {}
+    for pattern, alpha in patterns.items():
+        ends.setdefault(re.sub(r"^\^?", r"\g<0>.", pattern.replace("\\", "")), alpha)
     return metadata

@@ -119,16 +119,16 @@ def plan_memory(
     wanted = [stored] if stored else list(product(QUANTIZATIONS[1:] if config.quantize else QUANTIZATIONS[:1], (False, True)))
     count = partial(memory_needs, base, config, grid, ids)
 
-    def fitting(needs: tuple[Need, ...], most: float = usable) -> list[Need]:
-        return [need for need in needs if (need.quantization, need.tabled) in wanted and need.least <= most]
+    def fitting(needs: tuple[Need, ...], most: float = usable, share: float = 1) -> list[Need]:
+        return [n for n in needs if (n.quantization, n.tabled) in wanted and n.peak(int(share * n.footprint.blocks)) <= most]
 
     needs = count()
     if not fitting(needs) and base.device.type != "cpu" and not config.quantize_te:
-        layers = range(1, len(text_encoder_shell(base).layers) + 1)
-        needs = count(layers[-1])
-        if best := {need.quantization for need in fitting(needs)[:1]}:
-            fewest = bisect_left(layers, True, key=lambda n: best <= {need.quantization for need in fitting(count(n))})
-            needs = count(layers[fewest])
+        layers = len(text_encoder_shell(base).layers)
+        if best := fitting(needs := count(layers))[:1]:
+            wanted = [kind for kind in wanted if kind[0] == best[0].quantization]
+            # An eighth of the blocks is left to checkpoint, for a step that runs out of memory all the same.
+            needs = count(1 + bisect_left(range(1, layers), True, key=lambda n: bool(fitting(count(n), share=7 / 8))))
     side = "{1}x{0}".format(*(QWEN_IMAGE.pixels_per_token * tokens for tokens in grid))
     token = "with" if config.tokens else "without"
     title = f"training at {side} pixels, batch {config.batch_size}, rank {config.rank}, {token} a token"

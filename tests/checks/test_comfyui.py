@@ -153,7 +153,7 @@ def test_an_archive_gives_all_its_tokens_or_the_one_that_is_named(comfyui, archi
 
 def test_an_archive_that_was_packed_again_is_read(comfyui, archive, tmp_path):
     entries = {f"weights/{name}": content for name, content in read_zip(archive).items()}
-    path = write_zip(tmp_path / "again.zip", entries | {"__MACOSX/weights/embeddings/._zwx.safetensors": b"x"})
+    path = write_zip(tmp_path / "again.zip", entries | {"weights/embeddings/._zwx.safetensors": b"x"})
     assert read(comfyui, path) == read(comfyui, archive)
 
 

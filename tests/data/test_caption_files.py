@@ -33,6 +33,7 @@ def read(tmp_path):
         ({"a.png": PNG, "a.json": '{"caption": "one"}'}, {"a.png": "one"}),
         ({"a.png": PNG, "a.png.txt": "one"}, {"a.png": "one"}),
         ({"a.png": PNG, "a.png.txt": "two", "a.txt": "one"}, {"a.png": "one"}),  # the latter is what a report calls it
+        ({"A.png": PNG, "A.txt": "one", "a.png.txt": "two"}, {"A.png": "one"}),
         ({"a.png": PNG, "a.webp": PNG, "a.png.txt": "one", "a.txt": "two"}, {"a.png": "one", "a.webp": "two"}),
         ({"a.png": PNG, "a.json": json.dumps({"imageData": "x" * 70_000, "caption": "one"})}, {"a.png": "one"}),
         ({"IMG_1.PNG": PNG, "img_1.txt": "one"}, {"IMG_1.PNG": "one"}),

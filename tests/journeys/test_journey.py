@@ -73,6 +73,7 @@ def archive(training, tmp_path_factory) -> Path:
 def drawn(answer: dict) -> np.ndarray:
     """The picture of an answer."""
     assert answer["status"] == "succeeded", answer
+    assert answer["metrics"]["image_output_count"] == 1
     return np.asarray(Image.open(io.BytesIO(from_data_url(answer["output"]))))
 
 

@@ -137,6 +137,7 @@ def test_a_lora_has_the_strength_of_its_format_and_that_of_stock_diffusers(kind,
         {"lora_alpha": 4, "alpha_pattern": {"^transformer_blocks.0.attn.to_v": 12}},
         {"lora_alpha": 4, "alpha_pattern": {r"transformer_blocks\.0\.attn\.to_q": 16, "o_v": 2, "^to_k": 2}},
         {"lora_alpha": 4, "alpha_pattern": {"attn.to_k": 12, "to_k": 2}},
+        {"lora_alpha": 4, "alpha_pattern": {r"attn\.to_k": 12, "attn.to_k": 2}},
     ],
 )
 def test_alphas_in_the_metadata_count_as_in_stock_diffusers(settings, base, tmp_path):

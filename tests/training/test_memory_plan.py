@@ -112,12 +112,12 @@ QUANTIZED = {"quantize": True}
         (WITHOUT, 80, ("none", 0, 0)),
         (WITHOUT, 48, ("none+table", 21, 0)),
         (replace(WITH, **QUANTIZED), 48, ("int8+table", 22, 0)),
-        (WITH, 48, ("none+table", 60, 4)),
+        (WITH, 48, ("none+table", 52, 9)),
         (replace(WITH, **QUANTIZED), 32, ("nf4+table", 47, 0)),
-        (replace(WITH, **QUANTIZED), 24, ("int8+table", 60, 21)),
+        (replace(WITH, **QUANTIZED), 24, ("int8+table", 52, 26)),
         (replace(WITHOUT, **QUANTIZED), 48, ("int8+table", 0, 0)),
         (replace(WITHOUT, **QUANTIZED), 24, ("int8+table", 47, 0)),
-        (replace(WITH, **QUANTIZED), 16, ("nf4+table", 60, 22)),
+        (replace(WITH, **QUANTIZED), 16, ("nf4+table", 52, 27)),
     ],
 )
 def test_the_full_size_model_fits_the_cards_that_people_have(config, gigabytes, expected):
@@ -125,9 +125,16 @@ def test_the_full_size_model_fits_the_cards_that_people_have(config, gigabytes, 
     assert chosen(config, gigabytes) == expected
 
 
-def test_one_layer_less_would_not_fit():
-    fits, too_much = (memory_needs(FULL_SIZE, WITH, GRID, PROMPT, offloaded)[1].least for offloaded in (4, 3))
+def test_one_layer_less_would_not_fit_with_an_eighth_of_the_blocks_left_to_checkpoint():
+    fits, too_much = (memory_needs(FULL_SIZE, WITH, GRID, PROMPT, offloaded)[1].peak(52) for offloaded in (9, 8))
     assert fits <= 0.9 * 48e9 < too_much
+
+
+def test_at_the_end_of_the_backward_pass_the_casts_of_the_lora_and_of_its_gradients_are_there():
+    config = replace(WITHOUT, rank=256, resolution=(64,))
+    need = memory_needs(FULL_SIZE, config, (4, 4), PROMPT)[0]
+    parameters = need.lora // 16  # weights, gradients and two states in fp32
+    assert need.footprint.total(60) == 2 * 2 * parameters
 
 
 @pytest.mark.parametrize(
@@ -178,7 +185,7 @@ def test_captioning_is_planned():
 
 def test_an_offloaded_text_encoder_is_said_and_trains_the_same(base, dataset, tmp_path):
     lines = plan_memory(FULL_SIZE, WITH, GRID, PROMPT, 48 * 10**9).lines()
-    assert "text encoder, 4 offloaded" in lines[3] and lines[-1].startswith("Warning: 4 layers of the text encoder do not fit")
+    assert "text encoder, 9 offloaded" in lines[3] and lines[-1].startswith("Warning: 9 layers of the text encoder do not fit")
 
     def offloading(*given):
         plan = plan_memory(*given)
