@@ -171,10 +171,7 @@ def encode_text(
     context: Context,
     offloaded: int,
 ) -> tuple[PromptEncoder, TokenOptimizer | None]:
-    """The embeddings of prompts without a placeholder, cached; the text encoder stays only where tokens are trained.
-
-    Its last `offloaded` layers are in the host's memory.
-    """
+    """Embeddings of prompts, cached without a placeholder; the text encoder, partly `offloaded`, is kept to train tokens."""
     config, token_optimizer = context.config, None
     with context.timing.part("load"):
         text_encoder = load_text_encoder(context.base, "int8" if config.quantize_te else "none", offloaded)
