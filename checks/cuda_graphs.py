@@ -7,17 +7,18 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.full_size import FULL_TEXT_ENCODER, RandomBase, write_dataset
 from placeholder.config import TrainConfig
-from placeholder.devices import free_memory
+from placeholder.devices import deterministic, free_memory
 from placeholder.finetune import finetune
 from placeholder.job import Job
 from placeholder.lora.adapter import add_lora
@@ -65,7 +66,10 @@ def same_weights(base: BaseModel, config: TrainConfig) -> bool:
 
 
 def goes_on_without(base: BaseModel, config: TrainConfig) -> bool:
-    """Whether a training whose steps cannot be captured, because they wait for the GPU, says so and gives the same weights."""
+    """Whether a training whose steps cannot be captured, because they wait for the GPU, says so and gives the same weights.
+
+    And whether its memory is given back afterwards.
+    """
     original, log = loop.flow_matching_losses, []
 
     def waiting(*arguments: Any) -> Tensor:
@@ -76,27 +80,39 @@ def goes_on_without(base: BaseModel, config: TrainConfig) -> bool:
     with patch.object(loop, "flow_matching_losses", waiting):
         one = trained(base, config, log)
     free_memory()
+    kept = torch.cuda.memory_reserved()
     torch.rand(1, device="cuda")  # the allocator and PyTorch's random numbers go on
     other = trained(base, config, [])
     warned = sum("CUDA graphs" in line for line in log) == 1
-    return warned and one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    return warned and kept < 10**9 and one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def prepared(base: BaseModel, side: int) -> tuple[nn.Module, Callable[[graphs.Passes, int], list[Tensor]]]:
+    """A transformer with a LoRA, and a step of it for a prompt length, which returns copies of some of the LoRA's gradients."""
+    transformer, grid = load_transformer(base), (side // 16, side // 16)
+    lora, denoiser = add_lora(transformer, 32, seed=0), Denoiser(transformer)
+
+    def step(passes: graphs.Passes, length: int) -> list[Tensor]:
+        generator = torch.Generator(base.device).manual_seed(length)
+        latents = torch.randn(1, math.prod(grid), 64, device=base.device, generator=generator)
+        embeds = torch.randn(1, length, 3584, device=base.device, dtype=base.dtype, generator=generator)
+        sigma = torch.full((1,), 0.5, device=base.device)
+        passes.zero_grad()
+        passes.run(flow_matching_losses, (denoiser, grid), (latents, latents.flip(0), sigma, sigma, embeds, None), 1.0)
+        return [parameter.grad.clone() for parameter in lora[:16] if parameter.grad is not None]
+
+    return transformer, step
 
 
 def footprints(base: BaseModel) -> list[dict[str, Any]]:
     """Steps of the full-size transformer at several prompt lengths: seconds, the allocator's bytes, and bytes beside it."""
-    transformer = load_transformer(base)
-    add_lora(transformer, 32, seed=0)
-    passes, denoiser = graphs.Passes(base.device, transformer, print), Denoiser(transformer)
-    found, grid = [], (SIDE // 16, SIDE // 16)
+    transformer, step = prepared(base, SIDE)
+    passes, found = graphs.Passes(base.device, transformer, print), []
     for length in LENGTHS:
-        latents = torch.randn(1, math.prod(grid), 64, device=base.device)
-        embeds = torch.randn(1, length, 3584, device=base.device, dtype=base.dtype)
-        sigma = torch.full((1,), 0.5, device=base.device)
         for what in ("first", "captured", "replayed"):
             torch.cuda.synchronize()
             start = time.monotonic()
-            passes.zero_grad()
-            passes.run(flow_matching_losses, (denoiser, grid), (latents, latents.flip(0), sigma, sigma, embeds, None), 1.0)
+            step(passes, length)
             torch.cuda.synchronize()
             if passes.holds_memory != (what != "first" or length != LENGTHS[0]):
                 raise SystemExit(f"the {what} step of {length} tokens was not as planned")
@@ -106,6 +122,29 @@ def footprints(base: BaseModel) -> list[dict[str, Any]]:
             found.append({"length": length, "step": what, "seconds": seconds} | memory)
             print(found[-1], flush=True)
     return found
+
+
+def shares_memory(base: BaseModel) -> bool:
+    """Whether passes without memory beside the graphs run in the memory of those, and all give the same gradients."""
+    transformer, step = prepared(base, 2 * SIDE)
+    eager, passes = graphs.Passes(torch.device("cpu"), transformer, print), graphs.Passes(base.device, transformer, print)
+    one, other, _ = LENGTHS
+    with deterministic(base.device, True):
+        expected = {length: step(eager, length) for length in (one, other)}
+        found = [(one, step(passes, one)) for _ in range(2)]
+        free_memory()
+        limit = torch.cuda.memory_reserved() + 10**8
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
+        try:
+            step(passes, other)
+            raise SystemExit("there was memory for a pass beside the graphs: the check shows nothing")
+        except torch.OutOfMemoryError:
+            passes.give_way()
+        free_memory()
+        for length in (other, one, other, one, other):  # in the pool, replayed, captured, replayed, replayed
+            found.append((length, step(passes, length)))
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return all(torch.equal(*pair) for length, given in found for pair in zip(given, expected[length], strict=True))
 
 
 def main() -> None:
@@ -119,6 +158,8 @@ def main() -> None:
         same[name] = same_weights(base, replace(config, **options))
         print(name, same[name], flush=True)
     steps = footprints(RandomBase("full size", base.device, base.dtype))
+    free_memory()
+    same["in the memory of the graphs"] = shares_memory(base)
     same["not captured"] = goes_on_without(base, replace(config, **TOKEN))
     print(same, flush=True)
     record = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "same weights": same, "a step at 512": steps}

@@ -124,13 +124,16 @@ class BaseModel:
     def from_environment(cls) -> "BaseModel":
         """Folder, hub id or hub id@revision from QWEN_IMAGE_MODEL; bf16 on CUDA, fp32 on a CPU, which only a small model fits.
 
-        Raises ValueError for a malformed revision, and when the full-size model is asked for and there is no CUDA GPU.
+        Raises ValueError for a malformed revision, for a GPU without bf16, and where the full-size model has no CUDA GPU.
         """
         source, revision = split_revision(os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL)
         published = QWEN_IMAGE.published.get(source)
         if published:
             revision = revision or published.revision
         if torch.cuda.is_available():
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                gpu = torch.cuda.get_device_name()
+                raise ValueError(f"{gpu} cannot compute in bfloat16: run on a GPU of compute capability 8 or higher (Ampere)")
             return cls(source, torch.device("cuda"), torch.bfloat16, revision=revision)
         if published:
             raise ValueError(

@@ -47,6 +47,7 @@ def train(job: Job, log: Log) -> bool:
         config.write_text(config_yaml(job.config), encoding="utf-8")
         environment = {
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # as in the container
             "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",  # TMPDIR goes
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
@@ -62,11 +63,13 @@ def train(job: Job, log: Log) -> bool:
 def process_count() -> int:
     """How many processes train: TRAINING_PROCESSES, otherwise one for each visible GPU, at least one.
 
-    Raises ValueError unless that is a whole number from 1.
+    Raises ValueError unless that is a whole number from 1, and above the number of GPUs: NCCL takes one process for each.
     """
-    value = os.environ.get(PROCESSES_VARIABLE) or str(max(1, visible_gpus()))
-    if not (value.isascii() and value.isdigit() and int(value) >= 1):
-        raise ValueError(f"{PROCESSES_VARIABLE} is {value!r}: give a whole number from 1, or leave it unset for one a GPU")
+    gpus = visible_gpus()
+    value = os.environ.get(PROCESSES_VARIABLE) or str(max(1, gpus))
+    if not (value.isascii() and value.isdigit() and 1 <= int(value) <= (gpus or int(value))):
+        most = f"a whole number from 1 to {gpus}, the number of GPUs" if gpus else "a whole number from 1"
+        raise ValueError(f"{PROCESSES_VARIABLE} is {value!r}: give {most}, or leave it unset for one a GPU")
     return int(value)
 
 

@@ -209,7 +209,7 @@ def build(
     optimizer = lora_optimizer(config.optimizer, lora, config.learning_rate)
     checkpointing = plan.checkpointing(transformer, lora, config.optimizer, base.free_bytes())
     log(f"Memory: {checkpointing.checkpointed} of {checkpointing.blocks} blocks are checkpointed")
-    passes = Passes(base.device, transformer, log)
+    passes = Passes(base.device, transformer, log, config.steps)
     return TrainState(Denoiser(transformer), prompt_embeds, lora, optimizer, sampler, checkpointing, passes, token_optimizer)
 
 

@@ -5,18 +5,22 @@ Without, the host needs longer to start the kernels of a step than the GPU to ru
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from placeholder.devices import unreserved_bytes
 from placeholder.errors import Log, causes, out_of_memory, reason
 
 DEVICE = "cuda"  # where passes are captured
 CAPTURED_AFTER = 1  # passes of the same shapes, in which libraries load their kernels and choose among them
-MAX_GRAPHS = 32  # each takes 40 MB of the GPU beside PyTorch's memory at full size (checks/cuda_graphs.json)
+# A capture takes a second, which two to four replays earn back; each graph takes 40 MB of the GPU beside PyTorch's memory
+# (at full size: docs/hardware.md, checks/cuda_graphs.json).
+MAX_GRAPHS, STEPS_A_GRAPH = 32, 16  # so many, or one for so many steps of a longer training
+LEFT_FREE = 500 * 10**6  # bytes of the GPU that graphs leave
 
 Losses = Callable[..., Tensor]
 """From `arguments` and then tensors, some of them None, to the loss of each sample (B,)."""
@@ -26,20 +30,21 @@ class Passes:
     """Forward and backward passes through a transformer; on a GPU they are captured where shapes come for the second time.
 
     What is captured runs the same kernels in the same order. Gradients are added to those of the parameters where they lie, so
-    `zero_grad` and nothing else may clear them. All graphs share the memory of one step.
+    `zero_grad` and nothing else may clear them. All graphs share the memory of one step. `steps` are those of the training.
     """
 
-    def __init__(self, device: torch.device, transformer: nn.Module, log: Log):
+    def __init__(self, device: torch.device, transformer: nn.Module, log: Log, steps: int = 0):
         self.parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         self.log, self.capturing = log, device.type == DEVICE
         self._stream: Any = None
         if self.capturing:
             self._stream = torch.cuda.Stream(device)
             compute_rotations_anew(transformer)
-        self._captured_after, self._times, self._full = CAPTURED_AFTER, Counter(), False
-        self._beside = False  # whether a pass runs uncaptured while there are graphs, or ran out of memory so
+        self._most, self._full = max(MAX_GRAPHS, steps // STEPS_A_GRAPH), False
+        self._captured_after, self._times = CAPTURED_AFTER, Counter()
         self._graphs: dict[Hashable, CapturedPass] = {}
-        self._pool: Any = None
+        self._pool: Any = None  # the graphs' memory
+        self._in_pool = False  # whether passes that are not captured take theirs from it
 
     @property
     def holds_memory(self) -> bool:
@@ -48,28 +53,26 @@ class Passes:
 
     def release(self) -> None:
         """Drop the graphs; they are captured again when their shapes come next."""
-        self._graphs, self._pool = {}, None
+        self._graphs, self._pool, self._full = {}, None, False
 
     def start_again(self) -> None:
         """Drop the graphs, and run all shapes uncaptured first, since other code will run."""
         self.release()
         self._times.clear()
-        self._captured_after = max(self._captured_after, CAPTURED_AFTER)
 
     def give_way(self) -> None:
-        """Need less memory: capture new shapes at once, in the memory of the other graphs, or else drop them all."""
-        if self._beside and self._captured_after == CAPTURED_AFTER:
-            self._captured_after = 0
-            self.log("CUDA graphs: no memory for a pass beside them, so other shapes are captured at once from here on")
+        """Need less memory: run what is not captured in the memory of the graphs, or else drop them."""
+        if self._in_pool:
+            self._drop()
         else:
-            self._drop("out of memory")
-        self._beside = False
+            self._in_pool = True
+            self.log("CUDA graphs: out of memory; passes that are not captured use the memory of the graphs from here on")
 
-    def _drop(self, why: str) -> None:
+    def _drop(self) -> None:
         """Drop the graphs, and wait twice as long with the next: or every new shape would drop them anew."""
         self.start_again()
         self._captured_after *= 2
-        self.log(f"CUDA graphs dropped: {why}; from here on a shape is captured after {self._captured_after} passes")
+        self.log(f"CUDA graphs dropped: out of memory; from here on a shape is captured after {self._captured_after} passes")
 
     def stop_capturing(self, why: str) -> None:
         """Go on without; the log has a warning."""
@@ -101,9 +104,8 @@ class Passes:
                 self._capture(key, compute, tensors)
             if self.capturing and key in self._graphs:
                 return self._graphs[key].replay(tensors)
-            self._beside = self.holds_memory
-            found = compute(tensors)
-            self._beside = False
+            with self._memory_of_graphs() if self._in_pool and self._graphs else nullcontext():
+                found = compute(tensors)
             self._times[key] += 1
             return found
 
@@ -118,21 +120,46 @@ class Passes:
         finally:
             current.wait_stream(self._stream)
 
+    @contextmanager
+    def _memory_of_graphs(self) -> Iterator[None]:
+        """The stream allocates from the graphs' pool, as PyTorch's cudagraph_trees does in passes before a capture.
+
+        Nothing that lasts may be allocated meanwhile: the next replay overwrites it.
+        """
+        torch.cuda.empty_cache()  # meanwhile PyTorch frees nothing of its cache by itself
+        torch._C._cuda_beginAllocateCurrentStreamToPool(torch.cuda.current_device(), self._pool)
+        try:
+            yield
+        finally:
+            self._leave_pool()
+
+    def _leave_pool(self) -> None:
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)
+
+    def _has_room(self) -> bool:
+        """Whether there may be another graph; where not, there is none until graphs are dropped, and the log says so."""
+        if not self._full:
+            torch.cuda.empty_cache()
+            self._full = len(self._graphs) >= self._most or unreserved_bytes(self._stream.device) < LEFT_FREE
+            if self._full:
+                self.log(f"CUDA graphs: {len(self._graphs)} shapes of images and prompts are captured, others run without")
+        return not self._full
+
     def _capture(self, key: Hashable, compute: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> None:
-        if len(self._graphs) == MAX_GRAPHS:
-            if not self._full:
-                self.log(f"CUDA graphs: {MAX_GRAPHS} shapes of images and prompts are captured, others run without")
-            self._full = True
+        if not self._has_room():
             return
         try:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._graphs[key] = CapturedPass(compute, tensors, self._pool, self._stream)
         except RuntimeError as error:
+            with suppress(RuntimeError):  # PyTorch before 2.12 goes on allocating in a failed capture's pool (pytorch#180395)
+                self._leave_pool()
             with torch.cuda.graph(torch.cuda.CUDAGraph(), None, self._stream, "thread_local"):
                 torch.zeros(1, device=tensors[0].device)  # a capture that ends well ends what the failed one left open
             why = reason(list(causes(error))[-1])  # the first: those that follow from it say nothing
-            if out_of_memory(error) or not self._captured_after:
-                self._drop("out of memory" if out_of_memory(error) else why)
+            if out_of_memory(error):
+                self._drop()
             else:
                 self.stop_capturing(why)
 

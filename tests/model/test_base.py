@@ -24,6 +24,7 @@ def test_everything_is_loaded_frozen_and_the_vocabulary_is_not_resized(base, tex
 def test_the_base_model_is_the_one_that_the_environment_names(monkeypatch, tmp_path):
     def found(name: str | None, cuda: bool = True) -> BaseModel:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
         monkeypatch.setenv("QWEN_IMAGE_MODEL", name) if name is not None else monkeypatch.delenv("QWEN_IMAGE_MODEL")
         return BaseModel.from_environment()
 
@@ -47,6 +48,14 @@ def test_the_base_model_is_the_one_that_the_environment_names(monkeypatch, tmp_p
 def test_a_malformed_revision_gets_its_sentence(name, monkeypatch):
     monkeypatch.setenv("QWEN_IMAGE_MODEL", name)
     with pytest.raises(ValueError, match="is not a folder and not owner/name@revision: give a commit, a tag or a branch"):
+        BaseModel.from_environment()
+
+
+def test_a_gpu_without_bfloat16_gets_its_sentence(monkeypatch):
+    answers = {"is_available": True, "is_bf16_supported": False, "get_device_name": "Tesla T4"}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer, **_: answer)
+    with pytest.raises(ValueError, match="Tesla T4 cannot compute in bfloat16: run on a GPU of compute capability 8"):
         BaseModel.from_environment()
 
 

@@ -58,6 +58,7 @@ def test_what_was_compiled_stays_when_the_folder_of_a_training_goes(dataset, tmp
     monkeypatch.setattr(launch, "run", lambda _, environment, *__: found.append(environment))
     launch.train(Job(dataset, SHORT, tmp_path / "weights.zip"), print)
     assert not Path(found[0]["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(found[0]["TMPDIR"])
+    assert found[0]["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
     launch.train(Job(dataset, SHORT, tmp_path / "weights.zip"), print)
     assert found[1]["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
@@ -286,14 +287,23 @@ def test_the_server_and_the_command_line_start_trainings_without_torch():
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
 
 
-@pytest.mark.parametrize(("value", "count"), [("1", 1), ("8", 8), ("", None)])
-def test_the_number_of_processes_is_the_variables_or_that_of_the_gpus(value, count, monkeypatch):
+@pytest.mark.parametrize(("value", "gpus", "count"), [("1", 4, 1), ("4", 4, 4), ("8", 0, 8), ("", 4, 4), ("", 0, 1)])
+def test_the_number_of_processes_is_the_variables_or_that_of_the_gpus(value, gpus, count, monkeypatch):
     monkeypatch.setenv(launch.PROCESSES_VARIABLE, value)
-    assert launch.process_count() == (count or max(1, torch.cuda.device_count()))
+    monkeypatch.setattr(launch, "visible_gpus", lambda: gpus)
+    assert launch.process_count() == count
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
-def test_any_other_number_of_processes_gets_its_sentence(value, monkeypatch):
+def test_the_gpus_are_those_that_cuda_sees():
+    assert launch.visible_gpus() == torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(
+    ("value", "gpus", "most"),
+    [*((value, 0, "") for value in ("0", "-1", "two", "1.5")), ("5", 4, " to 4, the number of GPUs"), ("0", 1, " to 1")],
+)
+def test_any_other_number_of_processes_gets_its_sentence(value, gpus, most, monkeypatch):
     monkeypatch.setenv(launch.PROCESSES_VARIABLE, value)
-    with pytest.raises(ValueError, match=f"TRAINING_PROCESSES is '{re.escape(value)}': give a whole number from 1"):
+    monkeypatch.setattr(launch, "visible_gpus", lambda: gpus)
+    with pytest.raises(ValueError, match=f"TRAINING_PROCESSES is '{re.escape(value)}': give a whole number from 1{most}"):
         launch.process_count()

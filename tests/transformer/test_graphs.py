@@ -18,6 +18,7 @@ from tests.support.samples import train
 from tests.training.test_loop import NO_LIMIT, Parts
 
 GPU = torch.device("cuda")
+POOL_CALLS = ("beginAllocateCurrentStreamToPool", "endAllocateToPool", "releasePool")
 
 
 class Rerun:
@@ -49,17 +50,40 @@ class Rerun:
         return found
 
 
+class Pool:
+    """Stands in for PyTorch's allocator: whether the stream allocates from a pool, and who still needs the pool."""
+
+    open, users = False, 0
+
+    def begin(self, _device, _pool):
+        assert not self.open
+        self.open, self.users = True, self.users + 1
+
+    def end(self, _device, _pool):
+        if not self.open:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.open = False
+
+    def release(self, _device, _pool):
+        self.users -= 1
+
+
 @pytest.fixture
 def gpu(monkeypatch):
-    """What of a GPU passes ask for."""
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    for name, answer in {"Stream": stream, "current_stream": stream, "graph_pool_handle": (0, 0)}.items():
+    """What of a GPU passes ask for; the pool of its allocator."""
+    stream, pool = types.SimpleNamespace(wait_stream=lambda other: None, device=GPU), Pool()
+    answers = {"Stream": stream, "current_stream": stream, "graph_pool_handle": (0, 0), "current_device": 0}
+    for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     for name in ("stream", "graph", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
+    for name, call in zip(POOL_CALLS, (pool.begin, pool.end, pool.release), strict=True):
+        monkeypatch.setattr(torch._C, f"_cuda_{name}", call, raising=False)
+    monkeypatch.setattr(graphs, "unreserved_bytes", lambda device: 2 * graphs.LEFT_FREE)
     monkeypatch.setattr(graphs, "CapturedPass", Rerun)
     monkeypatch.setattr(Rerun, "made", [])
     monkeypatch.setattr(Rerun, "fails", [])
+    return pool
 
 
 def trained(base, tokenizer, text_encoder, log=None):
@@ -70,7 +94,7 @@ def trained(base, tokenizer, text_encoder, log=None):
     parts.prompt_embeds.cache([plain, parts.empty_ids])
     rows = TokenOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT)
     if log is not None:
-        parts.passes = graphs.Passes(GPU, parts.transformer, log.append)
+        parts.passes = graphs.Passes(GPU, parts.transformer, log.append, 12)
     made = parts.steps(
         12,
         lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-2),
@@ -129,12 +153,23 @@ def test_steps_that_cannot_be_captured_go_on_with_one_warning(gpu, base, tokeniz
     assert not Rerun.made and Rerun.fails  # it was tried once
 
 
-def test_only_so_many_shapes_are_captured_and_a_line_says_so(gpu, monkeypatch, base, tokenizer, text_encoder):
+@pytest.mark.parametrize(("most", "steps_a_graph", "captured"), [(2, 100, 2), (1, 4, 3)])
+def test_only_so_many_shapes_are_captured_and_a_line_says_so(
+    most, steps_a_graph, captured, gpu, monkeypatch, base, tokenizer, text_encoder
+):
     log = []
-    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", most)
+    monkeypatch.setattr(graphs, "STEPS_A_GRAPH", steps_a_graph)
     assert_same(trained(base, tokenizer, text_encoder, log), trained(base, tokenizer, text_encoder))
-    assert len(Rerun.made) == 2
-    assert log == ["CUDA graphs: 2 shapes of images and prompts are captured, others run without"]
+    assert len(Rerun.made) == captured
+    assert log == [f"CUDA graphs: {captured} shapes of images and prompts are captured, others run without"]
+
+
+def test_graphs_leave_some_memory_and_a_line_says_so(gpu, monkeypatch, base, tokenizer, text_encoder):
+    log = []
+    monkeypatch.setattr(graphs, "unreserved_bytes", lambda device: graphs.LEFT_FREE - (len(Rerun.made) == 3))
+    assert_same(trained(base, tokenizer, text_encoder, log), trained(base, tokenizer, text_encoder))
+    assert log == ["CUDA graphs: 3 shapes of images and prompts are captured, others run without"]
 
 
 @pytest.mark.parametrize(("free", "times"), [(0, 4), (10**10, 1)])
@@ -165,19 +200,19 @@ def test_without_memory_graphs_go_first_then_blocks_are_checkpointed_then_nothin
     step(0, 1)
     with monkeypatch.context() as patch:
         patch.setattr(Rerun, "replay", lambda *_: raise_(torch.OutOfMemoryError("CUDA out of memory")))
-        step(0, 1)  # dropped, and repeated without
+        step(0, 1)  # repeated, dropped, and repeated without
     step(0, 1)
     step(0, 2)  # captured again after twice as many passes
     parts.passes.release()
     Rerun.fails.append(RuntimeError("CUDA error: out of memory"))  # as CUDA says it, in a capture
     step(0, 2)
     waiting = "CUDA graphs dropped: out of memory; from here on a shape is captured after {} passes"
-    assert Rerun.replay is replay and log == [waiting.format(2), waiting.format(4)]
+    assert Rerun.replay is replay and log == [SHARED, waiting.format(2), waiting.format(4)]
     for errors, checkpointed in ((1, 1), (2, 2)):
         with monkeypatch.context() as patch:
             patch.setattr(graphs, "_forward_and_backward", out_of_memory_at_first(errors))
             step(checkpointed, 2)
-    assert log[2:] == ["Warning: the steps could not be captured as CUDA graphs (out of memory): the training goes on without"]
+    assert log[3:] == ["Warning: the steps could not be captured as CUDA graphs (out of memory): the training goes on without"]
     assert [step.loss.item() for step in (*found, *made)] == expected
 
 
@@ -194,28 +229,18 @@ def out_of_memory_at_first(times: int):
     return run
 
 
-AT_ONCE = "CUDA graphs: no memory for a pass beside them, so other shapes are captured at once from here on"
+SHARED = "CUDA graphs: out of memory; passes that are not captured use the memory of the graphs from here on"
 
 
-@pytest.mark.parametrize("why", [None, "out of memory", "operation not permitted when stream is capturing"])
-def test_shapes_without_memory_beside_graphs_are_captured_at_once_if_that_can_be(
-    why, gpu, monkeypatch, base, tokenizer, text_encoder
-):
+@pytest.mark.parametrize("fits", [True, False])
+def test_passes_without_memory_beside_graphs_run_in_the_memory_of_those(fits, gpu, monkeypatch, base, tokenizer, text_encoder):
     log = []
-
-    class Unprepared(Rerun):
-        def __init__(self, *arguments):
-            if why and log[-1:] == [AT_ONCE]:
-                raise RuntimeError(f"CUDA error: {why}")
-            super().__init__(*arguments)
-
-    monkeypatch.setattr(graphs, "CapturedPass", Unprepared)
 
     class Crowded(Denoiser):
         def __call__(self, *arguments):
-            if parts.passes.holds_memory and not Rerun.replaying:
+            if parts.passes.holds_memory and not Rerun.replaying and not (fits and gpu.open):
                 crowded.append(1)
-                assert len(crowded) < 10
+                assert len(crowded) < 20
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().__call__(*arguments)
 
@@ -231,11 +256,29 @@ def test_shapes_without_memory_beside_graphs_are_captured_at_once_if_that_can_be
     parts, crowded = None, []
     expected = losses(lambda transformer: graphs.Passes(torch.device("cpu"), transformer, log.append))
     assert losses(lambda transformer: graphs.Passes(GPU, transformer, log.append)) == expected
-    if why is None:
-        assert log == [AT_ONCE] and len(crowded) == 1 and len(Rerun.made) > 2
+    assert log[0] == SHARED and not gpu.open and gpu.users == 0
+    if fits:
+        assert len(log) == len(crowded) == 1 and len(Rerun.made) > 2
     else:
-        assert log[0] == AT_ONCE and log[1].startswith("CUDA graphs dropped: ") and why in log[1]
-        assert all(line.startswith("CUDA graphs dropped: out of memory") for line in log[2:])
+        assert log[1:] and all(line.startswith("CUDA graphs dropped: out of memory") for line in log[1:])
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="a build of PyTorch without CUDA")
+def test_pytorch_has_the_calls_that_choose_a_pool():
+    assert all(hasattr(torch._C, f"_cuda_{name}") for name in POOL_CALLS)
+
+
+def test_the_memory_of_a_capture_that_failed_is_given_back(gpu, monkeypatch, base, tokenizer, text_encoder):
+    log = []
+
+    class Invalid(Rerun):
+        def __init__(self, *arguments):
+            gpu.begin(0, (0, 0))  # and torch 2.11 does not end it
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "CapturedPass", Invalid)
+    assert_same(trained(base, tokenizer, text_encoder, log), trained(base, tokenizer, text_encoder))
+    assert len(log) == 1 and not gpu.open and gpu.users == 0
 
 
 def test_a_graph_reads_no_rotary_embedding_that_a_cache_may_drop(gpu, base, tokenizer, text_encoder):
