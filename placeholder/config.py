@@ -45,6 +45,11 @@ def _sides(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
 
 
+def _lines(value: Any) -> Any:
+    """Lines of text, or a list of them, as text."""
+    return "\n".join(value) if isinstance(value, list) and all(isinstance(line, str) for line in value) else value
+
+
 def _few_lines(value: str) -> str:
     if sum(bool(line.strip()) for line in value.splitlines()) > MAX_SAMPLE_PROMPTS:
         raise ValueError("too many prompts")
@@ -57,7 +62,7 @@ Sides = Annotated[
 ]
 SIDES = f"give whole numbers from {MIN_SIDE} to {MAX_SIDE}, separated by commas"
 Words = Annotated[Text | None, AfterValidator(lambda text: text if text and text.strip() else None)]
-Prompts = Annotated[Text, AfterValidator(_few_lines)]
+Prompts = Annotated[Text, BeforeValidator(_lines), AfterValidator(_few_lines)]
 PROMPTS = f"give at most {MAX_SAMPLE_PROMPTS} prompts, one a line"
 
 

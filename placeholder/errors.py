@@ -101,7 +101,7 @@ def _sentence(error: BaseException, advice: str) -> str | None:
         if isinstance(cause, MemoryError) or any(words in text for words in MEMORY_WORDS):
             return f"out of memory: {advice}"
         if getattr(cause, "errno", None) in DISK_NUMBERS or any(words in text for words in DISK_WORDS):
-            return "the disk is full: make room for temporary files, or name a folder that has room in TMPDIR"
+            return "the disk is full: make room for the output, and for temporary files or name a folder with room in TMPDIR"
     return None
 
 

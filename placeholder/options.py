@@ -5,6 +5,7 @@ docstring below it. The command line, the YAML file, the checks and the tables i
 and predict.py repeat them, because Cog reads nothing but literals; a test compares.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,8 +36,8 @@ def _number(value: Any) -> Any:
 
 
 def _tokens(value: Any) -> Any:
-    """Tokens separated by commas, as a list."""
-    return [token.strip(" ") for token in value.split(",")] if isinstance(value, str) else value or ()
+    """Tokens separated by commas, as a list; a comma at the end adds none."""
+    return [token.strip(" ") for token in value.rstrip(", ").split(",")] if isinstance(value, str) else value or ()
 
 
 NUMERIC = BeforeValidator(_number)
@@ -184,10 +185,20 @@ def read_sections(path: Path | str, known: dict[str, tuple[str, ...]]) -> dict[s
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without tags and aliases: a tag can fail in any way, and aliases within merge keys grow without bound."""
+    """YAML without tags, aliases and names that stand twice.
+
+    A tag can fail in any way, and aliases within merge keys grow without bound.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
             raise yaml.YAMLError("tags (!name) and aliases (*name) are not read, write the value itself")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """As before; YAMLError for a name that stands twice."""
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [name for name, times in names.items() if times > 1]:
+            raise yaml.YAMLError(f"{label(twice[0])} stands twice in one section")
+        return super().construct_mapping(node, deep)

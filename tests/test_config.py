@@ -100,6 +100,15 @@ def test_the_sections_of_the_yaml_file_hold_what_the_docs_say():
     assert YAML_SECTIONS["debug"] == ("log_prompt_ids",)
 
 
+def test_lists_in_the_yaml_file_and_a_comma_at_the_end_are_taken(yaml_file):
+    listed = yaml_file("train: {sample_prompts: [a <zwx>, b], resolution: [64, 128], placeholder_token: [<zwx>, <qrs>]}")
+    assert train_config({}, listed) == train_config(
+        {"sample_prompts": "a <zwx>\nb", "resolution": "64,128", "placeholder_token": "<zwx>,<qrs>, "}
+    )
+    with pytest.raises(ValueError, match="sample_prompts is .*: give at most 8 prompts, one a line"):
+        train_config({}, yaml_file("train: {sample_prompts: [a, 1]}"))
+
+
 def test_what_the_yaml_file_does_not_name_stays_as_the_inputs_say(yaml_file):
     config = train_config({"steps": 99, "quantize": True}, yaml_file("train:\n  rank: 4\nmodel:\n"))
     assert (config.steps, config.rank, config.quantize) == (99, 4, True)
@@ -132,6 +141,8 @@ def test_an_unknown_key_is_refused_with_all_the_known_ones(yaml_file):
         ("train:\n  steps: many", "steps is 'many': give a whole number from 1 to 20000"),
         ("train:\n  train_placeholder_token: 1", "train_placeholder_token is 1: give true or false"),
         ("train:\n  placeholder_token: {<a>: <b>}", "placeholder_token is .*: give text, tokens separated by commas"),
+        ("train: {steps: 1}\ntrain: {rank: 2}", "config is not a YAML file: train stands twice in one section"),
+        ("train:\n  steps: 1\n  rank: 2\n  steps: 3", "config is not a YAML file: steps stands twice in one section"),
         ("a: &a {k: 1}\ntrain: *a", r"config is not a YAML file: tags \(!name\) and aliases \(\*name\) are not read"),
         ("train:\n  steps: !!int ''", "tags .* are not read"),
         ("train:\n  steps: !!bool x", "tags .* are not read"),

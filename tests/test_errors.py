@@ -25,7 +25,7 @@ from tests.support.samples import picture
 from tests.test_generate import PLAIN
 
 MEMORY = "out of memory: eat less"
-DISK = "the disk is full: make room for temporary files, or name a folder that has room in TMPDIR"
+DISK = "the disk is full: make room for the output, and for temporary files or name a folder with room in TMPDIR"
 
 
 @pytest.mark.parametrize("name", ["a.png", "folder/a b.png", "\u00e9.png", "\u5199\u771f.png"])

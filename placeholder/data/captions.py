@@ -33,7 +33,7 @@ def trained_captions(photos: list[Photo], config: TrainConfig, log: Log, descrip
     """One caption an image, with the token in its place: from its file, from the next description, or the default one.
 
     `descriptions` are those of the images in `undescribed`, in their order. Raises ValueError where a caption does not name
-    one of several tokens.
+    one of several tokens, or no caption names one.
     """
     remaining = iter(descriptions)
     captions = [_caption(photo, config, remaining) for photo in photos]
@@ -41,6 +41,8 @@ def trained_captions(photos: list[Photo], config: TrainConfig, log: Log, descrip
         placed = [place_token(caption.text, config.tokens, caption.name) for caption in captions]
         log(f"Captions: {sum(in_front for _, in_front in placed)} of {len(placed)} lacked the token and got it in front")
         captions = [caption._replace(text=text) for caption, (text, _) in zip(captions, placed, strict=True)]
+        if unnamed := [token for token in config.tokens if not any(token in caption.text for caption in captions)]:
+            raise ValueError(f"no caption names {', '.join(unnamed)}: write each token into the captions of its images")
     filled = [caption.text for caption in captions if caption.source == "default"]
     if filled and config.default_caption == DEFAULT_CAPTION:
         log(
@@ -63,7 +65,7 @@ def _caption(photo: Photo, config: TrainConfig, descriptions: Iterator[str]) -> 
         if text := " ".join(" ".join(parts).split()):
             return Caption(photo.name, text, "auto", photo.file)
     given = config.default_caption
-    filled = given if config.tokens else WITHOUT_TOKEN.get(given, given)
+    filled = " ".join((given if config.tokens else WITHOUT_TOKEN.get(given, given)).split())
     return Caption(photo.name, filled, "default", photo.file)
 
 

@@ -20,9 +20,15 @@ from placeholder.errors import Log, label, listed, reason
 # A file of such a name is meant as an image, whatever is in it. What is an image is told by its content.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"),
-    *(".jxl", ".psd", ".svg", ".dng", ".cr2", ".nef"),  # which are not read
+    # Which are not read:
+    *(".jxl", ".jp2", ".psd", ".psb", ".svg", ".tga", ".ppm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf"),
 )
-AUXILIARY_FOLDERS = frozenset({"mask", "masks", "reg", "regularization", "regularisation", "conditioning", "control"})
+# Folders and ends of names in which other trainers look for what is not the subject.
+AUXILIARY_FOLDER = re.compile(
+    r"masks?|(reg|class|conditioning|control)([_-]?images?|[_-]?imgs?)?|regulari[sz]ation([_-]?images)?"
+)
+AUXILIARY_ENDING = re.compile(r"[_-](mask|condlabel|depth|alpha)$")
+WEIGHTS_ARCHIVE = {"meta.json", "lora/lora_weights.safetensors"}  # in what a training returns
 REPEATS = re.compile(r"(\d+)_")  # in front of a folder's name, in the layout of kohya's scripts
 MAX_IMAGE_BYTES = 128 * 1024**2  # as a file
 MAX_CROPS_BYTES = 16 * 1024**3  # of all images together, decoded: they stay in memory until they are encoded
@@ -87,6 +93,8 @@ def read_dataset(
     photos: list[Photo] = []
     crops_bytes = 0
     with open_archive(path) as archive:
+        if set(archive.names) >= WEIGHTS_ARCHIVE:
+            raise ValueError(f"{archive.name} is what a training returns: give the images, and this as resume_from")
         images, captions, masks, skipped, notes = _contents(archive)
         left_out: list[str] = []
         for name in images:
@@ -103,8 +111,9 @@ def read_dataset(
             crops_bytes += sum(pixels.nbytes for pixels in crops)
             if crops_bytes > max_crops_bytes:
                 raise ValueError(
-                    f"the images of {archive.name} take more than {max_crops_bytes} bytes when cropped to "
-                    f"{', '.join(map(str, resolutions))} pixels: give fewer images or resolutions"
+                    f"the images of {archive.name} take more than {max_crops_bytes / 1024**3:.3g} GiB when cropped to "
+                    f"{', '.join(map(str, resolutions))} pixels, {len(photos)} of {len(images)} fit: give fewer images or "
+                    "resolutions"
                 )
             mask = masks.get(name)
             weights = mask and token_weights(_mask(archive, mask, max_image_bytes), image.size, buckets, label(mask))
@@ -139,8 +148,13 @@ def _contents(archive: Archive) -> tuple[list[str], CaptionFiles, dict[str, str]
     names = sorted(name for name in archive.names if not is_clutter(name))
     pictured = {name: stem(name) for name in names if not is_caption_file(name)}
     images = {name: word for name, word in pictured.items() if not is_mask(word)}
-    masks, unused = masks_by_image({name: word for name, word in pictured.items() if is_mask(word)}, images)
-    captions = read_captions(archive, [name for name in names if is_caption_file(name)], list(images))
+    # Beside 1.jpg a 1.mov or 1.npz is no image that a caption could belong to.
+    by_suffix = {word.casefold() for name, word in images.items() if name.lower().endswith(IMAGE_SUFFIXES)}
+    owners = {
+        name: word for name, word in images.items() if name.lower().endswith(IMAGE_SUFFIXES) or word.casefold() not in by_suffix
+    }
+    masks, unused = masks_by_image({name: word for name, word in pictured.items() if is_mask(word)}, owners)
+    captions = read_captions(archive, [name for name in names if is_caption_file(name)], list(owners))
     skipped = dict.fromkeys(unused, "a mask without an image of that name")
     warnings = captions.warnings() + _warnings(list(images), unused)
     return list(images), captions, masks, captions.skipped | skipped, warnings
@@ -152,12 +166,19 @@ def _warnings(images: list[str], masks: list[str]) -> list[str]:
     if masks:
         found.append(f"Warning: {len(masks)} masks are of no image and not used: {listed([*map(label, masks)], 3)}")
     folders = {name: [part.casefold() for part in PurePosixPath(name).parts[:-1]] for name in images}
-    if aside := [label(name) for name, parts in folders.items() if not AUXILIARY_FOLDERS.isdisjoint(parts)]:
-        where = "in folders for masks or regularization"
-        found.append(f"Warning: {len(aside)} images {where} are trained like all others: {listed(aside, 3)}")
+    stems = {stem(name).casefold() for name in images}
+    aside = [
+        label(name)
+        for name, parts in folders.items()
+        if any(map(AUXILIARY_FOLDER.fullmatch, parts))
+        or ((end := AUXILIARY_ENDING.search(stem(name).casefold())) and stem(name).casefold()[: end.start()] in stems)
+    ]
+    if aside:
+        what = "that look like masks, control or class images by their names"
+        found.append(f"Warning: {len(aside)} images {what} are trained like all others: {listed(aside, 3)}")
     repeats = {match[1] for parts in folders.values() for part in parts if (match := REPEATS.match(part))}
     if len(repeats) > 1:
-        found.append("Warning: the numbers in front of folder names are no repeats here: every image is trained equally often")
+        found.append("Warning: the numbers in front of folder names are no repeats here: every crop is trained equally often")
     return found
 
 

@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 from placeholder.errors import quoted
 
 MAX_ENTRY_BYTES = 2 * 1024**3
-JUNK_FOLDERS = ("__MACOSX", "@eaDir")
+JUNK_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 FOLDER_SETTINGS = ("desktop.ini", "thumbs.db")  # of Windows Explorer
 ARCHIVE_NAME = re.compile(r"\.(zip|tar|t?gz|tbz2?|txz|7z|rar|bz2|xz|zst)$", re.IGNORECASE)
 

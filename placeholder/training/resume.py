@@ -9,7 +9,7 @@ from peft import set_peft_model_state_dict
 
 from placeholder.config import OPTIONS, TrainConfig
 from placeholder.errors import quoted, shown
-from placeholder.lora.adapter import ADAPTER, lora_state_dict
+from placeholder.lora.adapter import ADAPTER, A, lora_state_dict
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.training.checkpoint import Checkpoint, is_checkpoint, read_checkpoint, stored_checkpoints
 from placeholder.training.loop import TrainState
@@ -44,6 +44,9 @@ def resumed_config(start: Checkpoint | Weights, config: TrainConfig, facts: dict
     """
     if isinstance(start, Weights):
         _check_tokens(start, config)
+        ranks = {len(value) for key, value in start.lora.items() if key.endswith(A)}
+        if ranks != {config.rank}:
+            raise ValueError(f"the LoRA to start from has rank {', '.join(map(str, sorted(ranks)))}: give the same rank")
         return config
     recorded, step, progress = (start.facts.get(name) for name in ("config", "step", "progress"))
     if not (
@@ -118,7 +121,7 @@ def apply_start(start: Checkpoint | Weights, state: TrainState, tokens: Placehol
     if wrong := sorted(key for key in fresh if fresh[key] != given[key]):
         raise ValueError(
             f"the LoRA to start from has {wrong[0]} of shape {given[wrong[0]]}, this training makes {fresh[wrong[0]]}: "
-            "give the rank it was trained with"
+            "it was trained on another base model"
         )
     set_peft_model_state_dict(state.transformer, start.lora, adapter_name=ADAPTER)
     with torch.no_grad():

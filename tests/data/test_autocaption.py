@@ -24,8 +24,11 @@ def test_of_several_tokens_prefix_or_suffix_has_to_name_one():
         check_autocaption(TWO)
     named = replace(TWO, autocaption_suffix="<b>")
     check_autocaption(named)
-    (caption,) = trained_captions([Photo("0.png", None, ())], named, lambda line: None, ["It sits."])
-    assert caption.text == "It sits. <b>"
+    photos = [Photo("0.png", None, ()), Photo("1.png", "<a> runs", ())]
+    assert [caption.text for caption in trained_captions(photos, named, lambda line: None, ["It sits."])] == [
+        "It sits. <b>",
+        "<a> runs",
+    ]
 
 
 def test_the_instruction_asks_for_what_varies_and_calls_the_subject_by_its_token():

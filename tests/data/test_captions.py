@@ -50,6 +50,19 @@ def test_the_default_caption_of_a_person_is_a_warning_and_any_other_is_not():
         assert not [line for line in log if "no caption" in line]
 
 
+def test_of_several_tokens_each_is_named_in_some_caption():
+    config = TrainConfig(train_placeholder_token=True, placeholder_token=("<zwx>", "<qrs>"))
+    photos = [Photo("a.png", "<zwx> here", ()), Photo("b.png", "a <zwx>", ())]
+    with pytest.raises(ValueError, match="no caption names <qrs>: write each token into the captions of its images"):
+        trained_captions(photos, config, print)
+
+
+def test_the_default_caption_is_made_one_line_like_all_others():
+    config = TrainConfig(default_caption="a photo\n of <>\n", train_placeholder_token=True, placeholder_token=("<zwx>",))
+    (caption,) = trained_captions([Photo("a.png", None, ())], config, print)
+    assert caption.text == "a photo of <zwx>"
+
+
 def test_with_several_tokens_a_caption_has_to_name_one_itself():
     several = ("<zwx>", "<qrs>")
     assert place_token("<qrs> with <>", several, "a.png") == ("<qrs> with <>", False)

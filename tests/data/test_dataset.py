@@ -1,12 +1,15 @@
 """Images and captions from an archive: which are found, which are skipped, and what the report says."""
 
 import pytest
+from PIL import Image
 
-from placeholder.data.dataset import DatasetReport, Photo, dataset_digest, read_dataset
+from placeholder.data.dataset import WEIGHTS_ARCHIVE, DatasetReport, Photo, dataset_digest, read_dataset
 from placeholder.data.images import FORMAT_NAMES
+from placeholder.weights.layout import LORA_NAME, META_NAME
 from tests.support.samples import encoded, picture, write_tar, write_zip
 
 PNG = encoded(picture())
+WHITE = encoded(Image.new("L", picture().size, 255))
 
 
 @pytest.fixture
@@ -160,9 +163,24 @@ def test_an_image_of_too_many_bytes_is_skipped(read):
 def test_crops_that_take_too_much_together_get_their_sentence(read):
     entries, bytes_of_two = {"a.png": PNG, "b.png": PNG}, 2 * 64 * 64 * 3
     assert len(read(entries, max_crops_bytes=bytes_of_two)[0]) == 2
-    sentence = r"the images of data\.zip take more than 24575 bytes when cropped to 64 pixels: give fewer"
+    sentence = r"the images of data\.zip take more than 2\.29e-05 GiB when cropped to 64 pixels, 1 of 2 fit: give fewer"
     with pytest.raises(ValueError, match=sentence):
         read(entries, max_crops_bytes=bytes_of_two - 1)
+
+
+def test_a_weights_archive_is_no_data_set(zero_prior):
+    with pytest.raises(
+        ValueError, match=r"zero-prior\.zip is what a training returns: give the images, and this as resume_from"
+    ):
+        read_dataset(zero_prior.archive, (64,))
+    assert {META_NAME, LORA_NAME} == WEIGHTS_ARCHIVE
+
+
+@pytest.mark.parametrize("other", ["IMG_1.MOV", "IMG_1.npz", "IMG_1.xmp", "img_1.cls"])
+def test_what_else_has_the_name_of_an_image_takes_neither_caption_nor_mask(other, read):
+    (photo,), report = read({"IMG_1.PNG": PNG, other: b"other", "img_1.txt": b"a dog", "img_1.mask.png": WHITE})
+    assert photo.caption == "a dog" and photo.weights is not None
+    assert not any(line.startswith("Warning") for line in report.lines()) and list(report.skipped) == [other]
 
 
 @pytest.mark.parametrize(

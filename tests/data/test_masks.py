@@ -122,10 +122,26 @@ def test_masks_are_found_by_other_spellings_of_their_images_name(image, mask, tm
 def test_masks_that_are_not_used_and_folders_of_other_trainers_are_warned_about(tmp_path):
     files = {"10_dog/a.png": encoded(picture()), "3_cat/b.png": encoded(picture()), "masks/a.png": encoded(half())}
     files |= {"c.mask.png": encoded(half()), "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg": encoded(picture(), "JPEG")}
+    files |= dict.fromkeys(("$RECYCLE.BIN/x.png",), encoded(picture()))
     photos, report = read_dataset(write_zip(tmp_path / "d.zip", files), (64,))
     assert [photo.file for photo in photos] == ["10_dog/a.png", "3_cat/b.png", "masks/a.png"]
     assert [line for line in report.lines() if line.startswith("Warning")] == [
         "Warning: 1 masks are of no image and not used: c.mask.png",
-        "Warning: 1 images in folders for masks or regularization are trained like all others: masks/a.png",
-        "Warning: the numbers in front of folder names are no repeats here: every image is trained equally often",
+        "Warning: 1 images that look like masks, control or class images by their names are trained like all others: "
+        "masks/a.png",
+        "Warning: the numbers in front of folder names are no repeats here: every crop is trained equally often",
     ]
+
+
+@pytest.mark.parametrize(
+    ("file", "warned"),
+    [
+        *((file, True) for file in ("a_mask.png", "a-condlabel.PNG", "a_depth.png", "Class_Images/b.png", "reg/imgs/b.png")),
+        *((file, False) for file in ("b_mask.png", "adepth.png", "region/b.png", "classic/b.png", "maskedball/b.png")),
+    ],
+)
+def test_images_that_other_trainers_do_not_train_as_the_subject_are_warned_about(file, warned, tmp_path):
+    files = {"a.png": encoded(picture()), file: encoded(picture())}
+    photos, report = read_dataset(write_zip(tmp_path / "d.zip", files), (64,))
+    assert len(photos) == 2
+    assert any("masks, control or class images" in line for line in report.lines()) == warned
