@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from placeholder.errors import shown
 from placeholder.options import (
     DRAWN,
     MAX_SEED,
@@ -45,15 +46,12 @@ def _sides(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
 
 
-def _lines(value: Any) -> Any:
-    """Lines of text, or a list of them, as text."""
-    return "\n".join(value) if isinstance(value, list) and all(isinstance(line, str) for line in value) else value
-
-
-def _few_lines(value: str) -> str:
-    if sum(bool(line.strip()) for line in value.splitlines()) > MAX_SAMPLE_PROMPTS:
+def _few_lines(value: Any) -> Any:
+    """A few lines of text, also as a list, as text."""
+    text = "\n".join(value) if isinstance(value, list) and all(isinstance(line, str) for line in value) else value
+    if isinstance(text, str) and sum(bool(line.strip()) for line in text.splitlines()) > MAX_SAMPLE_PROMPTS:
         raise ValueError("too many prompts")
-    return value
+    return text
 
 
 Side = Annotated[Whole, Field(ge=MIN_SIDE, le=MAX_SIDE)]
@@ -62,7 +60,7 @@ Sides = Annotated[
 ]
 SIDES = f"give whole numbers from {MIN_SIDE} to {MAX_SIDE}, separated by commas"
 Words = Annotated[Text | None, AfterValidator(lambda text: text if text and text.strip() else None)]
-Prompts = Annotated[Text, BeforeValidator(_lines), AfterValidator(_few_lines)]
+Prompts = Annotated[Text, BeforeValidator(_few_lines)]
 PROMPTS = f"give at most {MAX_SAMPLE_PROMPTS} prompts, one a line"
 
 
@@ -199,6 +197,8 @@ def _check_together(config: TrainConfig) -> None:
             f"sample_every is {config.sample_every}: with {config.steps} steps give at least "
             f"{-(-config.steps // MAX_SAMPLE_ROUNDS)}, or 0 for no samples"
         )
+    if "<>" in config.class_word or any(token in config.class_word for token in config.tokens):
+        raise ValueError(f"class_word {shown(config.class_word)} holds the token: give what the base model knows, such as dog")
     for name in ("autocaption_prefix", "autocaption_suffix"):
         if getattr(config, name) is not None and not config.autocaption:
             raise ValueError(f"{name} is put around the captions of autocaption, which is off: set autocaption to true")
@@ -211,15 +211,4 @@ def config_yaml(config: TrainConfig) -> str:
         "placeholder_token": ",".join(config.placeholder_token) or None,
     }
     sections = {section: {name: options[name] for name in names if name in options} for section, names in YAML_SECTIONS.items()}
-    return yaml.dump(sections, Dumper=_ExactDumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-class _ExactDumper(yaml.SafeDumper):
-    """YAML whose text is read back unchanged: outside of double quotes, every line break would become a line feed."""
-
-
-def _text(dumper: _ExactDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
-
-
-_ExactDumper.add_representer(str, _text)
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=120)

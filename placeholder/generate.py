@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from placeholder.data.captions import with_token
 from placeholder.devices import KEPT_FREE
 from placeholder.errors import Log, readable_errors
 from placeholder.lora.distilled import FastLora, line_of
@@ -122,6 +123,8 @@ class ImageGenerator:
         gate.on = request.token_gate
         prompts = {"prompt": request.prompt} | ({"negative prompt": request.negative_prompt} if request.guidance > 1 else {})
         for what, text in prompts.items():
+            if len(weights.tokens.ids) == 1:  # as in a caption
+                text = with_token(text, *weights.tokens.ids)
             tokens = tokenized(self.tokenizer, weights.tokens, text)
             if tokens.left_out:
                 self.log(f"Warning: of the {what} {tokens.cut(weights.tokens)}")

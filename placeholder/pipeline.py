@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import QwenImagePipeline
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from placeholder.errors import quoted
@@ -128,10 +129,15 @@ def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0, 
 
 
 def unload(pipe: QwenImagePipeline) -> None:
-    """Undo `load`; the pipeline is what it was before, bit for bit. Does nothing if nothing was loaded."""
+    """Undo `load`; the pipeline is what it was before, bit for bit. Does nothing if nothing was loaded.
+
+    Raises ValueError for a LoRA that was fused since.
+    """
     loaded = _loaded(pipe)
     if loaded is None:
         return
+    if any(module.merged for module in pipe.transformer.modules() if isinstance(module, LoraLayer)):
+        raise ValueError("the LoRA is fused into the weights: pipe.unfuse_lora() first, which takes it out up to rounding")
     if loaded.gate:
         loaded.gate.remove()
     if set(_adapters(pipe)) - {ADAPTER}:
@@ -164,6 +170,8 @@ def _check(pipe: QwenImagePipeline, earlier: LoadedArchive | None) -> None:
     missing = [name for name in ("tokenizer", "text_encoder", "transformer") if getattr(pipe, name) is None]
     if missing:
         raise ValueError(f"the pipeline has no {missing[0]}: load it with all its components")
+    if hasattr(pipe.transformer, "_orig_mod"):
+        raise ValueError("torch.compile has wrapped the transformer: load first, or compile with pipe.transformer.compile()")
     if any(parameter.is_meta for parameter in pipe.transformer.parameters()):
         raise ValueError(
             "the pipeline's weights are offloaded one by one: pipe.enable_model_cpu_offload() or pipe.enable_group_offload() "

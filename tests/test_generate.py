@@ -188,6 +188,14 @@ def test_a_lora_of_another_rank_or_with_nan_does_not_overwrite_the_applied_one(g
         assert not overwrite_lora(transformer, other)
 
 
+@pytest.mark.parametrize("sign", ["<>", "[trigger]", "[Name]"])
+def test_the_signs_of_captions_are_the_token_in_a_prompt_too(sign, generate, zero_prior):
+    named = replace(NAMED, prompt="a photo of <zwx>", negative_prompt="<zwx>", guidance=2.0)
+    signed = replace(named, prompt=f"a photo of {sign}", negative_prompt=sign)
+    assert np.array_equal(generate(signed, zero_prior.archive), generate(named, zero_prior.archive))
+    assert not generate.warnings()
+
+
 def test_a_prompt_that_does_not_name_the_token_is_warned_about(generate, zero_prior):
     generate(PLAIN, zero_prior.archive)
     assert generate.warnings() == ["Warning: the prompt does not name <zwx>, so the trained subject may not appear"]

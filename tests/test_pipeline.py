@@ -169,6 +169,32 @@ def test_only_the_lora_and_one_method_differ_and_unload_brings_all_back_bit_for_
     assert np.array_equal(images(pipe), plain)
 
 
+def test_a_gated_lora_is_not_fused_and_a_fused_one_not_unloaded(pipe, zero_prior):
+    plain = images(pipe)
+    placeholder.load(pipe, zero_prior.archive)
+    gated = images(pipe)
+    for safe in (False, True):
+        with pytest.raises(ValueError, match="a LoRA with a token gate cannot be fused: load it with token_gate=False"):
+            pipe.fuse_lora(safe_fusing=safe)
+    assert np.array_equal(images(pipe), gated)
+    placeholder.load(pipe, zero_prior.archive, token_gate=False)
+    open_ = images(pipe)
+    pipe.fuse_lora()
+    assert np.abs(images(pipe) - open_).max() < 1e-3
+    for change in (placeholder.unload, lambda pipe: placeholder.load(pipe, zero_prior.archive)):
+        with pytest.raises(ValueError, match=r"the LoRA is fused into the weights: pipe\.unfuse_lora\(\) first"):
+            change(pipe)
+    pipe.unfuse_lora()
+    placeholder.unload(pipe)
+    assert np.abs(images(pipe) - plain).max() < 1e-3
+
+
+def test_a_transformer_that_torch_compile_has_wrapped_gets_its_sentence(pipe, zero_prior):
+    pipe.transformer = torch.compile(pipe.transformer)
+    with pytest.raises(ValueError, match="torch.compile has wrapped the transformer: load first, or compile with pipe"):
+        placeholder.load(pipe, zero_prior.archive)
+
+
 def test_a_second_load_replaces_the_first(pipe, zero_prior, baseline, vectors):
     placeholder.load(pipe, baseline.archive)
     alone = images(pipe)

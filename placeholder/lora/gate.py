@@ -99,6 +99,12 @@ class GatedAddition(LoraVariant):
         added = self._added(module, active_adapter, x[acting], result[acting])
         return result.index_copy(0, torch.tensor(acting, device=x.device), added.to(result.dtype))
 
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        """Raise ValueError, since what is merged into the weights acts for every prompt."""
+        raise ValueError("a LoRA with a token gate cannot be fused: load it with token_gate=False, or do without fuse_lora")
+
+    merge_safe = merge_unsafe
+
     def _added(self, module: LoraLayer, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         if self.fused:
             return FusedLoraAddition.forward(module, adapter, x, result)
