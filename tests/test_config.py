@@ -14,9 +14,9 @@ from placeholder.options import MAX_TEXT_CHARACTERS, read_sections
 def yaml_file(tmp_path):
     """Writes the text of a YAML file and returns its path."""
 
-    def write(text: str):
+    def write(text: str | bytes):
         path = tmp_path / "config.yaml"
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
         return path
 
     return write
@@ -32,6 +32,8 @@ def test_every_option_stands_in_one_section_of_the_yaml_file():
     in_sections = [name for names in YAML_SECTIONS.values() for name in names]
     assert len(in_sections) == len(set(in_sections))
     assert set(in_sections) == set(OPTIONS) == {field.name for field in fields(TrainConfig)} | {"lora_rank"}
+    assert YAML_SECTIONS["model"] == ("quantize", "quantize_te", "torch_compile", "deterministic")
+    assert YAML_SECTIONS["debug"] == ("log_prompt_ids",)
 
 
 def test_the_options_as_inputs_have_what_cog_can_show_as_their_defaults():
@@ -77,11 +79,6 @@ def test_without_the_token_gate_the_prior_is_preserved_unless_told_otherwise(giv
     assert train_config(given).prior_preservation == given.get("prior_preservation", 0.0)  # without a token
 
 
-def test_a_token_named_beside_an_explicit_false_is_kept_for_the_log():
-    config = train_config({"train_placeholder_token": False, "placeholder_token": "<zwx>"})
-    assert (config.tokens, config.placeholder_token) == ((), ("<zwx>",))
-
-
 def test_lora_rank_counts_where_it_is_given():
     assert train_config({"rank": 32, "lora_rank": None}).rank == 32
     assert train_config({"rank": 32, "lora_rank": 8}).rank == 8
@@ -93,11 +90,6 @@ def test_lora_rank_counts_where_it_is_given():
 )
 def test_resolution_is_a_sorted_set_of_sides(given, sides):
     assert train_config({"resolution": given}).resolution == sides
-
-
-def test_the_sections_of_the_yaml_file_hold_what_the_docs_say():
-    assert YAML_SECTIONS["model"] == ("quantize", "quantize_te", "torch_compile", "deterministic")
-    assert YAML_SECTIONS["debug"] == ("log_prompt_ids",)
 
 
 def test_lists_in_the_yaml_file_and_a_comma_at_the_end_are_taken(yaml_file):
@@ -112,11 +104,8 @@ def test_lists_in_the_yaml_file_and_a_comma_at_the_end_are_taken(yaml_file):
 def test_what_the_yaml_file_does_not_name_stays_as_the_inputs_say(yaml_file):
     config = train_config({"steps": 99, "quantize": True}, yaml_file("train:\n  rank: 4\nmodel:\n"))
     assert (config.steps, config.rank, config.quantize) == (99, 4, True)
-
-
-@pytest.mark.parametrize("text", ["", "# nothing\n", "train:\n"])
-def test_an_empty_yaml_file_changes_nothing(text, yaml_file):
-    assert train_config({}, yaml_file(text)) == TrainConfig()
+    for text in ("", "# nothing\n", "train:\n"):
+        assert train_config({}, yaml_file(text)) == TrainConfig()
 
 
 def test_an_unknown_key_is_refused_with_all_the_known_ones(yaml_file):
@@ -131,6 +120,7 @@ def test_an_unknown_key_is_refused_with_all_the_known_ones(yaml_file):
     [
         ("trainer:\n  steps: 5", "unknown section 'trainer': known are train, debug, model"),
         ("model:\n  steps: 5", r"unknown key model\.steps"),
+        ("train:\n  default_caption: caf\xe9".encode("latin-1"), "config is not a YAML file"),
         ("1: 2", "unknown section 1"),
         ("train: [1, 2]", "config section train holds a list: expected option names with values"),
         ("- train", "config holds a list: expected the sections train, debug, model"),
@@ -160,61 +150,45 @@ def test_a_wrong_yaml_file_gets_its_sentence(text, sentence, yaml_file):
         train_config({}, yaml_file(text))
 
 
-def test_aliases_that_would_grow_without_bound_are_refused_at_once(yaml_file):
-    levels = [f"{new}: &{new} {{<<: [{','.join(['*' + old] * 9)}]}}" for old, new in zip("abcdefgh", "bcdefghi", strict=True)]
-    with pytest.raises(ValueError, match="aliases .* are not read, write the value itself"):
-        train_config({}, yaml_file("\n".join(["a: &a {k: 1}", *levels])))
-
-
-def test_a_yaml_file_in_another_encoding_gets_its_sentence(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_bytes("train:\n  default_caption: caf\xe9".encode("latin-1"))
-    with pytest.raises(ValueError, match="config is not a YAML file"):
-        train_config({}, path)
-
-
 def test_a_yaml_file_that_is_not_there_gets_its_sentence(tmp_path):
-    with pytest.raises(ValueError, match="config"):
+    with pytest.raises(ValueError, match="config none.yaml is not a file: give a YAML file"):
         train_config({}, tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"quantize_te": True, "placeholder_token": "<zwx>"}, "quantize_te cannot be combined with a placeholder token"),
+        ({"sample_every": 4}, "sample_every is 4: with 1000 steps give at least 5, or 0 for no samples"),
+        ({"sample_every": 100, "report": False}, "make images for the report, which is off: set report to true"),
+        ({"sample_prompts": "a cat", "report": False}, "make images for the report, which is off: set report to true"),
+        ({"class_word": "a <> dog"}, "class_word 'a <> dog' holds the token: give what the base model knows, such as dog"),
+        ({"class_word": "<a> dog", "placeholder_token": "<b>,<a>"}, "class_word '<a> dog' holds the token: give what the base"),
+        ({"autocaption_prefix": "a photo of"}, "autocaption_prefix is put around the captions of autocaption, which is off"),
+        ({"autocaption_suffix": "a photo of"}, "autocaption_suffix is put around the captions of autocaption, which is off"),
+    ],
+)
+def test_options_that_do_not_go_together_get_their_sentence(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train_config(options)
 
 
 @pytest.mark.parametrize(
     ("option", "value", "sentence"),
     [
-        ("steps", 0, "from 1 to 20000"),
+        # The ranges and choices are those of train.py, which tests/service/test_inputs.py compares.
         ("steps", 20001, "from 1 to 20000"),
-        ("steps", 1.5, "whole number"),
-        ("rank", 0, "from 1 to 256"),
         ("lora_rank", 257, "from 1 to 256"),
-        ("learning_rate", 0, "from 1e-06 to 0.01"),
         ("learning_rate", "fast", "give a number"),
         ("batch_size", 3, "choose one of 1, 2, 4"),
         ("resolution", "63", "give whole numbers from 64 to 2048, separated by commas"),
-        ("resolution", "2049", "from 64 to 2048"),
-        ("resolution", "64,", "separated by commas"),
-        ("resolution", [], "separated by commas"),
-        ("resolution", 64.5, "separated by commas"),
-        ("resolution", "64x64", "separated by commas"),
-        ("resolution", True, "separated by commas"),
-        ("caption_dropout", 0.91, r"from 0\.0 to 0\.9"),
-        ("train_placeholder_token", "true", "give true or false"),
+        *(("resolution", wrong, "separated by commas") for wrong in ("2049", "64,", [], 64.5, "64x64", True)),
         ("placeholder_token", 5, "give text"),
-        ("placeholder_init_std", -1e-5, r"from 0\.0 to 1\.0"),
-        ("placeholder_learning_rate", 2, r"from 0\.0 to 1\.0"),
-        ("placeholder_warmup_fraction", 0.95, r"from 0\.0 to 0\.9"),
-        ("prior_preservation", -1, r"from 0\.0 to 10\.0"),
-        ("prior_preservation_interval", 0, "from 1 to 100"),
-        ("optimizer", "sgd", "choose one of adamw, adamw8bit, adam8bit, prodigy"),
-        ("quantize", "no", "give true or false"),
-        ("quantize_te", 0, "give true or false"),
-        ("seed", -2, "from -1 to 4294967295"),
-        ("seed", 2**32, "from -1 to 4294967295"),
-        ("report", "yes", "give true or false"),
-        ("sample_every", -1, "from 0 to 20000"),
+        ("autocaption_prefix", 3, "give text of at most"),
         ("sample_prompts", "a\n" * 9, "give at most 8 prompts, one a line"),
     ],
 )
-def test_every_value_out_of_range_or_of_another_kind_gets_its_sentence(option, value, sentence):
+def test_a_value_out_of_range_or_of_another_kind_gets_its_sentence(option, value, sentence):
     with pytest.raises(ValueError, match=f"{option.removeprefix('lora_')} is .*{sentence}"):
         train_config({option: value})
 
@@ -225,41 +199,7 @@ def test_every_option_may_be_left_blank_also_in_the_file(blank, yaml_file):
     text = "train:\n  steps:\n  placeholder_token: ''\n"
     assert train_config({"steps": 5, "placeholder_token": "<zwx>"}, yaml_file(text)).steps == 5
     assert train_config({"seed": -1}) == train_config({"seed": "-1"}) == TrainConfig(seed=None)
-
-
-def test_a_quantized_text_encoder_and_a_token_are_refused_together():
-    with pytest.raises(ValueError, match="quantize_te cannot be combined with a placeholder token"):
-        train_config({"quantize_te": True, "placeholder_token": "<zwx>"})
-    assert train_config({"quantize_te": True, "train_placeholder_token": False, "placeholder_token": "<zwx>"}).quantize_te
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"sample_every": 4}, "sample_every is 4: with 1000 steps give at least 5, or 0 for no samples"),
-        ({"sample_every": 100, "report": False}, "make images for the report, which is off: set report to true"),
-        ({"class_word": "a <> dog"}, "class_word 'a <> dog' holds the token: give what the base model knows, such as dog"),
-        ({"class_word": "<a> dog", "placeholder_token": "<b>,<a>"}, "class_word '<a> dog' holds the token: give what the base"),
-        ({"sample_prompts": "a cat", "report": False}, "make images for the report, which is off: set report to true"),
-    ],
-)
-def test_samples_that_could_not_be_kept_get_their_sentence(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        train_config(options)
-
-
-def test_lines_that_are_blank_are_no_prompts():
-    assert train_config({"sample_prompts": "a\n\n" * 8}).sample_prompts.count("a") == 8
-
-
-@pytest.mark.parametrize("name", ["autocaption_prefix", "autocaption_suffix"])
-def test_a_prefix_or_suffix_of_autocaption_needs_autocaption(name):
-    with pytest.raises(ValueError, match=f"{name} is put around the captions of autocaption, which is off: set autocaption"):
-        train_config({name: "a photo of"})
-    assert getattr(train_config({name: "a photo of", "autocaption": True}), name) == "a photo of"
-    assert train_config({name: " "}) == train_config({name: None}) == TrainConfig()
-    with pytest.raises(ValueError, match=f"{name} is 3: give text of at most"):
-        train_config({name: 3, "autocaption": True})
+    assert train_config({"sample_prompts": "a\n\n" * 8}).sample_prompts.count("a") == 8  # a blank line is no prompt
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from placeholder.devices import WORKSPACE, WORKSPACE_VARIABLE, deterministic, stack_on
+from placeholder.devices import WORKSPACE, WORKSPACE_VARIABLE, deterministic
 from placeholder.model.loading import load_text_encoder
 from placeholder.training.flow import sigma_grid
 from placeholder.training.loop import TrainState, gradients
@@ -19,12 +19,6 @@ from placeholder.transformer.modulations import tabulate
 from tests.training.test_loop import Parts
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-
-
-def test_tensors_are_stacked_where_they_are_to_be():
-    ones, twos = torch.ones(2, 3), torch.full((2, 3), 2.0)
-    assert torch.equal(stack_on([ones, twos], CPU), torch.stack([ones, twos]))
-    assert stack_on([ones, twos], META).device == META
 
 
 @pytest.mark.parametrize("tabled", [False, True])

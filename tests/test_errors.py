@@ -21,8 +21,8 @@ from placeholder.model.download import local_file
 from placeholder.service.files import OutputFolder
 from placeholder.weights import archive as weights_module
 from tests.conftest import SHORT
+from tests.support.predictions import PLAIN
 from tests.support.samples import picture
-from tests.test_generate import PLAIN
 
 MEMORY = "out of memory: eat less"
 DISK = "the disk is full: make room for the output, and for temporary files or name a folder with room in TMPDIR"

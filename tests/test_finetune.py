@@ -29,20 +29,13 @@ from placeholder.training.optimizers import token_rms_limit
 from placeholder.training.progress import Progress
 from placeholder.transformer.layers import Int8Linear
 from placeholder.weights.archive import LORA_NAME, Weights, read_weights
-from placeholder.weights.metadata import MEASURED, TIME_VARIABLE
+from placeholder.weights.metadata import MEASURED
 from tests.conftest import SHORT
 from tests.support.bases import WatchedBase
 from tests.support.samples import Run, WithoutWeights, read_zip, train, write_dataset, write_zip
 
 ROW_NAME = "embeddings/zwx.safetensors"
 ZERO_PRIOR = TrainConfig(**SHORT, train_placeholder_token=True, placeholder_token=("<zwx>",))
-
-
-def assert_same_tensors(one: Run, other: Run) -> None:
-    for name in (LORA_NAME, ROW_NAME):
-        found, expected = one.tensors(name), other.tensors(name)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_the_zero_prior_archive_holds_the_lora_the_row_and_meta_json(zero_prior):
@@ -55,10 +48,6 @@ def test_the_zero_prior_archive_holds_the_lora_the_row_and_meta_json(zero_prior)
     assert len(lora) == 32
     assert all(re.fullmatch(r"transformer\.transformer_blocks\.\d\.attn\..*\.lora_[AB]\.weight", key) for key in lora)
     assert {value.dtype for value in lora.values()} == {torch.bfloat16}
-
-
-def test_the_baseline_archive_has_no_embeddings_folder(baseline):
-    assert list(read_zip(baseline.archive)) == [LORA_NAME, "meta.json"]
 
 
 def test_meta_json_says_what_a_reader_needs(zero_prior, base):
@@ -128,6 +117,7 @@ def test_meta_json_of_a_baseline_names_no_token(baseline):
         "placeholder_row_norms": {},
     }
     assert {name: baseline.meta[name] for name in expected} == expected
+    assert list(read_zip(baseline.archive)) == [LORA_NAME, "meta.json"]
 
 
 def test_the_log_says_what_happened_once_in_its_words(zero_prior):
@@ -199,8 +189,8 @@ def test_training_leaves_every_parameter_of_the_base_model_bit_identical(tokens,
         after, before = found.state_dict(), expected.state_dict()
         assert after.keys() == before.keys()
         assert all(torch.equal(after[name], value) for name, value in before.items())
+        assert all(parameter.grad is None for parameter in found.parameters())
     assert len(text_encoder.embed_tokens.weight) == 152064
-    assert all(parameter.grad is None for parameter in text_encoder.parameters())
     if tokens:
         (start,) = initial_embeddings(tokens, 32, 1e-5, torch.Generator().manual_seed(1)).values()
         row = run.tensors(ROW_NAME)["qwen25_7b"]
@@ -228,23 +218,6 @@ def test_what_meta_json_records_is_the_configuration_of_the_run(zero_prior, base
         )
 
 
-def test_with_a_fixed_time_the_same_seed_gives_the_same_bytes(dataset, base, tmp_path, monkeypatch):
-    monkeypatch.setenv(TIME_VARIABLE, "1700000000")
-    first, second = (train(dataset, replace(ZERO_PRIOR, steps=2), tmp_path / name, base) for name in ("1.zip", "2.zip"))
-    assert first.archive.read_bytes() == second.archive.read_bytes()
-    assert first.meta["created"] == "2023-11-14T22:13:20Z"
-    assert b'"modelspec.date":"2023-11-14T22:13:20Z"' in first.entry(LORA_NAME)
-
-
-def test_a_drawn_seed_is_logged_and_recorded_truly_and_another_seed_trains_otherwise(zero_prior, dataset, base, tmp_path):
-    drawn = train(dataset, replace(ZERO_PRIOR, seed=None), tmp_path / "drawn.zip", base)
-    seed = drawn.meta["seed"]
-    assert f"Seed: {seed} (drawn)" in drawn.log
-    assert_same_tensors(train(dataset, replace(ZERO_PRIOR, seed=seed), tmp_path / "again.zip", base), drawn)
-    with pytest.raises(AssertionError):
-        assert_same_tensors(drawn, zero_prior)
-
-
 def test_several_tokens_of_several_vectors_are_trained_and_come_back(base, tmp_path):
     dataset = write_dataset(tmp_path / "data.zip", ["<zwx> and <qrs>", "<qrs> alone", "<zwx> alone"])
     config = replace(ZERO_PRIOR, placeholder_token=("<zwx>", "<qrs>"), placeholder_vectors=2, seed=0, batch_size=2)
@@ -265,11 +238,6 @@ def test_several_tokens_of_several_vectors_are_trained_and_come_back(base, tmp_p
     learned = torch.cat(list(rows.values()))
     assert (learned.norm(dim=1) > 1e-3).all()
     assert len(torch.unique(learned, dim=0)) == 4
-
-
-def test_several_tokens_need_captions_that_name_them(dataset, base, tmp_path):
-    with pytest.raises(ValueError, match=r"the caption of 2\.png names none of <zwx>, <qrs>"):
-        train(dataset, replace(ZERO_PRIOR, placeholder_token=("<zwx>", "<qrs>")), tmp_path / "weights.zip", base)
 
 
 def test_a_caption_that_is_cut_before_its_token_is_refused_before_any_weight_is_loaded(base, tmp_path):

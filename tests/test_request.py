@@ -38,15 +38,11 @@ def test_every_optional_input_may_be_left_blank(blank):
     assert image_request(dict.fromkeys(DEFAULTS, blank) | {"prompt": "a cat"}) == request(prompt="a cat")
 
 
-def test_minus_one_draws_a_seed_and_scales_may_be_negative():
+def test_minus_one_draws_a_seed_zero_is_one_and_scales_may_be_negative():
     assert request(seed=-1).seed is None
+    assert request(seed=0).seed == request(guidance_scale=0).guidance == 0
     found = request(lora_scale=-3, extra_lora_scale=-0.5, extra_placeholder_token="<a>, <b>")
     assert (found.lora_scale, found.extra_lora_scale, found.extra_placeholder_token) == (-3.0, -0.5, ("<a>", "<b>"))
-
-
-def test_zero_is_a_seed_and_a_guidance():
-    assert request(seed=0).seed == 0
-    assert request(guidance_scale=0).guidance == 0
 
 
 def test_enhance_prompt_appends_the_model_cards_words():
@@ -62,22 +58,11 @@ def test_enhance_prompt_appends_the_model_cards_words():
         ({"prompt": None}, "prompt is None: give text"),
         ({"prompt": "x" * 20_001}, "prompt is 20001 characters long"),
         ({"steps": 0}, "steps is 0: give a whole number from 1 to 200"),
-        ({"num_inference_steps": 201}, "num_inference_steps is 201: give a whole number from 1 to 200"),
-        ({"guidance": -1}, "guidance is -1: give a number from 0"),
-        ({"guidance_scale": 11}, "guidance_scale is 11: give a number"),
         ({"width": 128}, "width is 128 and height is None: give both, or neither and an aspect_ratio"),
         ({"height": 128}, "width is None and height is 128: give both"),
         ({"width": 63, "height": 64}, "width is 63: give a whole number from 64 to 2048"),
         ({"width": 64, "height": 2049}, "height is 2049: give a whole number from 64 to 2048"),
         ({"aspect_ratio": "5:4"}, "aspect_ratio is '5:4': choose one of 1:1, 16:9"),
-        ({"image_size": "big"}, "image_size is 'big': choose one of optimize_for_quality, optimize_for_speed"),
-        ({"seed": -2}, "seed is -2: give a whole number from -1 to 4294967295"),
-        ({"lora_scale": 3.1}, "lora_scale is 3.1: give a number from -3.0 to 3.0"),
-        ({"extra_lora_scale": -3.1}, "extra_lora_scale is -3.1: give a number from -3.0 to 3.0"),
-        ({"go_fast": "yes"}, "go_fast is 'yes': give true or false"),
-        ({"enhance_prompt": 1}, "enhance_prompt is 1: give true or false"),
-        ({"output_format": "gif"}, "output_format is 'gif': choose one of webp, jpg, png"),
-        ({"output_quality": 101}, "output_quality is 101: give a whole number from 0 to 100"),
     ],
 )
 def test_every_wrong_input_gets_its_sentence(inputs, sentence):

@@ -95,18 +95,8 @@ def ids_of(tokens, first_id: int) -> list[int]:
     return [places[tuple(value.tolist())] if isinstance(value, torch.Tensor) else value for value, _ in pairs]
 
 
-PROMPTS = (
-    "<zwx>",
-    "<zwx> in a garden",
-    "a photo of <zwx>",
-    "a photo of <zwx>, and <zwx><q> (red:1.2) {x}",
-    "<q><zwx>",
-    "a photo of(<q>)s  <zwx>\n",
-    "<ZWX> and zwx",
-    "plain words",
-    "",
-    " ",
-)
+PROMPTS = ["<zwx>", "<zwx> in a garden", "a photo of <zwx>", "<q><zwx>", "<ZWX> and zwx", "plain words", "", " "]
+PROMPTS += ["a photo of <zwx>, and <zwx><q> (red:1.2) {x}", "a photo of(<q>)s  <zwx>\n"]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -45,12 +45,6 @@ def test_a_hundred_mutated_inputs_are_accepted_or_refused_by_a_sentence(kind, ta
     assert 5 <= accepted <= 80, "either kind of ending should be common"
 
 
-def test_the_valid_archive_is_accepted(target, tmp_path):
-    target.case.write_bytes(write_zip(tmp_path / "weights.zip", dict(target.valid)).read_bytes())
-    target.weights()
-    assert any("Weights applied" in line for line in target.lines)
-
-
 def refusal(read, *arguments) -> str | None:
     """The sentence by which the arguments are refused, None where they are accepted."""
     try:

@@ -13,6 +13,17 @@ TABLE = "metadata.jsonl"
 ROWS = [{"file_name": "a.png", "text": "one"}, {"file_name": "x/b.png", "text": "two"}]
 
 
+ALIKE = [("e\u0301.png", "\u00e9.png"), ("x/A.png", "X/a.png"), ("\u00df.png", "ss.png")]  # one file on some systems
+TEXTS = {  # a caption is UTF-8 on one line, or UTF-16 with a mark
+    b"a photo of <zwx>\n": "a photo of <zwx>",
+    b"\xef\xbb\xbfwith a mark": "with a mark",
+    "café, 写真".encode(): "café, 写真",
+    b" two\r\n  lines ": "two lines",
+    "caf\u00e9".encode("utf-16"): "caf\u00e9",
+    b"\xfe\xff" + "caf\u00e9".encode("utf-16-be"): "caf\u00e9",
+}
+
+
 @pytest.fixture
 def read(tmp_path):
     """The captions by image, and the report, of a data set of these files; those that end in png are images."""
@@ -57,6 +68,10 @@ def read(tmp_path):
         ({"a.png": PNG, TABLE: '{"file_name": "a.png", "text": "", "caption": "one"}'}, {"a.png": "one"}),
         ({"a.png": PNG, "a.txt": "one", "a.json": "{"}, {"a.png": "one"}),
         ({"a.png": PNG, "a.txt": "one", "a.json": '"' + "x" * 70_000}, {"a.png": "one"}),
+        ({"b.b.png": PNG, "x/b.png": PNG, "b.b.txt": "one", "x/b.TXT": "two"}, {"b.b.png": "one", "x/b.png": "two"}),
+        ({"e\u0301.png": PNG, "c.png": PNG, "\u00e9.txt": "one"}, {"c.png": None, "e\u0301.png": "one"}),
+        *(({name: PNG, other: PNG}, {name: None, other: None}) for name, other in ALIKE),
+        *(({"a.png": PNG, "a.txt": content}, {"a.png": text}) for content, text in TEXTS.items()),
     ],
 )
 def test_the_captions_of_every_kind_of_file_are_read(files, captions, read):
@@ -104,30 +119,6 @@ def test_captions_of_which_none_is_used_are_a_warning_with_the_reason(files, rea
     assert reason in warning
 
 
-HALF = r"holds control characters, or half of one character"
-
-
-@pytest.mark.parametrize(
-    ("files", "sentence"),
-    [
-        (
-            {"metadata.csv": "file_name,text\na.png,a dog, on a sofa\n"},
-            r"metadata\.csv has a row 1 with more fields .* ',' in quotes",
-        ),
-        (
-            {"metadata.csv": 'file_name,text\na.png,"a dog\nb.png,a cat\n'},
-            r"metadata\.csv is damaged at line .*quotation mark",
-        ),
-        ({TABLE: "[" * 100_000}, r"metadata\.jsonl has (JSON that is nested too deeply|a line 1 that is not JSON)"),
-        ({TABLE: r'{"file_name": "a.png", "text": "a dog \ud83d"}'}, f"metadata.jsonl {HALF}"),
-        ({"a.json": r'{"caption": "a dog \ud83d"}'}, rf"caption a\.json {HALF}"),
-    ],
-)
-def test_a_table_that_would_lose_captions_gets_its_sentence(files, sentence, read):
-    with pytest.raises(ValueError, match=sentence):
-        read({"a.png": PNG, "b.png": PNG} | files)
-
-
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
@@ -170,20 +161,25 @@ def test_a_caption_that_could_belong_to_two_images_is_named(read):
     assert "ab.txt" in warning
 
 
-@pytest.mark.parametrize(
-    ("files", "sentence"),
-    [
-        ({"a.txt": b"caf\xe9"}, "caption a.txt is not UTF-8 text: save it as UTF-8"),
-        (
-            {"a.txt": b"caf\xe9", "a.caption": b"a\0"},
-            "2 captions cannot be read: a.caption holds .*; a.txt is not UTF-8",
-        ),
-        ({"a.json": "{"}, "caption a.json is not JSON: save it again"),
-        ({"metadata.jsonl": '{"file_name": "a.png"}\n{'}, "captions metadata.jsonl has a line 2 that is not JSON"),
-        ({"metadata.jsonl": "[1]"}, "captions metadata.jsonl has a row 1 without names: expected file_name and text"),
-        ({"metadata.csv": b"file,text\na.png,caf\xe9"}, "captions metadata.csv is not UTF-8 text"),
-    ],
-)
-def test_captions_that_cannot_be_read_are_refused_with_all_their_names(files, sentence, read):
+HALF = "holds control characters, or half of one character: save it as plain text in UTF-8"
+REFUSED = [
+    ({"a.txt": b"caf\xe9"}, "caption a.txt is not UTF-8 text: save it as UTF-8"),
+    ({"a.txt": b"x" * 70_000}, "caption a.txt is 70000 bytes: a caption has at most 65536"),
+    ({"a.txt": b"caf\xe9", "a.caption": b"a\0"}, "2 captions cannot be read: a.caption holds .*; a.txt is not UTF-8"),
+    *(({"a.txt": text}, f"caption a.txt {HALF}") for text in (b"a\0b", b"\x1b[31mred", "a".encode("utf-16-le"))),
+    ({"a.json": "{"}, "caption a.json is not JSON: save it again"),
+    ({"a.json": r'{"caption": "a dog \ud83d"}'}, f"caption a.json {HALF}"),
+    ({TABLE: '{"file_name": "a.png"}\n{'}, "captions metadata.jsonl has a line 2 that is not JSON"),
+    ({TABLE: "[1]"}, "captions metadata.jsonl has a row 1 without names: expected file_name and text"),
+    ({TABLE: "[" * 100_000}, "metadata.jsonl has (JSON that is nested too deeply|a line 1 that is not JSON)"),
+    ({TABLE: r'{"file_name": "a.png", "text": "a dog \ud83d"}'}, f"metadata.jsonl {HALF}"),
+    ({"metadata.csv": b"file,text\na.png,caf\xe9"}, "captions metadata.csv is not UTF-8 text"),
+    ({"metadata.csv": "file_name,text\na.png,a dog, on a sofa\n"}, "csv has a row 1 with more fields .* ',' in quotes"),
+    ({"metadata.csv": 'file_name,text\na.png,"a dog\nb.png,a cat\n'}, "csv is damaged at line .*quotation mark"),
+]
+
+
+@pytest.mark.parametrize(("files", "sentence"), REFUSED)
+def test_captions_that_cannot_be_read_or_would_be_lost_are_refused_with_their_names(files, sentence, read):
     with pytest.raises(ValueError, match=sentence):
-        read({"a.png": PNG} | files)
+        read({"a.png": PNG, "b.png": PNG} | files)

@@ -112,16 +112,6 @@ def test_a_warning_of_plain_text_has_an_example_and_says_what_to_do():
     assert plain_text_warnings(given, TrainConfig()) == [warning + "no token is trained"]
 
 
-def test_without_a_token_the_default_caption_makes_sense_by_itself():
-    log: list[str] = []
-    photos = [Photo("0.png", None, ())]
-    (caption,) = trained_captions(photos, TrainConfig(), log.append)
-    assert caption.text == "A photo of a person" and not [line for line in log if "plain text" in line]
-    (caption,) = trained_captions(photos, replace(TrainConfig(), default_caption="my <>"), log.append)
-    assert caption.text == "my <>"
-    assert log[-1].startswith("Warning: '<>' is plain text in 1 of 1 captions")
-
-
 def test_preserved_prompts_are_the_caption_without_the_token_and_the_empty_one():
     log: list[str] = []
     found = preserved_prompts(["a <zwx> in a garden"], replace(TOKEN, class_word="dog"), log.append)

@@ -26,79 +26,11 @@ def names(photos: list[Photo]) -> list[str]:
     return [photo.name for photo in photos]
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.Jpg", "a.png", "A.PNG", "a.webp", "a.WebP"])
-def test_every_image_format_is_found_in_any_case_and_at_any_depth_by_its_content(name, read):
-    for kind in ("JPEG", "PNG", "WEBP"):
-        photos, report = read({f"one/two/three/{name}": encoded(picture(), kind)})
-        assert names(photos) == [f"one/two/three/{name}"]
-        assert not report.skipped
-
-
-def test_images_come_sorted_by_name(read):
-    assert names(read(dict.fromkeys(("b.png", "a/z.png", "a.png"), PNG))[0]) == ["a.png", "a/z.png", "b.png"]
-
-
 def test_files_that_macos_and_other_tools_leave_behind_are_ignored_silently(read):
     clutter = ["__MACOSX/._a.png", "__MACOSX/a.png", ".hidden.png", "x/.DS_Store", ".git/a.png", "x/.a.txt"]
     photos, report = read({"a.png": PNG, **dict.fromkeys(clutter, b"no image")})
     assert names(photos) == ["a.png"]
     assert report.skipped == {}
-
-
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_tar_with_leading_dots_is_read_like_a_zip(mode, tmp_path):
-    path = write_tar(tmp_path / "data.zip", {"./x/a.png": PNG, "./x/a.txt": b"a caption"}, mode)
-    (photo,), _ = read_dataset(path, (64,))
-    assert photo.caption == "a caption"
-
-
-def test_a_caption_belongs_to_the_image_of_the_same_stem_and_folder(read):
-    images = dict.fromkeys(("a.png", "x/a.png", "b.b.png", "e\u0301.png", "c.png"), PNG)
-    texts = {"a.txt": b"first", "x/a.TXT": b"second", "b.b.txt": b"third", "\u00e9.txt": b"composed otherwise"}
-    photos, report = read(images | texts)
-    assert {photo.name: photo.caption for photo in photos} == {
-        "a.png": "first",
-        "x/a.png": "second",
-        "b.b.png": "third",
-        "e\u0301.png": "composed otherwise",
-        "c.png": None,
-    }
-    assert (report.images, report.captions_found, report.captions_filled) == (5, 4, 1)
-
-
-@pytest.mark.parametrize(
-    ("content", "caption"),
-    [
-        (b"a photo of <zwx>\n", "a photo of <zwx>"),
-        (b"\xef\xbb\xbfwith a mark", "with a mark"),
-        ("café, 写真".encode(), "café, 写真"),
-        (b" two\r\n  lines ", "two lines"),
-        ("caf\u00e9".encode("utf-16"), "caf\u00e9"),
-        (b"\xfe\xff" + "caf\u00e9".encode("utf-16-be"), "caf\u00e9"),
-        (b"", None),
-        (b" \n\t", None),
-    ],
-)
-def test_a_caption_is_utf8_on_one_line_and_an_empty_one_counts_as_none(content, caption, read):
-    (photo,), report = read({"a.png": PNG, "a.txt": content})
-    assert photo.caption == caption
-    assert report.captions_found == (caption is not None)
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("café".encode("latin-1"), "is not UTF-8 text: save it as UTF-8"),
-        (b"x" * 70_000, "is 70000 bytes: a caption has at most 65536"),
-        (b"a\0b", "holds control characters, or half of one character: save it as plain text in UTF-8"),
-        ("in UTF-16".encode("utf-16-le"), "holds control characters"),
-        ("in UTF-16".encode("utf-16-be"), "holds control characters"),
-        (b"\x1b[31mred", "holds control characters"),
-    ],
-)
-def test_a_caption_that_cannot_be_used_gets_its_sentence(content, sentence, read):
-    with pytest.raises(ValueError, match=rf"caption a\.txt {sentence}"):
-        read({"a.png": PNG, "a.txt": content})
 
 
 def test_the_report_counts_and_names_everything_that_was_skipped(read):
@@ -181,16 +113,6 @@ def test_what_else_has_the_name_of_an_image_takes_neither_caption_nor_mask(other
     (photo,), report = read({"IMG_1.PNG": PNG, other: b"other", "img_1.txt": b"a dog", "img_1.mask.png": WHITE})
     assert photo.caption == "a dog" and photo.weights is not None
     assert not any(line.startswith("Warning") for line in report.lines()) and list(report.skipped) == [other]
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [("a.png", "A.PNG"), ("e\u0301.png", "\u00e9.png"), ("x/A.png", "X/a.png"), ("\u00df.png", "ss.png")],
-)
-def test_two_names_that_are_one_file_on_some_systems_are_two_images(first, second, read):
-    photos, report = read({first: PNG, second: PNG})
-    assert {photo.file for photo in photos} == {first, second}
-    assert not report.skipped
 
 
 def test_control_characters_of_names_do_not_reach_the_report(read):

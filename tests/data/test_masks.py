@@ -98,11 +98,6 @@ def test_a_mask_that_does_not_fit_gets_its_sentence(more, sentence, tmp_path):
         read_dataset(write_zip(tmp_path / "d.zip", entries(**more)), (64,))
 
 
-def test_a_mask_without_its_image_is_named(tmp_path):
-    _, report = read_dataset(write_zip(tmp_path / "d.zip", entries(c__mask__png=encoded(half()))), (64,))
-    assert report.skipped == {"c.mask.png": "a mask without an image of that name"}
-
-
 @pytest.mark.parametrize(
     ("image", "mask"),
     [

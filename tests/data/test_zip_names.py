@@ -57,14 +57,6 @@ def test_a_backslash_between_ascii_letters_is_a_folder_also_beside_legacy_names(
     assert (photo.name.split("/")[0], photo.caption) == ("x", "a cat")
 
 
-def test_names_in_utf8_without_the_flag_are_read_as_such(tmp_path):
-    path = legacy_zip(tmp_path / "data.zip", {"é/写真.png".encode(): PNG})
-    with zipfile.ZipFile(path) as opened:
-        assert opened.infolist()[0].flag_bits & 0x800 == 0
-    with open_archive(path) as archive:
-        assert archive.names == ("é/写真.png",)
-
-
 def test_a_backslash_behind_a_character_of_a_code_page_is_a_folder(tmp_path):
     raw = {"папка\\кот.png".encode("cp866"): PNG, "папка\\кот.txt".encode("cp866"): b"a cat"}
     raw |= {"папка\\.DS_Store".encode("cp866"): b"x", "папка\\собака.png".encode("cp866"): PNG}

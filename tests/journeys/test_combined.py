@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, A, B, load_lora, unload_lora
+from placeholder.lora.adapter import EXTRA_ADAPTER, A, B, load_lora
 from placeholder.model.loading import load_transformer
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.weights.applied import INCOMPLETE
 from placeholder.weights.archive import LORA_NAME, read_weights
 from predict import Predictor
-from tests.lora.test_adapter import MODULES, random_lora, velocity
+from tests.lora.test_adapter import MODULES, random_lora
 from tests.support.interruption import calls
 from tests.support.predictions import NAMED, PLAIN, Images
 from tests.support.samples import picture, read_zip, write_zip
@@ -68,22 +68,12 @@ def merged(base, *loras: tuple[float, dict[str, torch.Tensor]]):
     return transformer
 
 
-def test_two_loras_add_up_each_at_its_own_scale(base):
-    first = random_lora(4, seed=1, modules=MODULES[:12])
-    second = random_lora(3, seed=2, modules=MODULES[6:])  # some layers have one, some the other, some both
+def test_a_second_lora_may_not_change_layers_of_the_first(base):
     transformer = load_transformer(base)
-    load_lora(transformer, first)
-    load_lora(transformer, second, EXTRA_ADAPTER)
-    for scales in ((1.0, 1.0), (0.7, 1.6), (0.0, 1.0), (1.0, 0.0), (0.7, 1.6)):
-        transformer.set_adapters([ADAPTER, EXTRA_ADAPTER], weights=list(scales))
-        expected = merged(base, (scales[0], first), (scales[1], second))
-        torch.testing.assert_close(velocity(transformer), velocity(expected), rtol=1e-4, atol=1e-5)
-    assert (velocity(transformer) - velocity(merged(base, (1.6, first), (0.7, second)))).abs().max() > 0.01
-    for within in (".base_layer", ".lora_A.default"):  # layers of the LoRA itself
+    load_lora(transformer, random_lora())
+    for within in (".base_layer", ".lora_A.default"):
         with pytest.raises(ValueError, match="this base model has no linear layer"):
             load_lora(transformer, random_lora(modules=[MODULES[0] + within]), EXTRA_ADAPTER)
-    unload_lora(transformer)
-    assert torch.equal(velocity(transformer), velocity(load_transformer(base)))
 
 
 def test_an_image_with_two_archives_is_that_of_the_hand_computed_sum(generate, base, zero_prior, extra):

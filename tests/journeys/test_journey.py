@@ -3,7 +3,6 @@
 import io
 import json
 import random
-import signal
 import time
 from pathlib import Path
 
@@ -19,15 +18,8 @@ from tests.support.samples import read_zip, write_zip
 from tests.support.stock import stock_picture
 
 PICTURE = {"steps": 6, "guidance": 4, "width": 64, "height": 64, "seed": 7, "output_format": "png", "token_gate": False}
-TRAINING = {
-    "steps": 15,
-    "rank": 4,
-    "resolution": "64",
-    "learning_rate": 1e-2,
-    "seed": 3,
-    "log_prompt_ids": True,
-    "report": False,
-}
+TRAINING = {"steps": 15, "rank": 4, "resolution": "64", "learning_rate": 1e-2, "seed": 3, "report": False}
+TRAINING |= {"log_prompt_ids": True}
 
 
 @pytest.fixture(scope="module")
@@ -99,31 +91,12 @@ def test_a_training_returns_the_archive_and_logs_what_happened(training, archive
     assert (meta["training_mode"], meta["seed"], meta["base_model"]) == ("zero_prior", 3, base.source)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "options", "stock"),
-    [
-        ("a photo of <zwx>", {}, {}),
-        (
-            "a portrait of <zwx> in golden hour light",
-            {"negative_prompt": "blurry, low quality", "num_inference_steps": 5, "guidance_scale": 4.5, "lora_scale": 1.2},
-            {"negative_prompt": "blurry, low quality", "steps": 5, "guidance": 4.5, "lora_scale": 1.2},
-        ),
-    ],
-)
-def test_a_prediction_equals_stock_diffusers_with_the_row_written_into_the_matrix(
-    prompt, options, stock, prediction_server, archive, base
-):
-    found = drawn(prediction_server.ask({"prompt": prompt, **PICTURE, **options, "replicate_weights": data_url(archive)}))
-    expected = stock_picture(base.source, prompt, archive, **stock)
+def test_a_prediction_equals_stock_diffusers_with_the_row_written_into_the_matrix(prediction_server, archive, base):
+    prompt, shared = "a portrait of <zwx> in golden hour light", {"negative_prompt": "blurry, low quality", "lora_scale": 1.2}
+    options = PICTURE | shared | {"num_inference_steps": 5, "guidance_scale": 4.5, "replicate_weights": data_url(archive)}
+    found = drawn(prediction_server.ask({"prompt": prompt, **options}))
+    expected = stock_picture(base.source, prompt, archive, **shared, steps=5, guidance=4.5)
     assert np.abs(found.astype(int) - expected).max() <= 1  # ours adds the LoRA in one operation, which rounds otherwise
-
-
-def test_a_prediction_without_weights_after_one_with_them_is_the_base_models(prediction_server, archive, base):
-    inputs = {"prompt": "a photo of <zwx>", **PICTURE}
-    with_weights = drawn(prediction_server.ask({**inputs, "replicate_weights": data_url(archive)}))
-    without = drawn(prediction_server.ask(inputs))
-    assert np.array_equal(without, stock_picture(base.source, "a photo of <zwx>"))
-    assert not np.array_equal(with_weights, without)
 
 
 def test_a_prediction_whose_prompt_does_not_name_the_token_is_the_base_models(prediction_server, archive, base):
@@ -151,21 +124,15 @@ def test_cancels_at_random_moments_are_never_lost(training_server, dataset, temp
     assert ours(temporary, "training") | ours(temporary, "job") == set()
 
 
-@pytest.mark.parametrize(
-    ("number", "sentence"),
-    [
-        (signal.SIGKILL, "the training process was killed, most likely out of memory: give a smaller resolution or batch_size"),
-        (signal.SIGSEGV, "the training process crashed in native code (SIGSEGV): see the log above"),
-    ],
-)
-def test_a_training_process_that_dies_is_one_sentence_and_the_server_is_ready(number, sentence, training_server, dataset):
+def test_a_training_process_that_is_killed_is_one_sentence_and_the_server_is_ready(training_server, dataset):
+    sentence = "the training process was killed, most likely out of memory: give a smaller resolution or batch_size"
     before = training_server.log.stat().st_size
-    training_server.start(f"dies-{number}", {"dataset": data_url(dataset), **TRAINING, "steps": 20000})
+    training_server.start("dies", {"dataset": data_url(dataset), **TRAINING, "steps": 20000})
     deadline = time.monotonic() + 60
     while not (started := training_processes(training_server)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    started[0].send_signal(number)
+    started[0].kill()
     training_server.wait_until_ready()
     assert sentence in training_server.log.read_text()[before:]
 
@@ -232,28 +199,6 @@ def test_the_weights_of_the_environment_serve_requests_that_bring_none(start, ar
     assert not np.array_equal(other, expected)
 
 
-def started(server: CogServer, name: str, inputs: dict, lines: tuple[str, ...]) -> None:
-    """Send a request whose work would take minutes here, wait until the log has every line, and cancel it."""
-    before = server.log.stat().st_size
-    server.start(name, inputs)
-    deadline = time.monotonic() + 60
-    while True:
-        with server.log.open("rb") as file:
-            file.seek(before)
-            log = file.read().decode()
-        if all(line in log for line in lines):
-            break
-        assert time.monotonic() < deadline, log
-        time.sleep(0.05)
-    server.cancel(name)
-    server.wait_until_ready()
-
-
-def test_a_documented_training_of_the_hosted_model_runs_unchanged(training_server, dataset):
-    inputs = {"dataset": data_url(dataset), **hosted.TRAININGS["a token"]}
-    started(training_server, "hosted", inputs, (" 1/4000 [",))
-
-
 def test_a_training_that_gives_every_input_of_the_hosted_trainer_runs_unchanged(training_server, dataset, tmp_path):
     fewest = {"steps": hosted.TRAIN_INPUTS["steps"][2][0], "seed": 42}  # the others as the hosted trainer has them
     inputs = {"dataset": data_url(dataset), **hosted.defaults(hosted.TRAIN_INPUTS), **fewest}
@@ -264,12 +209,6 @@ def test_a_training_that_gives_every_input_of_the_hosted_trainer_runs_unchanged(
     path.write_bytes(from_data_url(answer["output"]["weights"]))
     meta = json.loads(read_zip(path)["meta.json"])
     assert (meta["steps"], meta["rank"], meta["seed"], meta["training_mode"]) == (100, 64, 42, "baseline")
-
-
-@pytest.mark.parametrize(("example", "size", "steps"), [("sunset", "1664x928", 50), ("a token", "1024x1024", 20)])
-def test_documented_predictions_of_the_hosted_model_run_unchanged(example, size, steps, prediction_server, archive):
-    inputs = {"replicate_weights": data_url(archive), **hosted.PREDICTIONS[example]}
-    started(prediction_server, f"hosted-{steps}", inputs, (f"size: {size}", f" 1/{steps} ["))
 
 
 def test_a_prediction_that_gives_every_input_of_the_hosted_model_runs_unchanged(prediction_server, archive):

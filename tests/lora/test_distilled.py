@@ -12,16 +12,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
-from placeholder import generate as generate_module
 from placeholder.lora.distilled import FAST_VARIABLE, STEPS_VARIABLE, FastLora, line_of, load_fast_lora, steps_of
 from placeholder.model.base import DEFAULT_MODEL, QWEN_IMAGE, BaseModel
 from placeholder.model.loading import load_transformer
-from placeholder.weights.archive import LORA_NAME
 from predict import Predictor
 from tests.support.bases import WatchedBase
 from tests.support.interruption import CHANGING, interrupt_anywhere
 from tests.support.predictions import NAMED, PLAIN, Images
-from tests.support.samples import read_zip
+from tests.support.samples import WithoutWeights
 from tests.support.stock import apply_archive, stock_pipeline
 from tests.test_request import DEFAULTS
 
@@ -130,9 +128,7 @@ def test_guidance_and_negative_prompt_do_not_count_and_the_log_says_so(draw, mon
     assert not any("go_fast" in line for line in draw.log)
 
 
-def test_two_archives_and_the_fast_lora_go_together(draw, zero_prior, as_before, tmp_path):
-    style = tmp_path / "style.safetensors"
-    style.write_bytes(read_zip(zero_prior.archive)[LORA_NAME])
+def test_two_archives_and_the_fast_lora_go_together(draw, zero_prior, style, as_before):
     both = draw(replace(FAST_NAMED, extra_lora_scale=0.5), zero_prior.archive, style)
     doubled = draw(replace(FAST_NAMED, lora_scale=1.5), zero_prior.archive)
     assert np.abs(both.astype(int) - doubled.astype(int)).max() <= 1  # sums in another order
@@ -231,10 +227,18 @@ def test_a_hubs_file_and_a_url_are_read(base, published, site, monkeypatch):
     assert asked == [("some/model", "sub/lora_4_steps.safetensors", "v1")]
 
 
-@pytest.mark.parametrize("name", ["lora.safetensors", "4steps-or-8steps.safetensors", "8stepson.safetensors", "1000steps"])
-def test_a_number_of_steps_that_a_name_does_not_tell_is_asked_for(name):
-    with pytest.raises(ValueError, match=f"{name} does not say for how many steps .* or set {STEPS_VARIABLE}$"):
-        steps_of(name)
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [(f"Qwen-Image-Lightning-4steps-{version}.safetensors", 4) for version in ("V1.0", "V2.0-bf16")]
+    + [("Qwen-Image-2512-Lightning-8steps-V1.0-fp32.safetensors", 8)],
+)
+def test_a_name_tells_the_number_of_steps_or_it_is_asked_for(name, found):
+    assert steps_of(name) == found
+    for unclear in ("lora.safetensors", "4steps-or-8steps.safetensors", "8stepson.safetensors", "1000steps"):
+        with pytest.raises(ValueError, match=f"{unclear} does not say for how many steps .* or set {STEPS_VARIABLE}$"):
+            steps_of(unclear)
+    with pytest.raises(ValueError, match="give a whole number from 1 to 200"):
+        steps_of("lora-0steps.safetensors")
 
 
 def test_a_number_of_steps_that_is_none_stops_the_start_whatever_the_lora(base, monkeypatch):
@@ -242,14 +246,6 @@ def test_a_number_of_steps_that_is_none_stops_the_start_whatever_the_lora(base, 
     published = replace(base, source=DEFAULT_MODEL)
     with pytest.raises(ValueError, match=f"^{STEPS_VARIABLE} is 'many': give a whole number from 1 to 200"):
         load_fast_lora(published, print, lambda *_: pytest.fail("it was fetched"))
-
-
-def test_the_published_names_say_their_steps():
-    for kind in ("4steps-V1.0", "4steps-V2.0-bf16"):
-        assert steps_of(f"Qwen-Image-Lightning-{kind}.safetensors") == 4
-    assert steps_of("Qwen-Image-2512-Lightning-8steps-V1.0-fp32.safetensors") == 8
-    with pytest.raises(ValueError, match="give a whole number from 1 to 200"):
-        steps_of("lora-0steps.safetensors")
 
 
 WRONG = {
@@ -273,9 +269,6 @@ def test_a_wrong_file_gets_its_sentence_before_any_weights_are_loaded(case, base
     path = tmp_path / NAME
     if made:
         path.write_bytes(made(load_file(published)))
-    monkeypatch.setenv("QWEN_IMAGE_MODEL", base.source)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv(FAST_VARIABLE, str(path))
-    monkeypatch.setattr(generate_module, "load_text_encoder", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match=f"^{FAST_VARIABLE} cannot be used: .*({sentence})"):
-        Predictor().setup()
+        load_fast_lora(WithoutWeights(base.source, base.device, base.dtype), print)

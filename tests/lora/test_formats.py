@@ -16,7 +16,7 @@ from demo.server import ROOT
 from placeholder.lora.adapter import load_lora
 from placeholder.lora.keys import BLOCK_LAYERS, DOTTED_BLOCK, DOTTED_TOP, TOP_LAYERS
 from placeholder.model.loading import load_transformer
-from placeholder.weights.archive import LORA_NAME, read_weights
+from placeholder.weights.archive import LORA_NAME, Weights, read_weights
 from tests.lora.test_adapter import MODULES, random_lora, velocity
 from tests.support.samples import write_tar, write_zip
 
@@ -58,6 +58,27 @@ METADATA = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transfo
 
 DOTTED = (".lora.down.weight", ".lora.up.weight")
 UNPREFIXED = {"lora_adapter_metadata": json.dumps({"r": RANK, "lora_alpha": 6})}
+
+
+LAYER = "transformer_blocks.0.attn.to_q"
+FLAT = "lora_unet_transformer_blocks_0_attn_to_q"
+DOWN, UP = torch.ones(RANK, 64), torch.ones(64, RANK)
+PAIR = {f"diffusion_model.{LAYER}{PEFT[0]}": DOWN, f"diffusion_model.{LAYER}{PEFT[1]}": UP}
+FLAT_PAIR = {FLAT + KOHYA[0]: DOWN, FLAT + KOHYA[1]: UP}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads a LoRA alone, of these tensors, with a PEFT configuration and more in its header."""
+
+    def lora(tensors: dict[str, Tensor], configuration: object = None, **header: str) -> Weights:
+        header |= {} if configuration is None else {"lora_adapter_metadata": json.dumps(configuration)}
+        (tmp_path / "lora.safetensors").write_bytes(
+            save({key: value.clone() for key, value in tensors.items()}, header or None)
+        )
+        return read_weights(tmp_path / "lora.safetensors")
+
+    return lora
 
 
 def with_zero_biases(content: bytes) -> bytes:
@@ -157,11 +178,9 @@ def test_alphas_in_the_metadata_count_as_in_stock_diffusers(settings, base, tmp_
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_factors_in_8_bit_floats_are_read_exactly(dtype, tmp_path):
+def test_factors_in_8_bit_floats_are_read_exactly(dtype, read):
     down, up = (torch.linspace(-2, 2, 256).reshape(shape).to(dtype) for shape in ((4, 64), (64, 4)))
-    path = tmp_path / "lora.safetensors"
-    path.write_bytes(save({f"transformer.{LAYER}{PEFT[0]}": down, f"transformer.{LAYER}{PEFT[1]}": up}))
-    found = read_weights(path).lora
+    found = read({LAYER + PEFT[0]: down, LAYER + PEFT[1]: up}).lora
     assert torch.equal(found[LAYER + PEFT[0]].float(), down.float()) and torch.equal(found[LAYER + PEFT[1]].float(), up.float())
 
 
@@ -174,34 +193,13 @@ def test_pefts_configuration_beside_its_file_gives_the_strength(layers, tmp_path
         torch.testing.assert_close(found[name + PEFT[1]] @ found[name + PEFT[0]], 3 * up @ down)
 
 
-@pytest.mark.parametrize("pattern", ["(", "", "to_q|to_k", ".*to_q", r"attn\.\w", r"(.|\w)" * 32 + "~", "(a+)+$", "to_q\n"])
-def test_a_pattern_that_is_no_name_gets_its_sentence(pattern, tmp_path):
-    """PEFT's are regular expressions; some of these would keep the matching busy for ever."""
-    header = {"lora_adapter_metadata": json.dumps({"lora_alpha": 4, "alpha_pattern": {pattern: 2}})}
-    path = tmp_path / "lora.safetensors"
-    path.write_bytes(save({f"transformer.{LAYER}{end}": value for end, value in zip(PEFT, (DOWN, UP), strict=True)}, header))
-    with pytest.raises(
-        ValueError, match="lora_adapter_metadata that holds '.*' in alpha_pattern: write the layers' names there"
-    ):
-        read_weights(path)
-
-
-def test_a_pattern_for_every_layer_is_read_at_once(tmp_path):
+def test_a_pattern_for_every_layer_is_read_at_once(read):
     """A configuration may name each of 840 layers."""
-    modules = [
-        f"transformer_blocks.{block}.attn.{name}" for block in range(60) for name in ("to_q", "to_k", "to_v", "to_out.0") * 3
-    ]
-    modules = list(dict.fromkeys(modules)) + [
-        f"transformer_blocks.{block}.mlp.{number}" for block in range(60) for number in range(10)
-    ]
+    modules = [f"transformer_blocks.{block}.{layer}" for block in range(60) for layer in BLOCK_LAYERS]
     header = {"lora_alpha": 4, "alpha_pattern": {module.replace(".", r"\."): 8 for module in modules}}
-    tensors = {
-        f"transformer.{module}{end}": value.clone() for module in modules for end, value in zip(PEFT, (DOWN, UP), strict=True)
-    }
-    path = tmp_path / "lora.safetensors"
-    path.write_bytes(save(tensors, {"lora_adapter_metadata": json.dumps(header)}))
+    tensors = {module + end: value for module in modules for end, value in zip(PEFT, (DOWN, UP), strict=True)}
     start = time.monotonic()
-    found = read_weights(path).lora
+    found = read(tensors, header).lora
     assert time.monotonic() - start < 5
     assert all(torch.equal(found[module + PEFT[1]], 8 / RANK * UP) for module in modules)
 
@@ -215,29 +213,16 @@ def test_a_pattern_for_every_layer_is_read_at_once(tmp_path):
         {"lora_alpha": 12, "use_rslora": True},
     ],
 )
-def test_a_configuration_counts_as_in_peft_also_where_it_names_no_alpha(settings, tmp_path):
-    path = tmp_path / "lora.safetensors"
-    tensors = {f"transformer.{LAYER}{end}": value for end, value in zip(PEFT, (DOWN, UP), strict=True)}
-    path.write_bytes(save(tensors, {"lora_adapter_metadata": json.dumps(settings)}))
+def test_a_configuration_counts_as_in_peft_also_where_it_names_no_alpha(settings, read):
     config = LoraConfig(**settings)
     alpha = config.alpha_pattern.get("to_q", config.lora_alpha)
     scale = alpha / (RANK**0.5 if config.use_rslora else RANK)
-    torch.testing.assert_close(read_weights(path).lora[LAYER + PEFT[1]], scale * UP)
-
-
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
-def test_an_initialization_that_changes_the_base_model_is_refused_by_name(init, tmp_path):
-    path = tmp_path / "lora.safetensors"
-    tensors = {f"transformer.{LAYER}{end}": value for end, value in zip(PEFT, (DOWN, UP), strict=True)}
-    header = {"r": RANK, "lora_alpha": RANK, "init_lora_weights": init}
-    path.write_bytes(save(tensors, {"lora_adapter_metadata": json.dumps(header)}))
-    with pytest.raises(ValueError, match=f"init_lora_weights {init}, which changes the base model"):
-        read_weights(path)
+    torch.testing.assert_close(read(PAIR, settings).lora[LAYER + PEFT[1]], scale * UP)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_pefts_configuration_is_read_in_the_encodings_of_json(encoding, tmp_path):
-    content = save({f"base_model.model.{LAYER}{end}": value for end, value in zip(PEFT, (DOWN, UP), strict=True)})
+    content = save(PAIR)
     config = json.dumps({"r": RANK, "lora_alpha": 12}).encode(encoding)
     path = write_zip(tmp_path / "out.zip", {"adapter_model.safetensors": content, "adapter_config.json": config})
     torch.testing.assert_close(read_weights(path).lora[LAYER + PEFT[1]], 12 / RANK * UP)
@@ -252,19 +237,10 @@ def test_pefts_configuration_is_read_in_the_encodings_of_json(encoding, tmp_path
 
 
 @pytest.mark.parametrize("stored", [torch.tensor(10.1).bfloat16(), torch.tensor(8.0).to(torch.float8_e4m3fn)])
-def test_an_alpha_that_is_rounded_agrees_with_the_configuration(stored, tmp_path):
+def test_an_alpha_that_is_rounded_agrees_with_the_configuration(stored, read):
     alpha = 10.1 if stored.dtype == torch.bfloat16 else 8.0
-    path = tmp_path / "lora.safetensors"
-    path.write_bytes(save(FLAT_PAIR | {FLAT + ".alpha": stored}, {"lora_adapter_metadata": json.dumps({"lora_alpha": alpha})}))
-    torch.testing.assert_close(read_weights(path).lora[LAYER + PEFT[1]], alpha / RANK * UP)
-
-
-@pytest.mark.parametrize(("down", "up"), [(torch.ones(0, 64), torch.ones(64, 0)), (torch.tensor(1.0), torch.ones(64, 4))])
-def test_weights_without_a_rank_get_their_sentence(down, up, tmp_path):
-    path = tmp_path / "lora.safetensors"
-    path.write_bytes(save({FLAT + KOHYA[0]: down, FLAT + KOHYA[1]: up, FLAT + ".alpha": torch.tensor(4.0)}))
-    with pytest.raises(ValueError, match="expected two dimensions"):
-        read_weights(path)
+    found = read(FLAT_PAIR | {FLAT + ".alpha": stored}, {"lora_alpha": alpha}).lora
+    torch.testing.assert_close(found[LAYER + PEFT[1]], alpha / RANK * UP)
 
 
 @pytest.mark.parametrize("page", [b"<!-- saved -->\n<html>", b"<title>404</title>", "<!doctype html>".encode("utf-16")])
@@ -273,21 +249,12 @@ def test_a_web_page_inside_an_archive_is_called_that(page, tmp_path):
         read_weights(write_zip(tmp_path / "out.zip", {"a/lora.safetensors": page, "a/README.md": b""}))
 
 
-def test_a_trigger_phrase_of_another_trainer_names_no_token(tmp_path):
-    path = tmp_path / "lora.safetensors"
-    path.write_bytes(save(FLAT_PAIR, {"modelspec.trigger_phrase": "<sks>"}))
-    assert read_weights(path).missing_tokens == ()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_an_alpha_costs_a_lora_of_16_bits_no_precision(dtype, tmp_path):
+def test_an_alpha_costs_a_lora_of_16_bits_no_precision(dtype, read):
     """A tenth of what fp16 can just hold, and a scale that bf16 would round."""
-    small = {"transformer_blocks.0.attn.to_q": (torch.full((3, 64), 1.0).to(dtype), torch.full((64, 3), 6.2e-5).to(dtype))}
-    path = tmp_path / "lora.safetensors"
-    path.write_bytes(file_of(small, "lora_unet_", *KOHYA, torch.tensor(0.3), flat=True))
-    ((down, up),) = small.values()
-    lora = read_weights(path).lora
-    found = lora["transformer_blocks.0.attn.to_q.lora_B.weight"] @ lora["transformer_blocks.0.attn.to_q.lora_A.weight"].float()
+    down, up = torch.full((3, 64), 1.0).to(dtype), torch.full((64, 3), 6.2e-5).to(dtype)
+    lora = read({FLAT + KOHYA[0]: down, FLAT + KOHYA[1]: up, FLAT + ".alpha": torch.tensor(0.3)}).lora
+    found = lora[LAYER + PEFT[1]] @ lora[LAYER + PEFT[0]].float()
     torch.testing.assert_close(found, 0.1 * up.float() @ down.float(), rtol=1e-6, atol=0)
 
 
@@ -321,11 +288,6 @@ def test_the_layers_that_are_known_are_those_of_the_transformer():
     assert not any(name.startswith("transformer_blocks_") for name in DOTTED_TOP)
 
 
-LAYER = "transformer_blocks.0.attn.to_q"
-FLAT = "lora_unet_transformer_blocks_0_attn_to_q"
-DOWN, UP = torch.ones(RANK, 64), torch.ones(64, RANK)
-PAIR = {f"diffusion_model.{LAYER}{PEFT[0]}": DOWN, f"diffusion_model.{LAYER}{PEFT[1]}": UP}
-FLAT_PAIR = {FLAT + KOHYA[0]: DOWN, FLAT + KOHYA[1]: UP}
 ONE = torch.tensor(1.0)
 MIXES = "lora.safetensors mixes two formats"
 ONLY_PLAIN = "only plain LoRA can be loaded"
@@ -377,35 +339,58 @@ WRONG = {
     ),
     "no effect of lora_A": ({FLAT + KOHYA[0]: DOWN * 0, FLAT + KOHYA[1]: UP}, "changes nothing: there is no .lora_A.weight"),
     "three dimensions": ({FLAT + KOHYA[0]: DOWN[None], FLAT + KOHYA[1]: UP}, "of shape .* expected two dimensions"),
+    "no dimensions": (FLAT_PAIR | {FLAT + KOHYA[0]: ONE, FLAT + ".alpha": ONE}, "of shape .* expected two dimensions"),
+    "no rank": ({FLAT + KOHYA[0]: DOWN[:0], FLAT + KOHYA[1]: UP[:, :0], FLAT + ".alpha": ONE}, "expected two dimensions"),
+    "64-bit floats": ({FLAT + KOHYA[0]: DOWN.double(), FLAT + KOHYA[1]: UP}, "in torch.float64: save it in float32, bfloat16"),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_could_not_be_applied_exactly_gets_its_sentence(kind, tmp_path):
+def test_what_could_not_be_applied_exactly_gets_its_sentence(kind, read):
     tensors, sentence = WRONG[kind]
-    path = tmp_path / "lora.safetensors"
-    path.write_bytes(save({key: value.clone().contiguous() for key, value in tensors.items()}))
     with pytest.raises(ValueError, match=sentence):
-        read_weights(path)
+        read(tensors)
+
+
+# PEFT's patterns are regular expressions; some of these would keep the matching busy for ever.
+PATTERNS = ["(", "", "to_q|to_k", ".*to_q", r"attn\.\w", r"(.|\w)" * 32 + "~", "(a+)+$", "to_q\n"]
+UNREADABLE = "lora.safetensors has lora_adapter_metadata that cannot be read: "
+SETTINGS = [
+    ({"lora_alpha": 6}, "gives its strength twice, differently, as alpha keys and in its PEFT configuration: save"),
+    ({"use_dora": True}, "the LoRA was trained with use_dora: only plain LoRA can be loaded"),
+    ({"modules_to_save": ["proj_out"]}, "the LoRA was trained with modules_to_save: only plain LoRA can be loaded"),
+    *(({"lora_alpha": alpha}, f"{UNREADABLE}lora_alpha") for alpha in (0, -1, None, "8")),
+    *(({"lora_alpha": 8, "alpha_pattern": patterns}, UNREADABLE) for patterns in ({"to_q": "8"}, ["to_q"])),
+    *(
+        ({"lora_alpha": 4, "alpha_pattern": {name: 2}}, "holds '.*' in alpha_pattern: write the layers' names")
+        for name in PATTERNS
+    ),
+    *(
+        ({"lora_alpha": 1, "init_lora_weights": init}, f"init_lora_weights {init}, which changes the base model")
+        for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), SETTINGS)
+def test_a_configuration_that_cannot_be_applied_exactly_gets_its_sentence(settings, sentence, read):
+    with pytest.raises(ValueError, match=sentence):
+        read(FLAT_PAIR | {FLAT + ".alpha": ONE}, {f"transformer.{name}": value for name, value in settings.items()})
+    with pytest.raises(ValueError, match=UNREADABLE):
+        read(FLAT_PAIR, "text")
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("header", "tokens"),
     [
-        ({"lora_alpha": 6}, "gives its strength twice, differently, as alpha keys and in its PEFT configuration: save"),
-        ({"lora_alpha": 0}, "lora_adapter_metadata that cannot be read: lora_alpha"),
-        ({"lora_alpha": -1}, "lora_adapter_metadata that cannot be read: lora_alpha"),
-        ({"use_dora": True}, "the LoRA was trained with use_dora: only plain LoRA can be loaded"),
-        ({"modules_to_save": ["proj_out"]}, "the LoRA was trained with modules_to_save: only plain LoRA can be loaded"),
+        ({"placeholder_tokens": '["zwx"]', "modelspec.trigger_phrase": "zwx"}, ("zwx",)),
+        ({"placeholder_tokens": "{"}, ()),
+        ({"placeholder_tokens": '{"zwx": 1}'}, ()),
+        ({"modelspec.trigger_phrase": "<sks>"}, ()),  # of another trainer
     ],
 )
-def test_metadata_that_cannot_be_applied_exactly_get_their_sentence(settings, sentence, tmp_path):
-    path = tmp_path / "lora.safetensors"
-    keys = FLAT_PAIR | {FLAT + ".alpha": ONE}
-    header = {f"transformer.{name}": value for name, value in settings.items()}
-    path.write_bytes(save(keys, {"lora_adapter_metadata": json.dumps(header)}))
-    with pytest.raises(ValueError, match=sentence):
-        read_weights(path)
+def test_the_tokens_of_a_lora_alone_come_from_its_header(header, tokens, read):
+    assert read(FLAT_PAIR, **header).missing_tokens == tokens
 
 
 @pytest.mark.parametrize(

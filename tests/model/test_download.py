@@ -155,18 +155,6 @@ def test_a_url_is_fetched_and_removed_afterwards(site, temporary):
     assert list(temporary.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["/none.zip?key=secret", None])
-def test_a_url_that_cannot_be_had_gets_its_sentence_without_its_query(name, site, temporary):
-    address = site[0] + name if name else "http://127.0.0.1:9/weights.zip?key=secret"
-    with (
-        pytest.raises(ValueError, match="the file could not be fetched from http.*: check the URL") as raised,
-        download.local_file(address),
-    ):
-        pass
-    assert "secret" not in str(raised.value)
-    assert list(temporary.iterdir()) == []
-
-
 class Redirect(BaseHTTPRequestHandler):
     """Sends everyone to where urllib does not go, and names a secret there."""
 

@@ -1,18 +1,15 @@
 """The VAE on single images and its latents: the same numbers as diffusers' and the pipeline's, with less work."""
 
-import weakref
-
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from placeholder.model.loading import load_vae
 from placeholder.model.vae import as_single_frame, decoding_bytes, encode_image, tile_where_needed
+from tests.support.peak import PeakBytes
 from tests.support.samples import picture
 from tests.support.stock import stock_pipeline
 
@@ -67,40 +64,13 @@ def test_an_encoded_image_comes_back_through_the_pipelines_denormalization(base,
     assert raw.std() > 0
 
 
-class LiveBytes(TorchDispatchMode):
-    """The peak of the bytes of all storages that were made inside and are referred to."""
-
-    live, peak = 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        outputs = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self.note, outputs)
-        return outputs
-
-    def note(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
-
-    def forget(self, address: int, size: int) -> None:
-        self.known.discard(address)
-        self.live -= size
-
-    def __enter__(self):
-        self.known: set[int] = set()
-        return super().__enter__()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("width", "height"), [(1664, 928), (1328, 1328)])
 def test_the_bytes_of_decoding_are_counted_as_the_full_size_vae_has_them(width, height):
     with FakeTensorMode():
         vae = as_single_frame(AutoencoderKLQwenImage())
         latents = torch.zeros(1, 16, 1, height // 8, width // 8)
-        with LiveBytes() as counted:
+        with PeakBytes() as counted:
             vae.decode(latents)
         assert 1 < decoding_bytes(vae, width, height) / counted.peak < 1.1  # in bf16, which norms leave, nearer to 1
 

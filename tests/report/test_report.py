@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -108,8 +109,8 @@ def test_the_page_shows_everything_and_runs_nothing_that_strangers_wrote(shown, 
         "<zwx>: 151665",
     ):
         assert text in page.text
-    for part in ("load", "data set", "cache", "samples", "steps", "grid", "save"):
-        assert part in page.text
+    parts = re.findall(r"<th>(.+?)</th><td>\d+\.\d</td>", shown.entry("report/index.html").decode())
+    assert parts == ["load", "data set", "cache", "samples", "steps", "grid", "save"]
 
 
 def test_the_page_fits_a_phone_and_a_dark_browser_and_describes_its_images(shown):
@@ -179,6 +180,8 @@ def test_the_reports_configuration_repeats_the_archive_byte_for_byte_at_a_fixed_
     again = train_config({}, tmp_path / "config.yaml")
     assert again == replace(config, seed=first.meta["seed"], torch_compile=False)
     assert train(hostile, again, tmp_path / "2.zip", base).archive.read_bytes() == first.archive.read_bytes()
+    assert first.meta["created"] == "2023-11-14T22:13:20Z"
+    assert b'"modelspec.date":"2023-11-14T22:13:20Z"' in first.entry(LORA_NAME)
     assert "Time, in seconds" not in page_of(first).text
     assert "Peak memory" not in page_of(first).text
 

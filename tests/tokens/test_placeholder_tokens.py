@@ -37,12 +37,6 @@ def test_prompts_have_the_ids_of_the_real_vocabulary(prompt, ids, tokenizer):
     assert tokens_of("<zwx>").tokenize(tokenizer, prompt) == ids
 
 
-def test_several_tokens_and_several_vectors_get_consecutive_ids(tokenizer):
-    tokens = PlaceholderTokens(FIRST_ID, {"<zwx>": torch.zeros(2, 4), "<qrs>": torch.zeros(1, 4)}, 4)
-    assert tokens.ids == {"<zwx>": [151665, 151666], "<qrs>": [151667]}
-    assert tokens.tokenize(tokenizer, "<qrs> and <zwx>") == [151667, 323, 220, 151665, 151666]
-
-
 PIECES = [
     *("<zwx>", "<qrs>", "<zwx>", "<zw", "zwx>", "<", ">", "<<zwx>>", "<ZWX>", "< zwx >", "<zwx"),
     *("a photo of", "cat", "Chelsea", "portrait's", "don't", "x", "TOK", "123", "3.14", "!?", "...", "{}", "[trigger]"),
@@ -68,10 +62,6 @@ def test_splicing_equals_a_truly_registered_token_on_random_strings(tokenizer):
     assert len(tokenizer) == FIRST_ID
 
 
-def test_without_tokens_a_prompt_is_tokenized_as_it_is(tokenizer):
-    assert PlaceholderTokens(FIRST_ID, {}, 4).tokenize(tokenizer, "a <zwx>", "x ", " y") == tokenizer("x a <zwx> y").input_ids
-
-
 def test_a_token_in_the_template_is_not_a_placeholder(tokenizer):
     assert tokens_of("<zwx>").tokenize(tokenizer, "a", prefix="<zwx> ") == tokenizer("<zwx> a").input_ids
 
@@ -94,17 +84,6 @@ def test_gradients_reach_the_rows_that_were_named_and_no_others():
     (tokens.embed(vocabulary, ids) * torch.arange(1.0, 5.0).view(1, 4, 1)).sum().backward()
     assert torch.equal(tokens.rows.grad, torch.tensor([[0.0], [6.0], [0.0]]).expand(3, 4))
     assert vocabulary.weight.grad is None
-
-
-def test_rows_stay_fp32_beside_a_bf16_vocabulary():
-    tokens = PlaceholderTokens(8, {"<a>": torch.ones(1, 4).bfloat16()}, 4)
-    assert tokens.rows.dtype == torch.float32
-    assert tokens.embed(nn.Embedding(8, 4).bfloat16(), torch.tensor([[8]])).dtype == torch.bfloat16
-
-
-def test_without_tokens_the_embedding_is_the_vocabularys():
-    vocabulary, ids = nn.Embedding(8, 4), torch.tensor([[1, 7]])
-    assert torch.equal(PlaceholderTokens(8, {}, 4).embed(vocabulary, ids), vocabulary(ids))
 
 
 def test_embeddings_come_back_by_token_as_copies():

@@ -51,17 +51,6 @@ def test_the_template_is_the_pipelines_and_34_tokens_stand_before_the_prompt(sto
     prefix, suffix, dropped = QWEN_IMAGE.prompt_prefix, QWEN_IMAGE.prompt_suffix, QWEN_IMAGE.dropped_tokens
     assert prefix + "{}" + suffix == stock.prompt_template_encode
     assert len(tokenizer(prefix).input_ids) == dropped == 34
-
-
-def test_prompt_ids_hold_the_token_between_prefix_and_suffix(tokenizer):
-    tokens = PlaceholderTokens(151665, {"<zwx>": torch.zeros(1, 32)}, 32)
-    ids = prompt_ids(tokenizer, tokens, "a photo of <zwx>")
-    assert list(ids[34:39]) == [64, 6548, 315, 220, 151665]
-    assert list(ids[39:]) == tokenizer(QWEN_IMAGE.prompt_suffix).input_ids
-
-
-def test_a_prompt_is_cut_at_512_tokens_and_an_empty_one_is_a_space(tokenizer):
-    assert len(prompt_ids(tokenizer, NO_TOKENS, LONG)) == 34 + 512
     assert prompt_ids(tokenizer, NO_TOKENS, "") == prompt_ids(tokenizer, NO_TOKENS, " ")
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from placeholder.distributed import SINGLE_PROCESS
 from placeholder.lora.adapter import add_lora, without_lora
@@ -14,7 +14,7 @@ from placeholder.model.loading import load_text_encoder, load_transformer, load_
 from placeholder.model.vae import encode_image
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens, initial_embeddings
 from placeholder.tokens.prompt_encoder import PromptEncoder, prompt_ids
-from placeholder.training.examples import BatchSampler, Example, Sample, draw_sample, grouped
+from placeholder.training.examples import BatchSampler, Example, draw_sample, grouped
 from placeholder.training.loop import LORA_MAX_GRAD_NORM, Schedule, TrainState, train_steps
 from placeholder.training.losses import Denoiser, inputs_of, preservation_losses, sample_losses
 from placeholder.training.optimizers import TokenOptimizer, lora_optimizer
@@ -59,12 +59,11 @@ class Parts:
         warmup_fraction=0.0,
         prior_preservation=0.0,
         prior_preservation_interval=1,
-        checkpointed=0,
     ):
         """The loop over these parts; LoRA and row stay as they are unless their optimizers are given."""
         optimizer = lora_optimizer or torch.optim.SGD(self.lora, lr=0.0)
         sampler = self.sampler(seed, batch_size, caption_dropout, examples)
-        checkpointing = BlockCheckpointing(self.transformer, checkpointed)
+        checkpointing = BlockCheckpointing(self.transformer, 0)
         state = TrainState(
             self.denoiser, self.prompt_embeds, self.lora, optimizer, sampler, checkpointing, self.passes, token_optimizer
         )
@@ -103,21 +102,6 @@ def reference_loss(transformer, latents: Tensor, noise: Tensor, sigma: Tensor, e
         img_shapes=[[(1, *grid)]],
     ).sample
     return torch.nn.functional.mse_loss(velocity[0], noise - latents)
-
-
-def test_the_loss_of_each_sample_equals_the_papers_equation(parts):
-    generator = torch.Generator().manual_seed(1)
-    parts.wake_lora()
-    group = [draw_sample(parts.examples[0], parts.empty_ids, 0.0, generator) for _ in range(3)]
-    with torch.no_grad():
-        found = sample_losses(parts.denoiser, parts.prompt_embeds, group)
-        for sample, loss in zip(group, found, strict=True):
-            embeds = parts.prompt_embeds([sample.input_ids])
-            expected = reference_loss(
-                parts.transformer, sample.example.latents, sample.noise, sample.sigma, embeds, sample.example.grid
-            )
-            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    assert len({round(loss.item(), 4) for loss in found}) == 3
 
 
 def test_the_row_and_the_lora_learn_exactly_as_with_a_gradient_mask_on_the_whole_matrix(parts, base, tokenizer, text_encoder):
@@ -168,29 +152,23 @@ def test_the_row_and_the_lora_learn_exactly_as_with_a_gradient_mask_on_the_whole
 def test_a_batch_of_mixed_shapes_and_lengths_has_the_mean_gradient_of_its_samples(base, tokenizer, text_encoder):
     parts = Parts(base, tokenizer, text_encoder)
     parts.wake_lora()
-    (step,) = parts.steps(1, batch_size=4, caption_dropout=0.3, seed=5)
+    (step,) = parts.steps(1, batch_size=4, caption_dropout=0.6, seed=10)
 
     singles = Parts(base, tokenizer, text_encoder)
     singles.wake_lora()
-    batch = singles.sampler(seed=5, batch_size=4, caption_dropout=0.3).next_batch()
+    batch = singles.sampler(seed=10, batch_size=4, caption_dropout=0.6).next_batch()
     losses = [sample_losses(singles.denoiser, singles.prompt_embeds, [sample])[0] for sample in batch]
     torch.stack(losses).mean().backward()
     learning = [(found, single) for found, single in zip(parts.lora, singles.lora, strict=True) if single.grad is not None]
-    norm = torch.nn.utils.get_total_norm([single.grad for _, single in learning])
+    assert torch.nn.utils.get_total_norm([single.grad for _, single in learning]) < 1  # nothing is clipped
 
-    assert len(grouped(batch)) > 1
+    alone, stacked = sorted(grouped(batch), key=len)
+    assert (len(alone), len(stacked), len({id(sample.example) for sample in stacked})) == (1, 3, 2)
     assert step.loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     torch.testing.assert_close(parts.tokens.rows.grad, singles.tokens.rows.grad, rtol=1e-3, atol=1e-6)
     assert len(learning) >= 30  # what the last block sends to the text is not read, so its output layer gets no gradient
     for found, single in learning:
-        torch.testing.assert_close(found.grad, single.grad / max(1.0, norm), rtol=1e-3, atol=1e-6)
-
-
-def test_samples_are_stacked_only_with_those_of_their_shape_and_length(parts):
-    batch = [Sample(example, example.input_ids, Tensor(), 0) for example in (*parts.examples, parts.examples[0])]
-    groups = grouped(batch)
-    assert sorted(map(len, groups)) == [1, 1, 2]
-    assert sorted(id(sample) for group in groups for sample in group) == sorted(map(id, batch))
+        torch.testing.assert_close(found.grad, single.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_the_size_of_the_rows_gradient_does_not_touch_the_lora(base, tokenizer, text_encoder):
@@ -333,16 +311,6 @@ def test_every_example_comes_once_an_epoch_and_the_sampler_goes_on_from_its_stat
     assert [again.next_batch() for _ in range(4)] == expected
 
 
-def test_the_loop_yields_every_step_as_it_is_made(parts):
-    loop = parts.steps(3, lora_optimizer=lora_optimizer("adamw", parts.lora, 1e-2))
-    seen = []
-    for step in loop:
-        seen.append((step.number, parts.lora[1].detach().clone()))
-    assert [number for number, _ in seen] == [1, 2, 3]
-    assert not torch.equal(seen[0][1], seen[1][1])
-    assert not torch.equal(seen[1][1], seen[2][1])
-
-
 @pytest.mark.parametrize(("tokens", "captions"), [(("<zwx>",), CAPTIONS), ((), [c.replace("<zwx>", "TOK") for c in CAPTIONS])])
 def test_overfitting_three_pictures_lowers_the_loss_on_fixed_noise_by_a_fifth(tokens, captions, base, tokenizer, text_encoder):
     parts = Parts(base, tokenizer, text_encoder, tokens, rank=16, captions=captions)
@@ -367,19 +335,6 @@ def test_overfitting_three_pictures_lowers_the_loss_on_fixed_noise_by_a_fifth(to
     assert loss() < 0.8 * before
 
 
-def test_the_row_alone_lowers_the_loss_too(parts):
-    generator = torch.Generator().manual_seed(123)
-    fixed = [draw_sample(parts.examples[0], parts.empty_ids, 0.0, generator) for _ in range(8)]
-
-    def loss() -> float:
-        with torch.no_grad():
-            return sample_losses(parts.denoiser, parts.prompt_embeds, fixed).mean().item()
-
-    before = loss()
-    list(parts.steps(60, examples=parts.examples[:1], token_optimizer=TokenOptimizer(parts.tokens.rows, 1e-2, NO_LIMIT)))
-    assert loss() < before - 1e-4
-
-
 def test_on_a_bf16_base_lora_and_row_stay_fp32_and_learn(base, tokenizer):
     half = BaseModel(base.source, base.device, torch.bfloat16)
     parts = Parts(half, tokenizer, load_text_encoder(half))
@@ -397,19 +352,6 @@ def test_on_a_bf16_base_lora_and_row_stay_fp32_and_learn(base, tokenizer):
     assert {parameter.dtype for parameter in (*parts.lora, parts.tokens.rows)} == {torch.float32}
 
 
-@pytest.mark.parametrize("checkpointed", [0, 2])
-def test_nothing_of_the_base_model_gets_a_gradient(checkpointed, parts, text_encoder):
-    before = {name: value.clone() for name, value in parts.transformer.state_dict().items() if "lora_" not in name}
-    rows = TokenOptimizer(parts.tokens.rows, 1e-3, NO_LIMIT)
-    lora = lora_optimizer("adamw", parts.lora, 1e-2)
-    list(parts.steps(2, lora_optimizer=lora, token_optimizer=rows, checkpointed=checkpointed))
-    learning = {id(parameter) for parameter in (*parts.lora, parts.tokens.rows)}
-    everything: list[nn.Parameter] = [*parts.transformer.parameters(), *text_encoder.parameters()]
-    assert all(parameter.grad is None for parameter in everything if id(parameter) not in learning)
-    after = parts.transformer.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-
-
 def test_a_step_that_runs_out_of_memory_is_repeated_with_more_checkpointed_blocks(parts):
     whole = [(step.loss, step.checkpointed) for step in parts.steps(3, batch_size=2)]
     parts.denoiser = RunningOut(parts.transformer, {3})
@@ -422,7 +364,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_with_more_checkpointed_block
 def test_running_out_of_memory_with_every_block_checkpointed_is_an_error(parts):
     parts.denoiser = RunningOut(parts.transformer, range(10))
     with pytest.raises(torch.OutOfMemoryError):
-        next(parts.steps(1, checkpointed=2))
+        next(parts.steps(1))
 
 
 def test_a_step_never_holds_a_gradient_of_the_vocabularys_size(parts):

@@ -31,8 +31,8 @@ def test_every_optimizer_lowers_a_simple_loss(name):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize(("name", "bits"), [("adamw8bit", 8), ("adam8bit", 8)])
-def test_the_8_bit_optimizers_hold_their_state_in_8_bits(name, bits):
+@pytest.mark.parametrize("name", ["adamw8bit", "adam8bit"])
+def test_the_8_bit_optimizers_hold_their_state_in_8_bits(name):
     parameter = nn.Parameter(torch.ones(128, 64))
     optimizer = lora_optimizer(name, [parameter], 1e-3)
     parameter.sum().backward()
@@ -86,29 +86,6 @@ def test_adam8bit_alone_has_no_weight_decay():
     assert lora_optimizer("adam8bit", [nn.Parameter(torch.ones(1))], 1e-3).param_groups[0]["weight_decay"] == 0
 
 
-def test_the_learning_rate_of_the_rows_warms_up_over_ten_steps():
-    rows = rows_of(0.0)
-    optimizer = TokenOptimizer(rows, 1e-3, NO_LIMIT)
-    for step in range(1, 15):
-        before = rows.detach().clone()
-        rows.grad = torch.ones_like(rows)
-        optimizer.step()
-        moved = (before - rows.detach()).mean().item()
-        assert moved == pytest.approx(1e-3 * min(1, step / 10), rel=1e-3)
-
-
-def test_an_update_does_not_depend_on_how_large_the_gradient_is():
-    def after(scale: float) -> torch.Tensor:
-        rows = rows_of(0.1)
-        optimizer = TokenOptimizer(rows, 1e-2, NO_LIMIT)
-        for step in range(5):
-            rows.grad = scale ** (step % 2) * torch.linspace(-1, 2, 8).view(1, 8)
-            optimizer.step()
-        return rows.detach()
-
-    torch.testing.assert_close(after(1e6), after(1.0), rtol=1e-5, atol=0)
-
-
 def test_each_row_has_its_gradient_normalized_apart():
     rows, alone = rows_of(0.1, 0.2), rows_of(0.2)
     both, single = TokenOptimizer(rows, 1e-2, NO_LIMIT), TokenOptimizer(alone, 1e-2, NO_LIMIT)
@@ -119,16 +96,6 @@ def test_each_row_has_its_gradient_normalized_apart():
         both.step()
         single.step()
     assert torch.equal(rows[1], alone[0])
-
-
-def test_nothing_is_decayed_and_no_gradient_is_no_step():
-    rows = rows_of(0.5)
-    optimizer = TokenOptimizer(rows, 1e-2, NO_LIMIT)
-    optimizer.step()
-    assert optimizer.steps == 0
-    rows.grad = torch.zeros_like(rows)
-    optimizer.step()
-    assert torch.equal(rows.detach(), torch.full((1, 8), 0.5))
 
 
 def test_a_row_never_outgrows_the_limit_and_a_smaller_one_is_left_alone():

@@ -1,10 +1,8 @@
 """A training that goes on where it was interrupted, and one that starts from earlier weights."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from demo.server import ROOT
-from placeholder.config import config_yaml
+from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.job import CheckpointFolder, Job, Stop, StoppedError
-from placeholder.model.base import MODEL_VARIABLE
+from placeholder.model.base import BaseModel
 from placeholder.training.checkpoint import FACTS_KEY, read_checkpoint, stored_checkpoints, write_checkpoint
 from placeholder.training.examples import BatchSampler
 from placeholder.training.loop import TrainState
@@ -24,6 +21,7 @@ from placeholder.training.losses import Denoiser
 from placeholder.training.optimizers import TokenOptimizer, lora_optimizer
 from placeholder.training.resume import resume_path, resumed_config
 from tests.support.samples import Run, write_dataset
+from tests.support.trainings import child_training
 
 LORA, ROWS = "lora/lora_weights.safetensors", "embeddings/zwx.safetensors"
 EVERY = 5
@@ -57,9 +55,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(step, interrupt
     start = interrupted / f"checkpoint-{step:06}.safetensors"
     found = resumed(start, zero_prior, dataset, base, tmp_path / "w.zip", seed=None)
     for name in (LORA, ROWS):
-        stored, wanted = found.tensors(name), zero_prior.tensors(name)
-        assert stored.keys() == wanted.keys()
-        assert all(torch.equal(value, wanted[key]) for key, value in stored.items())
+        assert found.entry(name) == zero_prior.entry(name)
     differing = {name for name in found.meta if found.meta[name] != zero_prior.meta[name]}
     assert differing <= {"created", "training_seconds", "expected_peak_gb"}
     assert f"Resumed from {start.name} after step {step}" in found.log
@@ -67,28 +63,10 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(step, interrupt
     assert any(f" {step + 1}/15 [" in line for line in found.log)
 
 
-def process(config, folder: Path, dataset: Path, base) -> subprocess.Popen:
-    """The training on the command line, with its log on a pipe."""
-    (folder / "config.yaml").write_text(config_yaml(config))
-    command = [
-        sys.executable,
-        "-m",
-        "placeholder",
-        "train",
-        dataset,
-        "-o",
-        folder / "w.zip",
-        "--config",
-        folder / "config.yaml",
-    ]
-    return subprocess.Popen(
-        [*map(str, command), "--checkpoint-folder", str(folder / "checkpoints"), "--checkpoint-every", str(EVERY)],
-        cwd=ROOT,
-        env=os.environ | {MODEL_VARIABLE: base.source},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def started(config: TrainConfig, folder: Path, dataset: Path, base: BaseModel) -> subprocess.Popen:
+    """The training as a process of its own, with its log on a pipe."""
+    checkpoints = CheckpointFolder(folder / "checkpoints", EVERY)
+    return child_training(Job(dataset, config, folder / "w.zip", checkpoints=checkpoints), base.source, folder / "job")
 
 
 def send_at(moment: str, number: signal.Signals, running: subprocess.Popen) -> str:
@@ -101,7 +79,7 @@ def send_at(moment: str, number: signal.Signals, running: subprocess.Popen) -> s
 
 
 def test_a_killed_training_loses_no_more_than_the_steps_since_its_checkpoint(zero_prior, dataset, base, tmp_path):
-    running = process(zero_prior.config, tmp_path, dataset, base)
+    running = started(zero_prior.config, tmp_path, dataset, base)
     send_at(" 9/15 [", signal.SIGKILL, running)
     assert running.returncode == -signal.SIGKILL
     assert not (tmp_path / "w.zip").exists()
@@ -112,18 +90,13 @@ def test_a_killed_training_loses_no_more_than_the_steps_since_its_checkpoint(zer
 
 
 def test_a_training_that_is_told_to_end_leaves_a_last_checkpoint(zero_prior, dataset, base, tmp_path):
-    running = process(replace(zero_prior.config, steps=20000), tmp_path, dataset, base)
+    running = started(replace(zero_prior.config, steps=20000), tmp_path, dataset, base)
     told = send_at(" 200/20000 [", signal.SIGTERM, running)
-    assert running.returncode == 128 + signal.SIGTERM
+    assert running.returncode == 1
     assert "Traceback" not in told
     (_, last) = stored_checkpoints(tmp_path / "checkpoints")
     assert f"Checkpoint: step {int(last.stem[-6:])}" in told
     assert not (tmp_path / "w.zip").exists()
-
-
-def test_a_folder_means_the_newest_checkpoint_in_it(interrupted, zero_prior, dataset, base, tmp_path):
-    found = resumed(interrupted, zero_prior, dataset, base, tmp_path / "w.zip")
-    assert "Resumed from checkpoint-000008.safetensors after step 8" in found.log
 
 
 def test_a_training_can_be_resumed_with_more_steps_and_when_it_was_complete(zero_prior, dataset, base, tmp_path):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from placeholder.devices import free_bytes
 from placeholder.lora.adapter import add_lora
 from placeholder.training.losses import Denoiser
 from placeholder.transformer.checkpointing import BlockCheckpointing, Footprint, measure, saved_bytes
@@ -93,7 +92,3 @@ def test_the_number_rises_by_an_eighth_of_the_blocks_until_all_are_checkpointed(
     checkpointing.checkpoint_more()
     checkpointing.checkpoint_more()
     assert checkpointing.checkpointed == 5 and checkpointing.all_checkpointed
-
-
-def test_free_bytes_of_the_cpu_are_those_the_system_can_still_give():
-    assert 1e8 < free_bytes(torch.device("cpu")) < 1e14

@@ -6,7 +6,7 @@ from diffusers.models.normalization import RMSNorm
 from peft.tuners.lora.layer import LoraLayer
 
 from benchmarks.flops import flop_counter
-from placeholder.lora.adapter import ADAPTER, add_lora, without_lora
+from placeholder.lora.adapter import ADAPTER, add_lora
 from placeholder.training.losses import Denoiser
 from placeholder.transformer import layers
 from placeholder.transformer.checkpointing import BlockCheckpointing, saved_bytes
@@ -144,13 +144,6 @@ def test_a_layer_norm_computes_in_its_inputs_dtype_under_autocast(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert norm(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert inside == [False]
-
-
-def test_with_the_lora_off_only_the_base_layer_computes(transformer, layer):
-    x = random_input(layer, 1, 5)
-    with without_lora(transformer):
-        assert torch.equal(layer(x), layer.base_layer(x))
-    assert not torch.equal(layer(x), layer.base_layer(x))
 
 
 def norm_values(norm: RMSNorm, x: torch.Tensor) -> list[torch.Tensor]:

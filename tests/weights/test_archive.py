@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from functools import partial
 
 import pytest
 import torch
@@ -21,17 +22,12 @@ META = {"base_model": "some/model", "placeholder_token_ids": {"<zwx>": [151665],
 WEIGHTS = Weights(LORA, {"<zwx>": torch.full((1, 32), 0.1), "<qrs>": torch.arange(64.0).view(2, 32)}, META)
 
 
-def safetensors_of(tensors: dict[str, torch.Tensor], configuration=None) -> bytes:
-    header = None if configuration is None else {"lora_adapter_metadata": json.dumps(configuration)}
-    return save(tensors, header)
-
-
 def prefixed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"transformer.{key}": value for key, value in state.items()}
 
 
 GOOD = {
-    LORA_NAME: safetensors_of(prefixed(LORA)),
+    LORA_NAME: save(prefixed(LORA)),
     "embeddings/zwx.safetensors": save({"qwen25_7b": torch.zeros(1, 32)}),
     "meta.json": json.dumps({"placeholder_token_ids": {"<zwx>": [151665]}}).encode(),
 }
@@ -102,13 +98,6 @@ def test_the_lora_file_has_our_metadata_too_sorted_and_aligned(title, tmp_path):
     assert metadata["modelspec.title"] == title
 
 
-@pytest.mark.parametrize("start", ["", "./"])
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_an_archive_that_was_packed_again_as_a_tar_is_read(mode, start, archive, tmp_path):
-    entries = {start + name: content for name, content in read_zip(archive).items()}
-    assert_same(read_weights(write_tar(tmp_path / "weights.bin", entries, mode)), WEIGHTS)
-
-
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ""])
 def test_a_bare_lora_is_read_whatever_its_suffix(suffix, tmp_path):
     path = tmp_path / f"lora{suffix}"
@@ -134,14 +123,11 @@ def test_a_token_gives_its_file_a_safe_name(token, name):
 
 
 @pytest.mark.parametrize(
-    "word", ["x" * 62, "絵" * 62, "é" * 62, "😀" * 62, "/." * 31], ids=["ascii", "kanji", "accent", "emoji", "path"]
+    "word", ["x" * 62, "絵" * 20, "é" * 31, "😀" * 15, "/." * 31], ids=["ascii", "kanji", "accent", "emoji", "path"]
 )
 def test_every_token_that_is_accepted_has_a_name_that_a_file_system_takes(word, tokenizer, tmp_path):
     token = f"<{word}>"
-    try:
-        check_tokens((token,), tokenizer)
-    except ValueError:
-        return  # refusing it before the training is as good
+    check_tokens((token,), tokenizer)
     weights = Weights(LORA, {token: torch.zeros(1, 32)}, {"placeholder_token_ids": {token: [151665]}})
     write_weights(tmp_path / "weights.zip", weights, CONFIGURATION)
     assert_same(read_weights(tmp_path / "weights.zip"), weights)
@@ -211,9 +197,9 @@ UNUSABLE = "embeddings/zwx.safetensors holds no usable rows under 'qwen25_7b': e
         ({LORA_NAME: header_only([])}, "is not a safetensors file"),
         ({LORA_NAME: header_only(b'{"a":' * 90_000)}, "is not a safetensors file"),
         ({LORA_NAME: header_only({}, length=2**62)}, "its header claims 4611686018427387904 bytes, at most 4194304 are read"),
-        ({LORA_NAME: safetensors_of(prefixed(LORA))[:-9]}, "is not a safetensors file"),
+        ({LORA_NAME: save(prefixed(LORA))[:-9]}, "is not a safetensors file"),
         (
-            {LORA_NAME: safetensors_of(prefixed(LORA) | {"transformer.norm.bias": ROW})},
+            {LORA_NAME: save(prefixed(LORA) | {"transformer.norm.bias": ROW})},
             "holds 'transf.*bias', which is no weight of a LoRA",
         ),
     ],
@@ -225,44 +211,12 @@ def test_an_archive_in_which_something_is_wrong_gets_its_sentence(changed, sente
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        "text",
-        {"transformer.lora_alpha": None},
-        {"transformer.lora_alpha": "8"},
-        {"transformer.lora_alpha": 8, "transformer.alpha_pattern": {"to_q": "8"}},
-        {"transformer.lora_alpha": 8, "transformer.alpha_pattern": ["to_q"]},
-    ],
-)
-def test_a_lora_with_unreadable_settings_gets_its_sentence(settings, tmp_path):
-    path = tmp_path / "lora.safetensors"
-    path.write_bytes(safetensors_of(prefixed(LORA), settings))
-    with pytest.raises(ValueError, match=r"lora\.safetensors has lora_adapter_metadata that cannot be read: "):
-        read_weights(path)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "shape", "sentence"),
-    [
-        (torch.float32, (), "expected two dimensions"),
-        (torch.float32, (0, 64), "expected two dimensions"),
-        (torch.float64, (4, 64), "in torch.float64: save it in float32, bfloat16 or float16"),
-    ],
-)
-def test_a_lora_of_impossible_shapes_or_numbers_gets_its_sentence(dtype, shape, sentence, tmp_path):
-    path = tmp_path / "lora.safetensors"
-    tensors = {FIRST + A: torch.zeros(shape).to(dtype), FIRST + B: torch.zeros(shape[::-1]).to(dtype)}
-    path.write_bytes(safetensors_of(prefixed(tensors), {"transformer.lora_alpha": 8}))
-    with pytest.raises(ValueError, match=sentence):
-        read_weights(path)
-
-
-@pytest.mark.parametrize(
     ("content", "sentence"),
     [
         (GOOD[LORA_NAME][:100], r"w\.zip is not a safetensors file \("),
         (GOOD[LORA_NAME][:600], r"w\.zip is not a safetensors file \("),
         (b"no weights", r"w\.zip is neither a zip nor a tar archive"),
+        (b"<!doctype html><html>log in</html>", r"^w.zip is a web page, not the file: give a direct link$"),
     ],
 )
 def test_a_file_that_is_damaged_or_of_another_kind_gets_its_sentence(content, sentence, tmp_path):
@@ -294,20 +248,10 @@ def repacked(entries: dict[str, bytes], top: str) -> dict[str, bytes]:
     return found | {f"{top}{name}": b"\0" for name in clutter} | {f"__MACOSX/{top}._meta.json": b"\0"}
 
 
-@pytest.mark.parametrize("top", ["", "weights/", "a/b c/"])
-def test_an_archive_that_was_unpacked_and_packed_again_is_the_same(top, zero_prior, tmp_path):
-    expected = read_weights(zero_prior.archive)
-    found = read_weights(write_zip(tmp_path / "again.zip", repacked(read_zip(zero_prior.archive), top)))
-    assert found.meta == expected.meta
-    for name in ("lora", "embeddings"):
-        one, other = getattr(found, name), getattr(expected, name)
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-def test_a_web_page_in_place_of_weights_is_called_that(tmp_path):
-    (tmp_path / "w.zip").write_bytes(b"<!doctype html><html>log in</html>")
-    with pytest.raises(ValueError, match=r"^w.zip is a web page, not the file: give a direct link$"):
-        read_weights(tmp_path / "w.zip")
+@pytest.mark.parametrize("top", ["", "./", "weights/", "a/b c/"])
+@pytest.mark.parametrize("write", [write_zip, write_tar, partial(write_tar, mode="w:gz")])
+def test_an_archive_that_was_unpacked_and_packed_again_is_the_same(write, top, archive, tmp_path):
+    assert_same(read_weights(write(tmp_path / "again.bin", repacked(read_zip(archive), top))), WEIGHTS)
 
 
 @pytest.mark.parametrize("inside", ["", "my_lora/"])
@@ -325,18 +269,3 @@ def test_a_lora_taken_out_of_its_archive_says_which_embedding_is_missing(inside,
     assert read_weights(zero_prior.archive).warnings() == read_weights(baseline.archive).warnings() == []
     path.write_bytes(baseline.entry(LORA_NAME))
     assert read_weights(path).warnings() == []
-
-
-@pytest.mark.parametrize(
-    ("header", "tokens"),
-    [
-        ({"placeholder_tokens": '["zwx"]', "modelspec.trigger_phrase": "zwx"}, ("zwx",)),
-        ({"placeholder_tokens": "{"}, ()),
-        ({"placeholder_tokens": '{"zwx": 1}'}, ()),
-    ],
-)
-def test_the_tokens_of_a_lora_alone_come_from_its_header(header, tokens, tmp_path):
-    path = tmp_path / "lora.safetensors"
-    name = "transformer.transformer_blocks.0.attn.to_q"
-    path.write_bytes(save({f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(64, 2)}, header))
-    assert read_weights(path).missing_tokens == tokens
