@@ -165,7 +165,7 @@ def read_sections(path: Path | str, known: dict[str, tuple[str, ...]]) -> dict[s
     if len(content) > MAX_YAML_BYTES:
         raise ValueError(f"config is {len(content)} bytes: a configuration file has at most {MAX_YAML_BYTES}")
     try:
-        document = _PlainLoader(content.decode("utf-8")).get_single_data()
+        document = _PlainLoader(content).get_single_data()
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # also an impossible date or number
         raise ValueError(f"config is not a YAML file: {reason(error)}") from error
     if not isinstance(document, dict | None):

@@ -101,6 +101,10 @@ def test_lists_in_the_yaml_file_and_a_comma_at_the_end_are_taken(yaml_file):
         train_config({}, yaml_file("train: {sample_prompts: [a, 1]}"))
 
 
+def test_a_yaml_file_may_be_utf_16_as_powershell_writes_it(yaml_file):
+    assert train_config({}, yaml_file("train: {class_word: caf\xe9}".encode("utf-16"))).class_word == "caf\xe9"
+
+
 def test_what_the_yaml_file_does_not_name_stays_as_the_inputs_say(yaml_file):
     config = train_config({"steps": 99, "quantize": True}, yaml_file("train:\n  rank: 4\nmodel:\n"))
     assert (config.steps, config.rank, config.quantize) == (99, 4, True)

@@ -34,16 +34,19 @@ URL_SCHEMES = ("http://", "https://")
 def split_revision(name: str) -> tuple[str, str | None]:
     """Source and revision of `owner/name@revision`; the revision of a folder, or of a name without one, is None.
 
-    Raises ValueError for a revision that git could not have.
+    Raises ValueError for a folder that holds no base model, and for a name or a revision that the hub could not have.
     """
-    if "@" not in name or Path(name).is_dir():
+    if Path(name).is_dir():
+        if not (Path(name) / PATTERNS[0]).is_file():
+            raise ValueError(f"the base model {name!r} is a folder without {PATTERNS[0]}: give one that diffusers has saved")
         return name, None
-    source, _, revision = name.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", revision):
+    source, at, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or (at and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", revision)):
         raise ValueError(
-            f"the base model {name!r} is not a folder and not owner/name@revision: give a commit, a tag or a branch after the @"
+            f"the base model {name!r} is not a folder and not owner/name or owner/name@revision: give a commit, a tag or a "
+            "branch after the @"
         )
-    return source, revision
+    return source, revision if at else None
 
 
 def fetch(source: str, log: Log, endpoint: str | None = None, revision: str | None = None, seconds: float = SECONDS) -> None:

@@ -123,11 +123,11 @@ def stored_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the file is a checkpoint of ours, by its header."""
+    """Whether the file is a checkpoint of ours, by its header, or by its name where that cannot be read."""
     try:
         return FACTS_KEY in _header(path)
     except safetensors.SafetensorError:
-        return False
+        return bool(NAME.fullmatch(path.name))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

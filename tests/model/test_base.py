@@ -39,15 +39,20 @@ def test_the_base_model_is_the_one_that_the_environment_names(monkeypatch, tmp_p
         assert (found(f"some/model@{revision}").source, found(f"some/model@{revision}").revision) == ("some/model", revision)
     folder = tmp_path / "base@home"
     folder.mkdir()
+    with pytest.raises(
+        ValueError, match=r"base@home' is a folder without model_index\.json: give one that diffusers has saved"
+    ):
+        found(str(folder))
+    (folder / "model_index.json").touch()
     assert found(str(folder)).source == str(folder)
 
 
 @pytest.mark.parametrize(
-    "name", ["some/model@", "some/model@a b", "some/model@../x", "some/model@-x", "@v1", "a/b/c@v1", "a/b@c@d"]
+    "name", ["some/model@", "some/model@a b", "some/model@../x", "some/model@-x", "@v1", "a/b/c@v1", "a/b@c@d", "/nope", "nope"]
 )
 def test_a_malformed_revision_gets_its_sentence(name, monkeypatch):
     monkeypatch.setenv("QWEN_IMAGE_MODEL", name)
-    with pytest.raises(ValueError, match="is not a folder and not owner/name@revision: give a commit, a tag or a branch"):
+    with pytest.raises(ValueError, match="is not a folder and not owner/name or owner/name@revision: give a commit"):
         BaseModel.from_environment()
 
 

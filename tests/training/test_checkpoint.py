@@ -17,6 +17,7 @@ from placeholder.training.checkpoint import (
     stored_checkpoints,
     write_checkpoint,
 )
+from placeholder.training.resume import read_start
 from tests.support.samples import write_zip
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=torch.uint8)}
@@ -137,7 +138,7 @@ def test_a_damaged_checkpoint_gets_its_sentence(damage, folder):
     assert damaged != content
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match="the checkpoint checkpoint-000005.safetensors is damaged"):
-        read_checkpoint(path)
+        read_start(path)
 
 
 def test_only_our_own_files_are_checkpoints(folder, tmp_path):
