@@ -15,7 +15,7 @@ from placeholder.lora.gate import TokenGate
 from placeholder.model.base import QWEN_IMAGE
 from placeholder.model.download import local_file
 from placeholder.options import checked
-from placeholder.request import PredictInputs
+from placeholder.request import Request
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import tokenized
 from placeholder.tokens.vocabulary import archive_tokens
@@ -107,7 +107,7 @@ def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0, 
     """
     earlier = _loaded(pipe)
     _check(pipe, earlier)
-    lora_scale = checked(PredictInputs, {"prompt": "", "lora_scale": lora_scale}).lora_scale
+    lora_scale = checked(Request, {"prompt": "", "lora_scale": lora_scale}).lora_scale
     with local_file(str(weights)) as path:
         found = read_weights(path)
     width = pipe.text_encoder.get_input_embeddings().embedding_dim
