@@ -102,7 +102,8 @@ def resolve(job: Job, base: BaseModel, log: Log, processes: Processes) -> tuple[
         processes.check_same("the base model", not Path(base.source).is_dir() and (base.source, base.revision))
     if start is not None:
         config = resumed_config(start, config, shared)
-    config = replace(processes.broadcast(with_seed(config, log)), torch_compile=compiles(config, base.device))
+    config, *_ = processes.all_gather([with_seed(config, log)])  # with the seed of the first process
+    config = replace(config, torch_compile=compiles(config, base.device))
     if job.checkpoints is not None and processes.rank == 0:
         prepare_folder(job.checkpoints, source)
         log(f"Checkpoints: every {job.checkpoints.every} steps")
