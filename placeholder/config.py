@@ -200,21 +200,13 @@ def _check_together(config: TrainConfig) -> None:
 
 
 def config_yaml(config: TrainConfig) -> str:
-    """The configuration as the YAML file that the input `config` takes; read again it is equal to `config`."""
+    """The configuration as the YAML file that the input `config` takes.
+
+    Read again it is equal to `config`, except that a U+0085, a line break of YAML, becomes a line feed.
+    """
     options = asdict(config) | {
         "resolution": list(config.resolution),
         "placeholder_token": ",".join(config.placeholder_token) or None,
     }
     sections = {section: {name: options[name] for name in names if name in options} for section, names in YAML_SECTIONS.items()}
-    return yaml.dump(sections, Dumper=_ExactDumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-class _ExactDumper(yaml.SafeDumper):
-    """YAML whose text is read back unchanged: outside of double quotes, every line break would become a line feed."""
-
-
-def _text(dumper: _ExactDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
-
-
-_ExactDumper.add_representer(str, _text)
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=120)
