@@ -89,7 +89,13 @@ def test_a_compressed_zip_is_read_and_folders_are_left_out(tmp_path):
     assert list(contents(one_entry_tar(tmp_path / "data.tar", type=tarfile.DIRTYPE))) == ["b.bin"]
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"no archive at all", b"\x89PNG\r\n\x1a\n" * 99, b"\x00" * 100])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"PK", b"no archive at all", b"\x89PNG\r\n\x1a\n" * 99, b"\x00" * 100),
+        *(b"7z\xbc\xaf\x27\x1c\0\4" + bytes(999), b"Rar!\x1a\x07\x01\0" + bytes(999), bz2.compress(b"x"), lzma.compress(b"x")),
+    ],
+)
 def test_a_file_that_is_no_archive_gets_its_sentence(content, tmp_path):
     (tmp_path / "data.zip").write_bytes(content)
     assert refusal(tmp_path / "data.zip") == "data.zip is neither a zip nor a tar archive: pack the files as a zip"
@@ -241,21 +247,6 @@ def test_a_compression_whose_output_cannot_be_bounded_gets_its_sentence(compress
     with zipfile.ZipFile(tmp_path / "data.zip", "w", compression) as opened:
         opened.writestr("a.txt", b"x" * 1000)
     assert refusal(tmp_path / "data.zip").endswith(f"method {compression}: pack it with deflate, as a plain zip")
-
-
-@pytest.mark.parametrize(
-    ("content", "kind"),
-    [
-        (b"7z\xbc\xaf\x27\x1c\0\4", "7z"),
-        (b"Rar!\x1a\x07\x01\0", "rar"),
-        (lzma.compress(b"x"), "xz"),
-        (bz2.compress(b"x"), "bzip2"),
-        (b"\x28\xb5\x2f\xfd", "zstd"),
-    ],
-)
-def test_an_archive_of_another_kind_is_called_by_its_name(content, kind, tmp_path):
-    (tmp_path / "data.zip").write_bytes(content)
-    assert refusal(tmp_path / "data.zip").startswith(f"data.zip is a {kind} archive, which is not supported")
 
 
 @pytest.mark.parametrize("inner", ["inner.zip", "folder/inner.tar.gz"])
