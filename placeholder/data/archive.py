@@ -22,7 +22,6 @@ from placeholder.data.entries import (
     Limits,
     OverrunError,
     Tally,
-    inner_archive,
     is_clutter,
     plain_names,
 )
@@ -69,8 +68,6 @@ def open_archive(path: Path | str, limits: Limits = LIMITS) -> Iterator[Archive]
         file.seek(0)
         opened = _zip(file, tally) if head.startswith(ZIP_MAGIC) else _tar(file, tally, head.startswith(GZIP_MAGIC))
         with opened as archive:
-            if inner := inner_archive(archive.names):
-                raise ValueError(f"{name} holds nothing but another archive, {quoted(inner)}: give that one")
             yield archive
 
 
