@@ -18,18 +18,12 @@ DISK_WORDS = ("No space left on device", "Disk quota exceeded")  # safetensors p
 DISK_NUMBERS = (errno.ENOSPC, errno.EDQUOT)
 
 
-class _Short(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        """Python refuses to write integers of more than 4300 digits."""
-        return super().repr_int(x, level) if x.bit_length() < 1000 else f"an integer of {x.bit_length()} bits"
-
-
-_SHORT = _Short()
-
-
 def shown(value: object) -> str:
     """A value as an error message shows it: its repr, cut short however large or nested it is."""
-    return _SHORT.repr(value)
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "too long a number"
 
 
 def quoted(name: str) -> str:
