@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +32,7 @@ from placeholder.transformer.compile import compiled_blocks, uncompiled
 from placeholder.weights.archive import Weights, add_files, content_digest, read_weights, write_weights
 from placeholder.weights.metadata import modelspec, training_meta
 
-
-class Observer(Protocol):
-    """Shows or keeps what a training does; the loop knows none of them."""
-
-    def step(self, step: Step) -> None:
-        """Take a step in."""
+Observer = Callable[[Step], None]  # shows or keeps what a training does; the loop knows none of them
 
 
 def finetune(
@@ -67,12 +62,14 @@ def finetune(
         start = context.start if isinstance(context.start, Checkpoint) else None
         progress = Progress(config.steps, training.tokens, log, training.state.step, start and start.facts["progress"])
         report = Report(training, context, lambda: stop.wanted) if config.report and first else None
-        observers: list[Observer] = [progress, *filter(None, [report])]
+        observers: list[Observer] = [progress.step]
+        if report:
+            observers.append(report.step)
         if job.tracker and first:
-            observers.append(TrackedSteps(tracker, training, config, progress, report))
+            observers.append(TrackedSteps(tracker, training, config, progress, report).step)
         if job.checkpoints and first:
             made_by = partial(checkpoint_facts, training, config, progress, shared)
-            observers.append(CheckpointWriter(job.checkpoints, training.state, made_by, log, stop))
+            observers.append(CheckpointWriter(job.checkpoints, training.state, made_by, log, stop).step)
         stop.heeded = job.checkpoints is not None  # in every process: the last checkpoint needs all of them for its step
         train(training, context, progress, observers)
         stop.heeded = False
@@ -126,7 +123,7 @@ def train(training: Training, context: Context, progress: Progress, observers: l
         for step in progress.timed(train_steps(state, schedule(context.config), context.processes)):
             with uncompiled():
                 for observer in observers:
-                    observer.step(step)
+                    observer(step)
     state.passes.release()  # the memory is needed for what follows
     free_memory()
 
