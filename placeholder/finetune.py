@@ -19,7 +19,7 @@ from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict, 
 from placeholder.model.base import BaseModel
 from placeholder.report.report import Report
 from placeholder.report.samples import grid_prompts
-from placeholder.report.trackers import TrackedSteps, WandbTracker
+from placeholder.report.trackers import WandbTracker, show_step
 from placeholder.training.checkpoint import Checkpoint, CheckpointWriter, prepare_folder
 from placeholder.training.context import Context, Training, checkpoint_facts, compiles, schedule, with_seed
 from placeholder.training.diagnostics import diagnose
@@ -66,7 +66,7 @@ def finetune(
         if report:
             observers.append(report.step)
         if job.tracker and first:
-            observers.append(TrackedSteps(tracker, training, config, progress, report).step)
+            observers.append(partial(show_step, tracker, training, config, progress, report))
         if job.checkpoints and first:
             made_by = partial(checkpoint_facts, training, config, progress, shared)
             observers.append(CheckpointWriter(job.checkpoints, training.state, made_by, log, stop).step)
