@@ -3,6 +3,7 @@
 import gzip
 import io
 import re
+import shutil
 import stat
 import struct
 import tarfile
@@ -179,22 +180,14 @@ def _archive(name: str, files: list[Entry], open_info: Callable) -> Archive:
     entries = plain_names(name, files)
 
     def read(entry_name: str) -> bytes:
-        size = entries[entry_name].size
+        size, content = entries[entry_name].size, io.BytesIO()
         with _damage_named(name), open_info(entries[entry_name].info) as stream:
-            content = _up_to(size + 1, stream)
-        if len(content) != size:
+            shutil.copyfileobj(stream, content, BLOCK_BYTES)  # no memory is allocated because a header claims it
+        if content.tell() != size:
             raise ValueError(f"{name}: {quoted(entry_name)} does not hold the {size} bytes it claims: pack the archive again")
-        return content
+        return content.getvalue()
 
     return Archive(name, entries, read)
-
-
-def _up_to(size: int, stream: BinaryIO) -> bytes:
-    """About `size` bytes, or as many as there are, read in blocks: no memory is allocated because a header claims it."""
-    content = io.BytesIO()
-    while content.tell() < size and (block := stream.read(BLOCK_BYTES)):
-        content.write(block)
-    return content.getvalue()
 
 
 @contextmanager
