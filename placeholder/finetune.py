@@ -15,7 +15,7 @@ from placeholder.devices import deterministic, free_memory, peak_bytes, reset_pe
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.errors import Log
 from placeholder.job import Job, Stop
-from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict, unload_lora
+from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict
 from placeholder.model.base import BaseModel
 from placeholder.report.report import Report
 from placeholder.report.samples import grid_prompts
@@ -197,11 +197,11 @@ def verify_archive(path: Path, trained: Weights, state: TrainState) -> None:
         latents = example.latents[None].to(state.denoiser.device)
         return state.denoiser(latents, state.denoiser.timesteps(torch.full((1,), MIDDLE_SIGMA)), embeds, example.grid)
 
-    unload_lora(transformer)
+    transformer.unload_lora()
     without = velocity()
     load_lora(transformer, stored.lora)
     with_lora = velocity()
-    unload_lora(transformer)
+    transformer.unload_lora()
     if not torch.isfinite(with_lora).all() or torch.equal(without, with_lora):
         raise RuntimeError(
             "the stored LoRA does not change what the transformer predicts: train for more steps or at a higher rate"

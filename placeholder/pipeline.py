@@ -10,7 +10,7 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
 from placeholder.errors import quoted
-from placeholder.lora.adapter import ADAPTER, load_lora, unload_lora
+from placeholder.lora.adapter import ADAPTER, load_lora
 from placeholder.lora.gate import TokenGate
 from placeholder.model.base import QWEN_IMAGE
 from placeholder.model.download import local_file
@@ -121,7 +121,7 @@ def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0, 
     try:
         _apply(pipe, LoadedArchive(pipe, found, tokens, lora_scale, token_gate))
     except BaseException:
-        unload_lora(pipe.transformer)
+        pipe.transformer.unload_lora()
         if earlier is not None:
             _apply(pipe, earlier)
         raise
@@ -137,7 +137,7 @@ def unload(pipe: QwenImagePipeline) -> None:
     if set(_adapters(pipe)) - {ADAPTER}:
         pipe.transformer.delete_adapters(ADAPTER)  # another LoRA was loaded after it and stays
     else:
-        unload_lora(pipe.transformer)
+        pipe.transformer.unload_lora()
     delattr(pipe, WRAPPED)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, A, B, load_lora, unload_lora
+from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, A, B, load_lora
 from placeholder.model.loading import load_transformer
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.weights.applied import INCOMPLETE
@@ -82,7 +82,7 @@ def test_two_loras_add_up_each_at_its_own_scale(base):
     for within in (".base_layer", ".lora_A.default"):  # layers of the LoRA itself
         with pytest.raises(ValueError, match="this base model has no linear layer"):
             load_lora(transformer, random_lora(modules=[MODULES[0] + within]), EXTRA_ADAPTER)
-    unload_lora(transformer)
+    transformer.unload_lora()
     assert torch.equal(velocity(transformer), velocity(load_transformer(base)))
 
 
