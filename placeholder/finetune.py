@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from placeholder.config import DEFAULT_PLACEHOLDER, OPTIONS, TOKEN, TrainConfig
+from placeholder.config import OPTIONS, TOKEN, TrainConfig
 from placeholder.devices import deterministic, free_memory, peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.errors import Log
@@ -104,11 +104,6 @@ def resolve(job: Job, base: BaseModel, log: Log, processes: Processes) -> tuple[
     if job.checkpoints is not None and processes.rank == 0:
         prepare_folder(job.checkpoints, source)
         log(f"Checkpoints: every {job.checkpoints.every} steps")
-    if DEFAULT_PLACEHOLDER in config.tokens:
-        log(
-            f"Placeholder token: {DEFAULT_PLACEHOLDER} is the default name. A prediction with two archives that both use it "
-            "needs another name for one of them, given as extra_placeholder_token"
-        )
     token_options = [name for name, declared in OPTIONS.items() if declared.heading == TOKEN]
     given = [name for name in token_options if getattr(config, name) != getattr(TrainConfig(), name)]
     if given and not config.tokens:
