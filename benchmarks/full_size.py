@@ -143,7 +143,7 @@ def draw(base: BaseModel, archive: Path, side: int, steps: int) -> dict[str, Any
     free_memory()
     reset_peak()
     generator = ImageGenerator(base, clock)
-    request = Request("a photo of <zwx>", "", steps, 4.0, side, side, 0, 1.0, False, "png", 80)
+    request = Request(prompt="a photo of <zwx>", steps=steps, width=side, height=side, seed=0)
     found: dict[str, list[float]] = {name: [] for name in GATES}
     for _ in range(2):
         for name, options in GATES.items():

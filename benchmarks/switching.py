@@ -16,7 +16,7 @@ from placeholder.config import TrainConfig
 from placeholder.finetune import finetune
 from placeholder.generate import ImageGenerator
 from placeholder.job import Job
-from placeholder.lora.adapter import ADAPTER, load_lora, unload_lora
+from placeholder.lora.adapter import ADAPTER, load_lora
 from placeholder.model.base import BaseModel
 from placeholder.model.loading import load_tokenizer, load_transformer
 from placeholder.training.losses import Denoiser
@@ -116,7 +116,7 @@ def passes(base: BaseModel, archive: Path) -> dict[str, float]:
         transformer.unfuse_lora()
         fuse_lora_addition(transformer, ADAPTER)
         found["pass_by_product_s"].append(timed())
-        unload_lora(transformer)
+        transformer.unload_lora()
     with torch.no_grad():
         left = (Denoiser(transformer)(*inputs) - before).abs().max().item()
     return {name: statistics.median(values) for name, values in found.items()} | {"left_by_merging": left}

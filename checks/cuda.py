@@ -171,7 +171,7 @@ def prediction(name: str, report: Report) -> None:
         generator.load(lora)
         card.waits.clear()
         card.blocking.clear()
-        generator.generate(Request("a photo", "", 2, 4.0, 512, 512, 0, 1.0, False, "png", 80), lora)
+        generator.generate(Request(prompt="a photo", steps=2, width=512, height=512, seed=0), lora)
     waits, offloaded = sum(card.waits.values()), "offloaded" in name
     report.check(log[0].count("offloaded") == 2 * offloaded, f"{name}: {log[0]}")
     report.check(waits <= PREDICTION_WAITS, f"{name}: {waits} waits for the GPU {dict(card.waits)}")

@@ -205,7 +205,10 @@ def _check_together(config: TrainConfig) -> None:
 
 
 def config_yaml(config: TrainConfig) -> str:
-    """The configuration as the YAML file that the input `config` takes; read again it is equal to `config`."""
+    """The configuration as the YAML file that the input `config` takes.
+
+    Read again it is equal to `config`, except that a U+0085, a line break of YAML, becomes a line feed.
+    """
     options = asdict(config) | {
         "resolution": list(config.resolution),
         "placeholder_token": ",".join(config.placeholder_token) or None,

@@ -58,22 +58,6 @@ class Processes:
             torch.distributed.all_gather_object(parts, part, group=self.group)
         return [value for found in parts for value in found]
 
-    def broadcast(self, value: T) -> T:
-        """The value of rank 0."""
-        return self.all_gather([value])[0]
-
-    def all_reduce_min(self, number: int) -> int:
-        """The smallest of the processes' numbers."""
-        return min(self.all_gather([number]))
-
-    def all_reduce_max(self, number: int) -> int:
-        """The largest of the processes' numbers."""
-        return max(self.all_gather([number]))
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        self.all_gather([])
-
     def check_same(self, what: str, value: Any) -> None:
         """Raise ValueError in all processes unless they have the same value; `what` names it."""
         found = self.all_gather([value])

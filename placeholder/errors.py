@@ -18,18 +18,12 @@ DISK_WORDS = ("No space left on device", "Disk quota exceeded")  # safetensors p
 DISK_NUMBERS = (errno.ENOSPC, errno.EDQUOT)
 
 
-class _Short(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        """Python refuses to write integers of more than 4300 digits."""
-        return super().repr_int(x, level) if x.bit_length() < 1000 else f"an integer of {x.bit_length()} bits"
-
-
-_SHORT = _Short()
-
-
 def shown(value: object) -> str:
     """A value as an error message shows it: its repr, cut short however large or nested it is."""
-    return _SHORT.repr(value)
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "too long a number"
 
 
 def quoted(name: str) -> str:
@@ -96,19 +90,17 @@ def readable_errors(advice: str = "use a machine with more memory") -> Iterator[
 
 def _sentence(error: BaseException, advice: str) -> str | None:
     """The sentence for an error, or for one that was being handled when it was raised: libraries fail while they clean up."""
+    if out_of_memory(error):
+        return f"out of memory: {advice}"
     for cause in causes(error):
-        text = str(cause)
-        if isinstance(cause, MemoryError) or any(words in text for words in MEMORY_WORDS):
-            return f"out of memory: {advice}"
-        if getattr(cause, "errno", None) in DISK_NUMBERS or any(words in text for words in DISK_WORDS):
+        if getattr(cause, "errno", None) in DISK_NUMBERS or any(words in str(cause) for words in DISK_WORDS):
             return "the disk is full: make room for the output, and for temporary files or name a folder with room in TMPDIR"
     return None
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the error, or one that it follows from, says that the memory of the host or of a GPU is exhausted."""
-    found = [*causes(error)]
-    return any(isinstance(cause, MemoryError) or any(words in str(cause) for words in MEMORY_WORDS) for cause in found)
+    return any(isinstance(cause, MemoryError) or any(words in str(cause) for words in MEMORY_WORDS) for cause in causes(error))
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -5,21 +5,21 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from placeholder.config import DEFAULT_PLACEHOLDER, OPTIONS, TOKEN, TrainConfig
+from placeholder.config import OPTIONS, TOKEN, TrainConfig
 from placeholder.devices import deterministic, free_memory, peak_bytes, reset_peak
 from placeholder.distributed import SINGLE_PROCESS, Processes
 from placeholder.errors import Log
 from placeholder.job import Job, Stop
-from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict, unload_lora
+from placeholder.lora.adapter import load_lora, lora_metadata, lora_state_dict
 from placeholder.model.base import BaseModel
 from placeholder.report.report import Report
 from placeholder.report.samples import grid_prompts
-from placeholder.report.trackers import TrackedSteps, WandbTracker
+from placeholder.report.trackers import WandbTracker, show_step
 from placeholder.training.checkpoint import Checkpoint, CheckpointWriter, prepare_folder
 from placeholder.training.context import Context, Training, checkpoint_facts, compiles, schedule, with_seed
 from placeholder.training.diagnostics import diagnose
@@ -32,12 +32,7 @@ from placeholder.transformer.compile import compiled_blocks, uncompiled
 from placeholder.weights.archive import Weights, add_files, content_digest, read_weights, write_weights
 from placeholder.weights.metadata import modelspec, training_meta
 
-
-class Observer(Protocol):
-    """Shows or keeps what a training does; the loop knows none of them."""
-
-    def step(self, step: Step) -> None:
-        """Take a step in."""
+Observer = Callable[[Step], None]  # shows or keeps what a training does; the loop knows none of them
 
 
 def finetune(
@@ -67,12 +62,14 @@ def finetune(
         start = context.start if isinstance(context.start, Checkpoint) else None
         progress = Progress(config.steps, training.tokens, log, training.state.step, start and start.facts["progress"])
         report = Report(training, context, lambda: stop.wanted) if config.report and first else None
-        observers: list[Observer] = [progress, *filter(None, [report])]
+        observers: list[Observer] = [progress.step]
+        if report:
+            observers.append(report.step)
         if job.tracker and first:
-            observers.append(TrackedSteps(tracker, training, config, progress, report))
+            observers.append(partial(show_step, tracker, training, config, progress, report))
         if job.checkpoints and first:
             made_by = partial(checkpoint_facts, training, config, progress, shared)
-            observers.append(CheckpointWriter(job.checkpoints, training.state, made_by, log, stop))
+            observers.append(CheckpointWriter(job.checkpoints, training.state, made_by, log, stop).step)
         stop.heeded = job.checkpoints is not None  # in every process: the last checkpoint needs all of them for its step
         train(training, context, progress, observers)
         stop.heeded = False
@@ -102,15 +99,11 @@ def resolve(job: Job, base: BaseModel, log: Log, processes: Processes) -> tuple[
         processes.check_same("the base model", not Path(base.source).is_dir() and (base.source, base.revision))
     if start is not None:
         config = resumed_config(start, config, shared)
-    config = replace(processes.broadcast(with_seed(config, log)), torch_compile=compiles(config, base.device))
+    config, *_ = processes.all_gather([with_seed(config, log)])  # with the seed of the first process
+    config = replace(config, torch_compile=compiles(config, base.device))
     if job.checkpoints is not None and processes.rank == 0:
         prepare_folder(job.checkpoints, source)
         log(f"Checkpoints: every {job.checkpoints.every} steps")
-    if DEFAULT_PLACEHOLDER in config.tokens:
-        log(
-            f"Placeholder token: {DEFAULT_PLACEHOLDER} is the default name. A prediction with two archives that both use it "
-            "needs another name for one of them, given as extra_placeholder_token"
-        )
     token_options = [name for name, declared in OPTIONS.items() if declared.heading == TOKEN]
     given = [name for name in token_options if getattr(config, name) != getattr(TrainConfig(), name)]
     if given and not config.tokens:
@@ -125,7 +118,7 @@ def train(training: Training, context: Context, progress: Progress, observers: l
         for step in progress.timed(train_steps(state, schedule(context.config), context.processes)):
             with uncompiled():
                 for observer in observers:
-                    observer.step(step)
+                    observer(step)
     state.passes.release()  # the memory is needed for what follows
     free_memory()
 
@@ -199,11 +192,11 @@ def verify_archive(path: Path, trained: Weights, state: TrainState) -> None:
         latents = example.latents[None].to(state.denoiser.device)
         return state.denoiser(latents, state.denoiser.timesteps(torch.full((1,), MIDDLE_SIGMA)), embeds, example.grid)
 
-    unload_lora(transformer)
+    transformer.unload_lora()
     without = velocity()
     load_lora(transformer, stored.lora)
     with_lora = velocity()
-    unload_lora(transformer)
+    transformer.unload_lora()
     if not torch.isfinite(with_lora).all() or torch.equal(without, with_lora):
         raise RuntimeError(
             "the stored LoRA does not change what the transformer predicts: train for more steps or at a higher rate"

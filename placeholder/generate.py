@@ -29,7 +29,6 @@ from placeholder.weights.applied import Applied, AppliedWeights
 
 PROMPTS_KEPT = 32  # prompt_embeds, on the device; one takes about a megabyte
 LESS_MEMORY = "give a smaller width and height"
-PILLOW_FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 
 
 class ImageGenerator:
@@ -161,6 +160,5 @@ class ImageGenerator:
 def save_image(image: Image.Image, request: Request, folder: Path) -> Path:
     """Write the image in the request's format; `output_quality` counts for webp and jpg, png is lossless."""
     path = folder / f"output.{request.output_format}"
-    options = {} if request.output_format == "png" else {"quality": request.output_quality}
-    image.save(path, PILLOW_FORMATS[request.output_format], **options)
+    image.save(path, quality=request.output_quality)
     return path

@@ -11,12 +11,12 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from placeholder.errors import quoted
-from placeholder.lora.adapter import ADAPTER, load_lora, unload_lora
+from placeholder.lora.adapter import ADAPTER, load_lora
 from placeholder.lora.gate import TokenGate
 from placeholder.model.base import QWEN_IMAGE
 from placeholder.model.download import local_file
 from placeholder.options import checked
-from placeholder.request import PredictInputs
+from placeholder.request import Request
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
 from placeholder.tokens.prompt_encoder import tokenized
 from placeholder.tokens.vocabulary import archive_tokens
@@ -108,7 +108,7 @@ def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0, 
     """
     earlier = _loaded(pipe)
     _check(pipe, earlier)
-    lora_scale = checked(PredictInputs, {"prompt": "", "lora_scale": lora_scale}).lora_scale
+    lora_scale = checked(Request, {"prompt": "", "lora_scale": lora_scale}).lora_scale
     with local_file(str(weights)) as path:
         found = read_weights(path)
     width = pipe.text_encoder.get_input_embeddings().embedding_dim
@@ -122,7 +122,7 @@ def load(pipe: QwenImagePipeline, weights: Path | str, lora_scale: float = 1.0, 
     try:
         _apply(pipe, LoadedArchive(pipe, found, tokens, lora_scale, token_gate))
     except BaseException:
-        unload_lora(pipe.transformer)
+        pipe.transformer.unload_lora()
         if earlier is not None:
             _apply(pipe, earlier)
         raise
@@ -143,7 +143,7 @@ def unload(pipe: QwenImagePipeline) -> None:
     if set(_adapters(pipe)) - {ADAPTER}:
         pipe.transformer.delete_adapters(ADAPTER)  # another LoRA was loaded after it and stays
     else:
-        unload_lora(pipe.transformer)
+        pipe.transformer.unload_lora()
     delattr(pipe, WRAPPED)
 
 

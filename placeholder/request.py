@@ -1,10 +1,23 @@
 """The inputs of a prediction: declared once with default, range and help, and checked before any weights are touched."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from placeholder.options import DRAWN, MAX_SEED, TOKENS, Flag, Number, Text, Tokens, Whole, checked, option, options_class
+from placeholder.options import (
+    DRAWN,
+    MAX_SEED,
+    MAX_TEXT_CHARACTERS,
+    TOKENS,
+    Flag,
+    Number,
+    Text,
+    Tokens,
+    Whole,
+    checked,
+    option,
+    options_class,
+)
 
 # The sizes of the hosted qwen/qwen-image-lora, in pixels, width first.
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
@@ -39,8 +52,8 @@ SAMPLING, WEIGHTS, SIZE, FILE = "sampling", "weights", "size", "file"
 
 
 @options_class
-class PredictInputs:
-    """The inputs of `Predictor.predict`, with its names."""
+class Request:
+    """The inputs of `Predictor.predict`, with its names; `image_request` returns those that count."""
 
     prompt: Annotated[Text, option(SAMPLING)]
     """What to generate, with the placeholder token where the subject belongs, such as: a photo of <zwx>"""
@@ -86,47 +99,26 @@ class PredictInputs:
     """Quality of webp and jpg files; png is lossless."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """One image: prompts, steps and guidance, width and height in pixels, seed, LoRA scales, and the file to write."""
-
-    prompt: str
-    negative_prompt: str
-    steps: int
-    guidance: float
-    width: int
-    height: int
-    seed: int | None
-    lora_scale: float
-    go_fast: bool
-    output_format: str
-    output_quality: int
-    extra_lora_scale: float = 1.0
-    extra_placeholder_token: tuple[str, ...] = ()
-    token_gate: bool = True
-
-
 def image_request(inputs: dict[str, Any]) -> Request:
     """The request that the inputs of `Predictor.predict` ask for; those that are not given have their defaults.
 
     Raises ValueError, one sentence, for any value that is not accepted.
     """
-    given = checked(PredictInputs, inputs)
+    given = checked(Request, inputs)
     if not given.prompt.strip():
         raise ValueError("prompt is empty: describe the image, with the placeholder token where the subject belongs")
     width, height = _size(given)
-    return Request(
-        prompt=given.prompt.rstrip(" .,") + ENHANCEMENT if given.enhance_prompt else given.prompt,
-        steps=given.steps if given.num_inference_steps is None else given.num_inference_steps,
+    return replace(
+        given,
+        prompt=(given.prompt.rstrip(" .,") + ENHANCEMENT)[:MAX_TEXT_CHARACTERS] if given.enhance_prompt else given.prompt,
+        steps=given.num_inference_steps or given.steps,
         guidance=given.guidance if given.guidance_scale is None else given.guidance_scale,
         width=width,
         height=height,
-        **{name: getattr(given, name) for name in ("negative_prompt", "seed", "go_fast", "output_format", "output_quality")},
-        **{name: getattr(given, name) for name in ("lora_scale", "extra_lora_scale", "extra_placeholder_token", "token_gate")},
     )
 
 
-def _size(given: PredictInputs) -> tuple[int, int]:
+def _size(given: Request) -> tuple[int, int]:
     """Width and height in pixels, rounded down to SIDE_MULTIPLE; from the aspect ratio where they are not given."""
     width, height = given.width, given.height
     if width is None and height is None:

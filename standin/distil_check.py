@@ -32,7 +32,7 @@ from study.measures import SAMPLES
 from study.subjects import SUBJECTS, Context
 
 ARM, SUBJECT = ARMS["token, preservation"], SUBJECTS["object"]
-PLAIN = Request("", "", 50, GUIDANCE, SIDE, SIDE, 0, 1.0, False, "png", 80)
+PLAIN = Request(prompt="", guidance=GUIDANCE, width=SIDE, height=SIDE, seed=0)
 WAYS = {
     f"50 steps, guidance {GUIDANCE:g} (the default)": PLAIN,
     f"20 steps, guidance {GUIDANCE:g}": replace(PLAIN, steps=20),

@@ -141,8 +141,7 @@ def test_an_unknown_key_is_refused_with_all_the_known_ones(yaml_file):
         ("train:\n  steps: !!int ''", "tags .* are not read"),
         ("train:\n  steps: !!bool x", "tags .* are not read"),
         ("train:\n  steps: 1" + ":1" * 5000 + ".5", "config is not a YAML file"),
-        ("train:\n  steps: 0x" + "f" * 5000, "steps is an integer of 20000 bits: give a whole number"),
-        ("train:\n  resolution: 0x" + "f" * 5000, "resolution is an integer of 20000 bits: give whole numbers"),
+        ("train:\n  steps: 0x" + "f" * 5000, "steps is too long a number: give a whole number"),
         ('train:\n  "a\\nb": 1', r"unknown key train\.'a\\nb': known are"),
         ("x" * 1000 + ": 1", r"unknown section 'x+\.\.\.x+': known are"),
         ('train:\n  default_caption: "\\ud800"', r"default_caption is '\\ud800': give text"),
@@ -244,6 +243,6 @@ def test_every_float_and_every_text_survives_the_yaml_exactly(rate, strength, wo
 
 
 def test_the_longest_texts_still_fit_into_the_yaml(yaml_file):
-    longest = "x" + "\x01" * (MAX_TEXT_CHARACTERS - 1)
+    longest = "x" + "\U0010ffff" * (MAX_TEXT_CHARACTERS - 1)
     config = TrainConfig(autocaption=True, default_caption=longest, class_word=longest, autocaption_prefix=longest)
     assert train_config({}, yaml_file(config_yaml(config))) == config

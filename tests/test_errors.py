@@ -47,7 +47,7 @@ def test_a_huge_or_nested_value_is_shown_short():
         nested = [nested]
     assert len(shown("x" * 10_000)) < 100
     assert len(shown(nested)) < 100
-    assert shown([10**5000]) == "[an integer of 16610 bits]"
+    assert shown([10**5000]) == "too long a number"
 
 
 @pytest.mark.parametrize(

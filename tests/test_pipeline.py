@@ -99,7 +99,7 @@ def test_the_image_is_the_one_of_our_own_prediction(archive, pipe, generator, ze
     path = {"several vectors": vectors, "baseline": baseline.archive}.get(archive, zero_prior.archive)
     scale = 1.7 if archive == "scale" else 1.0
     placeholder.load(pipe, str(path), lora_scale=scale)
-    request = Request(PROMPT, NEGATIVE, 3, 4.0, 64, 64, 7, scale, False, "png", 80)
+    request = Request(prompt=PROMPT, negative_prompt=NEGATIVE, steps=3, width=64, height=64, seed=7, lora_scale=scale)
     expected = np.asarray(generator.generate(request, path)) / 255
     found = images(pipe)
     assert np.abs(found[0] - expected).max() <= 1.01 / 255

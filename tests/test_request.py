@@ -3,9 +3,9 @@
 import pytest
 
 from placeholder.options import options_of
-from placeholder.request import PredictInputs, image_request
+from placeholder.request import Request, image_request
 
-DEFAULTS = {name: option.default for name, option in options_of(PredictInputs).items()} | {"prompt": "a photo of <zwx>"}
+DEFAULTS = {name: option.default for name, option in options_of(Request).items()} | {"prompt": "a photo of <zwx>"}
 
 
 def request(**inputs):
@@ -48,6 +48,7 @@ def test_minus_one_draws_a_seed_zero_is_one_and_scales_may_be_negative():
 def test_enhance_prompt_appends_the_model_cards_words():
     assert request(prompt="a cat.", enhance_prompt=True).prompt == "a cat, Ultra HD, 4K, cinematic composition."
     assert request(prompt="a cat.").prompt == "a cat."
+    assert len(request(prompt="a" * 20_000, enhance_prompt=True).prompt) == 20_000
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import gzip
 import io
 import re
+import shutil
 import stat
 import struct
 import tarfile
@@ -22,7 +23,6 @@ from placeholder.data.entries import (
     Limits,
     OverrunError,
     Tally,
-    inner_archive,
     is_clutter,
     plain_names,
 )
@@ -30,16 +30,8 @@ from placeholder.data.zip_names import zip_names
 from placeholder.errors import HEAD_BYTES, check_download, label, quoted, reason
 
 BLOCK_BYTES = 1024**2
-MAGIC_BYTES = 6
 ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")  # APPNOTE.TXT 4.3.7 and, for an empty archive, 4.3.16
 GZIP_MAGIC = b"\x1f\x8b"  # RFC 1952, section 2.3.1
-OTHER_MAGIC = {  # each format's own description of its first bytes
-    b"7z\xbc\xaf\x27\x1c": "7z",
-    b"Rar!\x1a\x07": "rar",
-    b"\xfd7zXZ\x00": "xz",
-    b"BZh": "bzip2",
-    b"\x28\xb5\x2f\xfd": "zstd",
-}
 # What the standard library raises for archives that were cut or changed; ValueError for impossible names and numbers.
 DAMAGE = (
     OverrunError,
@@ -71,18 +63,12 @@ def open_archive(path: Path | str, limits: Limits = LIMITS) -> Iterator[Archive]
     if not path.is_file():
         raise ValueError(f"{name} is not a file: give a zip or tar archive")
     with path.open("rb") as file:
-        check_download(name, file.read(HEAD_BYTES))
-        file.seek(0)
-        magic = file.read(MAGIC_BYTES)
-        for start, kind in OTHER_MAGIC.items():
-            if magic.startswith(start):
-                raise ValueError(f"{name} is a {kind} archive, which is not supported: pack the files as a zip")
+        head = file.read(HEAD_BYTES)
+        check_download(name, head)
         tally = Tally(name, file.seek(0, io.SEEK_END), limits)
         file.seek(0)
-        opened = _zip(file, tally) if magic.startswith(ZIP_MAGIC) else _tar(file, tally, magic.startswith(GZIP_MAGIC))
+        opened = _zip(file, tally) if head.startswith(ZIP_MAGIC) else _tar(file, tally, head.startswith(GZIP_MAGIC))
         with opened as archive:
-            if inner := inner_archive(archive.names):
-                raise ValueError(f"{name} holds nothing but another archive, {quoted(inner)}: give that one")
             yield archive
 
 
@@ -194,22 +180,14 @@ def _archive(name: str, files: list[Entry], open_info: Callable) -> Archive:
     entries = plain_names(name, files)
 
     def read(entry_name: str) -> bytes:
-        size = entries[entry_name].size
+        size, content = entries[entry_name].size, io.BytesIO()
         with _damage_named(name), open_info(entries[entry_name].info) as stream:
-            content = _up_to(size + 1, stream)
-        if len(content) != size:
+            shutil.copyfileobj(stream, content, BLOCK_BYTES)  # no memory is allocated because a header claims it
+        if content.tell() != size:
             raise ValueError(f"{name}: {quoted(entry_name)} does not hold the {size} bytes it claims: pack the archive again")
-        return content
+        return content.getvalue()
 
     return Archive(name, entries, read)
-
-
-def _up_to(size: int, stream: BinaryIO) -> bytes:
-    """About `size` bytes, or as many as there are, read in blocks: no memory is allocated because a header claims it."""
-    content = io.BytesIO()
-    while content.tell() < size and (block := stream.read(BLOCK_BYTES)):
-        content.write(block)
-    return content.getvalue()
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from placeholder.errors import quoted
 MAX_ENTRY_BYTES = 2 * 1024**3
 JUNK_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 FOLDER_SETTINGS = ("desktop.ini", "thumbs.db")  # of Windows Explorer
-ARCHIVE_NAME = re.compile(r"\.(zip|tar|t?gz|tbz2?|txz|7z|rar|bz2|xz|zst)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -156,9 +155,3 @@ def unwrapped(archive: Archive, top: Collection[str]) -> Archive:
         names = {name.partition("/")[2]: stored for name, stored in names.items()}
     entries = {name: archive.entries[stored] for name, stored in names.items()}
     return Archive(archive.name, entries, lambda name: archive.read(names[name]))
-
-
-def inner_archive(names: Iterable[str]) -> str | None:
-    """The name of the only file, if that is an archive itself; None otherwise."""
-    own = [name for name in names if not is_clutter(name)]
-    return own[0] if len(own) == 1 and ARCHIVE_NAME.search(own[0]) else None

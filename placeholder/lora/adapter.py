@@ -77,7 +77,7 @@ def load_lora(transformer: nn.Module, state: dict[str, Tensor], adapter: str = A
         if not torch.equal(applied[key].cpu(), state[key].to(applied[key].dtype).cpu()):
             wrong.add(key)
     if wrong:
-        unload_lora(transformer)
+        transformer.unload_lora()
         raise RuntimeError(f"{len(wrong)} LoRA weights were not applied, among them {quoted(min(wrong))}")
 
 
@@ -109,11 +109,6 @@ def overwrite_lora(transformer: nn.Module, state: dict[str, Tensor]) -> bool:
         for key, value in state.items():
             parameters[key].copy_(value)
     return True
-
-
-def unload_lora(transformer: nn.Module) -> None:
-    """Remove every LoRA; the transformer is the base model again, bit for bit."""
-    transformer.unload_lora()
 
 
 @contextmanager

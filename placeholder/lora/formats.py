@@ -135,7 +135,7 @@ def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any], alphas: Mappi
 
     `state` has keys `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r); `metadata` is its PEFT
     configuration, empty for alpha = rank; `alphas` are those of single modules, which come first. Scaled weights are fp32: fp16
-    would lose small numbers. Raises ValueError for settings of other methods, and tensors that are no matrices of floats.
+    would lose small numbers. Raises ValueError for settings of other methods, and matrices that are no floats.
     """
     others = [name for name in UNSUPPORTED_METADATA if metadata.get(name)]
     if others:
@@ -147,8 +147,6 @@ def fold_scale(state: dict[str, Tensor], metadata: dict[str, Any], alphas: Mappi
         )
     folded = {}
     for key, value in state.items():
-        if value.ndim != 2 or 0 in value.shape:
-            raise ValueError(f"the LoRA has {quoted(key)} of shape {tuple(value.shape)}: expected two dimensions")
         if value.dtype not in DTYPES:
             raise ValueError(f"the LoRA has {quoted(key)} in {value.dtype}: save it in float32, bfloat16 or float16")
         if key.endswith(B):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 from PIL.Image import Image
 
 from placeholder.config import config_yaml
@@ -120,14 +119,8 @@ class Report:
 def render(**contents: Any) -> str:
     """The page of index.html.jinja; a name in `contents` that it needs and does not get is an error."""
     environment = Environment(loader=FileSystemLoader(PAGE.parent), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"bdi": _bdi, "cut": lambda text: text if len(text) <= MAX_CAPTION else f"{text[:MAX_CAPTION]}..."}
+    environment.filters["cut"] = lambda text: text if len(text) <= MAX_CAPTION else f"{text[:MAX_CAPTION]}..."
     return environment.get_template(PAGE.name).render(contents)
-
-
-def _bdi(value: Any) -> Markup:
-    """Text as HTML; <bdi> keeps right-to-left text from reordering what follows."""
-    text = escape(value)
-    return text if text.isascii() else Markup("<bdi>") + text + Markup("</bdi>")
 
 
 def base_notes(base: BaseModel) -> list[str]:

@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -163,21 +163,13 @@ def _own_environment(folder: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-@dataclass(frozen=True)
-class TrackedSteps:
-    """Observes the steps for a tracker: it shows those that have a progress line or samples."""
-
-    tracker: WandbTracker
-    training: Training
-    config: TrainConfig
-    progress: Progress
-    report: Report | None
-
-    def step(self, step: Step) -> None:
-        """Show the step; progress and report have taken it in before."""
-        point, samples = self.progress.curve[-1], self.report.samples.get(step.number, []) if self.report else []
-        scalars = step_scalars(step.number, self.config, self.training, point) if point.step == step.number else {}
-        self.tracker.step(step.number, scalars, samples)
+def show_step(
+    tracker: WandbTracker, training: Training, config: TrainConfig, progress: Progress, report: Report | None, step: Step
+) -> None:
+    """Show a step that has a progress line or samples; progress and report have taken it in before."""
+    point, samples = progress.curve[-1], report.samples.get(step.number, []) if report else []
+    scalars = step_scalars(step.number, config, training, point) if point.step == step.number else {}
+    tracker.step(step.number, scalars, samples)
 
 
 def step_scalars(step: int, config: TrainConfig, training: Training, point: Point) -> dict[str, float]:

@@ -9,10 +9,10 @@ from pydantic import SecretStr
 
 from placeholder.job import TRAIN_INPUTS
 from placeholder.options import Option, options_of
-from placeholder.request import PredictInputs
+from placeholder.request import Request
 
 PROGRAM = "python -m placeholder"
-INPUTS: dict[str, dict[str, Option]] = {"train": TRAIN_INPUTS, "predict": options_of(PredictInputs)}
+INPUTS: dict[str, dict[str, Option]] = {"train": TRAIN_INPUTS, "predict": options_of(Request)}
 POSITIONAL = {"train": "dataset", "predict": "prompt"}
 DESCRIPTIONS = {
     "train": "Train a LoRA, and optionally a placeholder token, on images; writes the weights archive.",

@@ -61,7 +61,7 @@ def _train(job: Job, log: Log, stop: Stop) -> bool:
     gc.enable()
     processes = Processes.from_environment()
     _finetune(job, log, processes, stop)
-    processes.barrier()  # no machine is done before the archive is there
+    processes.all_gather([])  # no machine is done before the archive is there
     PartialState().destroy_process_group()
     return processes.rank == 0
 

@@ -178,12 +178,12 @@ def _computed(compute: Callable[[], list[Tensor]], state: TrainState, processes:
     while True:
         try:
             found = compute()
-            outcome = processes.all_reduce_max(DONE)
+            outcome = max(processes.all_gather([DONE]))
             if outcome == DONE:
                 return found
         except RuntimeError as error:
             if out_of_memory(error):  # also where it is wrapped in an error of the compiler
-                outcome = processes.all_reduce_max(state.lever)
+                outcome = max(processes.all_gather([state.lever]))
                 if outcome == HOPELESS:
                     raise
             elif state.compiled is not None and state.compiled.failed(error):

@@ -117,7 +117,7 @@ def plan_photos(
     check_dataset(context.start, digest)
     longest = max(map(len, prompts_of(captions, config, tokenizer, tokens, _silent).all))
     largest = max((_grid(pixels) for photo in photos for pixels in photo.crops), key=math.prod)
-    free = context.processes.all_reduce_min(context.base.free_bytes())
+    free = min(context.processes.all_gather([context.base.free_bytes()]))
     config = replace(config, autocaption=descriptions is None)
     plan = plan_memory(context.base, config, largest, longest, free, stored_need(context.start))
     for line in plan.lines():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from placeholder.errors import Log, shown
-from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora, unload_lora
+from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, FAST_ADAPTER, load_lora, overwrite_lora
 from placeholder.lora.gate import TokenGate
 from placeholder.model.base import BaseModel
 from placeholder.tokens.placeholder_tokens import PlaceholderTokens
@@ -76,7 +76,7 @@ class AppliedWeights:
         if not self.applied and not self.has_fast:
             return
         self.applied = INCOMPLETE
-        unload_lora(self.transformer)
+        self.transformer.unload_lora()
         self._reset()
 
     def scale(self, scale: float, extra_scale: float, fast: bool) -> None:

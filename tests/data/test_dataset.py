@@ -70,6 +70,7 @@ def test_the_report_counts_and_names_everything_that_was_skipped(read):
         ({"a.png": b"no image"}, r"a\.png: its content is no image"),
         ({"a.txt": b"alone"}, r"a\.txt: a caption without an image"),
         ({"a.pdf": b"%PDF"}, r"a\.pdf: not an image"),
+        ({"folder/inner.zip": b"PK"}, r"folder/inner\.zip: not an image"),
     ],
 )
 def test_a_dataset_without_a_usable_image_gets_its_sentence_with_the_reasons(entries, reason, read):

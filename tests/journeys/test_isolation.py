@@ -90,7 +90,7 @@ def test_an_interruption_anywhere_while_an_offloaded_transformer_gets_weights(ba
         ("plain", "both", "load_lora", 1, "return"),
         ("plain", "both", "load_lora", 2, "return"),
         ("named", "switched", "overwrite_lora", 1, "return"),
-        ("named", "plain", "unload_lora", 1, "call"),
+        ("named", "plain", "PeftAdapterMixin.unload_lora", 1, "call"),
         ("named", "plain", "AppliedWeights._reset", 1, "call"),
     ],
 )

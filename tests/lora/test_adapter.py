@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from placeholder.lora.adapter import ADAPTER, A, B, add_lora, load_lora, lora_metadata, lora_state_dict, unload_lora
+from placeholder.lora.adapter import ADAPTER, A, B, add_lora, load_lora, lora_metadata, lora_state_dict
 from placeholder.model.loading import load_transformer
 from placeholder.training.losses import Denoiser
 
@@ -89,7 +89,7 @@ def test_a_stored_lora_comes_back_whole(transformer, base):
     load_lora(fresh, stored)
     assert torch.equal(velocity(fresh), velocity(transformer))
     assert not torch.equal(velocity(fresh), plain)
-    unload_lora(fresh)
+    fresh.unload_lora()
     assert torch.equal(velocity(fresh), plain)
 
 

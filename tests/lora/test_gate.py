@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, load_lora, unload_lora, without_lora
+from placeholder.lora.adapter import ADAPTER, EXTRA_ADAPTER, load_lora, without_lora
 from placeholder.lora.gate import TokenGate, gated
 from placeholder.model.loading import load_transformer
 from placeholder.transformer.layers import FusedLoraAddition
@@ -76,7 +76,7 @@ def test_each_sample_of_a_batch_has_its_own_adapters(fused, transformer, embeds)
     assert torch.equal(predicted(transformer, embeds), found)
     gate.remove()
     assert torch.equal(predicted(transformer, embeds), every)
-    unload_lora(transformer)
+    transformer.unload_lora()
     assert torch.equal(predicted(transformer, embeds), base)
 
 

@@ -16,7 +16,7 @@ from placeholder.request import Request
 from placeholder.transformer.checkpointing import saved_bytes
 from tests.support.bases import WatchedBase
 
-REQUEST = Request("a photo of <zwx>", "", 2, 4.0, 64, 64, 3, 1.0, False, "png", 80)
+REQUEST = Request(prompt="a photo of <zwx>", steps=2, width=64, height=64, seed=3)
 FULL_SIZE = RandomBase("Qwen-Image with random weights", torch.device("cuda"), torch.bfloat16)  # counted alone
 
 

@@ -139,8 +139,8 @@ def test_a_page_has_a_thousand_captions_at_most_and_cuts_long_ones(shown):
     lists = ("notes", "columns", "prompts", "samples", "sample_prompts", "diagnostics", "thumbnails", "seconds", "memory")
     text = render(**dict.fromkeys(lists, ()) | contents)
     assert "<title>Training of &lt;猫&gt;</title>" in text
-    assert "<h1><bdi>Training of &lt;猫&gt;</bdi></h1>" in text
-    assert text.count(f"<bdi>{'猫' * 500}...</bdi>") == 1000
+    assert "<h1>Training of &lt;猫&gt;</h1>" in text
+    assert text.count(f"<td>{'猫' * 500}...</td>") == 1000
     assert text.count(".pdf") == 200 and text.count("and 3 more") == 2
     assert "The folder captions" in text
     assert "Before and after" not in text and "Samples while" not in text and "Time" not in text

@@ -10,10 +10,10 @@ from demo.server import ROOT
 from placeholder.config import OPTIONS
 from placeholder.job import TRAIN_INPUTS as TRAIN_OPTIONS
 from placeholder.options import Option, options_of
-from placeholder.request import PredictInputs, image_request
+from placeholder.request import Request, image_request
 
 Declared = dict[str, tuple[str, dict[str, ast.expr]]]
-PREDICT_OPTIONS = options_of(PredictInputs)
+PREDICT_OPTIONS = options_of(Request)
 
 
 def declared(file: str, function: str) -> tuple[ast.FunctionDef, Declared]:

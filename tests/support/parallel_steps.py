@@ -83,12 +83,7 @@ def main(dataset: Path, base: BaseModel, folder: Path) -> None:
     told = {"every time": message(lambda: trained(dataset, CONFIG, base, processes, range(3, 1000) if last else ()))}
     told["same"] = message(lambda: processes.check_same("options", CONFIG))
     told["other"] = message(lambda: processes.check_same("the data set", "other" if last else "first"))
-    told["numbers"] = [
-        processes.all_reduce_min(processes.rank),
-        processes.all_reduce_max(processes.rank),
-        *processes.all_gather([processes.rank]),
-    ]
-    told["broadcast"] = processes.broadcast(f"from {processes.rank}")
+    told["ranks"] = processes.all_gather([processes.rank])
     (folder / f"{processes.rank}.json").write_text(json.dumps(told))
     PartialState().destroy_process_group()
 

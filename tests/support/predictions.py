@@ -12,16 +12,11 @@ from placeholder.request import Request
 
 PLAIN = Request(
     prompt="a garden at noon",
-    negative_prompt="",
     steps=6,
-    guidance=4.0,
     width=64,
     height=64,
     seed=7,
-    lora_scale=1.0,
-    go_fast=False,
     output_format="png",
-    output_quality=80,
     token_gate=False,  # what diffusers does; tests/journeys/test_gate.py has the gate
 )
 NAMED = replace(PLAIN, prompt="a photo of <zwx>")
