@@ -65,7 +65,6 @@ def test_every_loop_trains_the_one_lora_and_stands_in_the_table(wall_clock, sync
     assert list(found["arms"]) == [*ARMS, gpu.COMPILED]
     assert all(len(arm["ms"]) == 2 and arm["median_ms"] > 0 and len(arm["warm_up_ms"]) == 1 for arm in found["arms"].values())
     assert all(any("attention" in name for name in each["attention_kernels"]) for each in found["profile"].values())
-    assert found["synchronizations"] == dict.fromkeys(ARMS, 0)
     lines = gpu.table([found]).splitlines()
     assert [line.split(" | ")[2] for line in lines[2:]] == [*ARMS, gpu.COMPILED]
     assert len(eager_blocks) == 1

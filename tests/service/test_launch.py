@@ -127,7 +127,8 @@ def test_what_the_user_did_wrong_is_a_value_error_of_one_sentence(on_the_base, t
 
 def test_an_error_that_nobody_foresaw_is_told_with_its_traceback_in_the_log(dataset, tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
-    monkeypatch.setenv(MODEL_VARIABLE, str(tmp_path / "base"))  # it holds no model
+    (tmp_path / "base" / "model_index.json").touch()  # and no model
+    monkeypatch.setenv(MODEL_VARIABLE, str(tmp_path / "base"))
     log: list[str] = []
     with pytest.raises(RuntimeError, match="Error: "):
         launch.train(Job(dataset, SHORT, tmp_path / "weights.zip"), log.append)

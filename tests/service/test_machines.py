@@ -92,7 +92,7 @@ def test_two_machines_train_what_one_process_trains_with_the_batch_of_both(machi
     for name, value in alone.lora.items():
         torch.testing.assert_close(weights.lora[name], value, atol=1e-5, rtol=torch.finfo(value.dtype).eps)  # rounded to bf16
     torch.testing.assert_close(weights.embeddings["<zwx>"], alone.embeddings["<zwx>"], atol=1e-5, rtol=0)
-    assert any(value.abs().max() > 1e-3 for value in weights.lora.values())
+    assert any(value.abs().max() > 1e-3 for name, value in weights.lora.items() if "lora_B" in name)  # which starts at zero
 
 
 JOINS = """
