@@ -12,7 +12,7 @@ from placeholder.data.dataset import Photo
 from placeholder.errors import Log, label, quoted
 
 Source = Literal["file", "default", "auto"]
-MAX_FILES = 10_000  # the archive may hold twice as many
+MAX_FILES = 10_000  # an archive may hold five times as many
 SIGNS = r"<>|\[trigger\]|\[name\]"  # the places of the token; those in square brackets are ai-toolkit's
 BRACKETED = rf"{SIGNS}|<[^<>\s]+>"
 

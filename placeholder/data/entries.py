@@ -17,7 +17,7 @@ FOLDER_SETTINGS = ("desktop.ini", "thumbs.db")  # of Windows Explorer
 class Limits:
     """The limits above which an archive is refused, in bytes where nothing else is said."""
 
-    entries: int = 20_000  # files and folders
+    entries: int = 50_000  # files and folders, with those that macOS adds to each
     entry: int = MAX_ENTRY_BYTES
     total: int = 16 * 1024**3
     ratio: int = 200  # unpacked to packed; deflate reaches 1032, images and weights stay below 2
