@@ -1,5 +1,6 @@
 """The options of a training: declared once with default, range and help, read from inputs and a YAML file, checked."""
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ from placeholder.options import (
     read_sections,
 )
 
+SIGNS = r"<>|\[trigger\]|\[name\]"  # the places of the token in a text; those in square brackets are ai-toolkit's
 OPTIMIZERS = ("adamw", "adamw8bit", "adam8bit", "prodigy")
 BATCH_SIZES = (1, 2, 4)
 MAX_STEPS = 20_000
@@ -197,7 +199,7 @@ def _check_together(config: TrainConfig) -> None:
             f"sample_every is {config.sample_every}: with {config.steps} steps give at least "
             f"{-(-config.steps // MAX_SAMPLE_ROUNDS)}, or 0 for no samples"
         )
-    if "<>" in config.class_word or any(token in config.class_word for token in config.tokens):
+    if re.search("|".join([SIGNS, *map(re.escape, filter(None, config.tokens))]), config.class_word, re.IGNORECASE):
         raise ValueError(f"class_word {shown(config.class_word)} holds the token: give what the base model knows, such as dog")
     for name in ("autocaption_prefix", "autocaption_suffix"):
         if getattr(config, name) is not None and not config.autocaption:
@@ -207,7 +209,7 @@ def _check_together(config: TrainConfig) -> None:
 def config_yaml(config: TrainConfig) -> str:
     """The configuration as the YAML file that the input `config` takes.
 
-    Read again it is equal to `config`, except that a U+0085, a line break of YAML, becomes a line feed.
+    Read again it is equal to `config`, but that U+0085, a line break of YAML, becomes a space or a line feed.
     """
     options = asdict(config) | {
         "resolution": list(config.resolution),

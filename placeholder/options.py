@@ -37,7 +37,7 @@ def _number(value: Any) -> Any:
 
 def _tokens(value: Any) -> Any:
     """Tokens separated by commas, as a list; a comma at the end adds none."""
-    return [token.strip(" ") for token in value.rstrip(", ").split(",")] if isinstance(value, str) else value or ()
+    return [token.strip(" ") for token in value.strip().rstrip(", ").split(",")] if isinstance(value, str) else value or ()
 
 
 NUMERIC = BeforeValidator(_number)

@@ -95,7 +95,7 @@ def test_resolution_is_a_sorted_set_of_sides(given, sides):
 def test_lists_in_the_yaml_file_and_a_comma_at_the_end_are_taken(yaml_file):
     listed = yaml_file("train: {sample_prompts: [a <zwx>, b], resolution: [64, 128], placeholder_token: [<zwx>, <qrs>]}")
     assert train_config({}, listed) == train_config(
-        {"sample_prompts": "a <zwx>\nb", "resolution": "64,128", "placeholder_token": "<zwx>,<qrs>, "}
+        {"sample_prompts": "a <zwx>\nb", "resolution": "64,128", "placeholder_token": "<zwx>,<qrs>, \n"}
     )
     with pytest.raises(ValueError, match="sample_prompts is .*: give at most 8 prompts, one a line"):
         train_config({}, yaml_file("train: {sample_prompts: [a, 1]}"))
@@ -166,6 +166,8 @@ def test_a_yaml_file_that_is_not_there_gets_its_sentence(tmp_path):
         ({"sample_every": 100, "report": False}, "make images for the report, which is off: set report to true"),
         ({"sample_prompts": "a cat", "report": False}, "make images for the report, which is off: set report to true"),
         ({"class_word": "a <> dog"}, "class_word 'a <> dog' holds the token: give what the base model knows, such as dog"),
+        ({"class_word": "[Name]"}, r"class_word '\[Name\]' holds the token"),
+        ({"placeholder_token": "<a>,,<b>", "sample_every": 4}, "sample_every is 4"),  # and not class_word
         ({"class_word": "<a> dog", "placeholder_token": "<b>,<a>"}, "class_word '<a> dog' holds the token: give what the base"),
         ({"autocaption_prefix": "a photo of"}, "autocaption_prefix is put around the captions of autocaption, which is off"),
         ({"autocaption_suffix": "a photo of"}, "autocaption_suffix is put around the captions of autocaption, which is off"),
@@ -224,7 +226,7 @@ def test_a_configuration_can_be_written_as_yaml_and_given_again(config, yaml_fil
     assert set(read_sections(path, YAML_SECTIONS)) == set(vars(config))
 
 
-# YAML folds a next line (U+0085) as it does a line feed.
+# U+0085 is a line break of YAML, which comes back as a space or a line feed.
 LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\x85")
 
 
@@ -235,7 +237,7 @@ def test_every_float_and_every_text_survives_the_yaml_exactly(rate, strength, wo
     config = TrainConfig(
         learning_rate=rate,
         prior_preservation=strength,
-        class_word=f"x{words.replace('<>', '')}",
+        class_word=f"x{words.replace('>', '')}",
         default_caption=f"{words}x{words}",
     )
     path.write_bytes(config_yaml(config).encode())

@@ -34,22 +34,22 @@ def undescribed(photos: list[Photo], config: TrainConfig) -> list[Photo]:
 
 def draft(config: TrainConfig) -> str:
     """The longest description there may be, for the memory plan and for checks before the descriptions are made."""
-    return " ".join(config.tokens[:1] * DRAFT_MENTIONS) + DRAFT_WORDS
+    return " ".join(_meant(config)[:1] * DRAFT_MENTIONS) + DRAFT_WORDS
 
 
 def check_autocaption(config: TrainConfig) -> None:
     """Raise ValueError where nothing says which of several tokens an image without a caption shows."""
-    if len(config.tokens) > 1 and not _named_around(config):
+    if config.tokens and not _meant(config):
         raise ValueError(
             f"autocaption cannot tell which of {', '.join(config.tokens)} an image shows: name one in autocaption_prefix or "
             "autocaption_suffix, or write a .txt caption next to each image"
         )
 
 
-def _named_around(config: TrainConfig) -> list[str]:
-    """The tokens that autocaption_prefix or autocaption_suffix names."""
+def _meant(config: TrainConfig) -> list[str]:
+    """The tokens that may be meant where there is no caption: the only one, or those that prefix or suffix names."""
     around = f"{config.autocaption_prefix or ''} {config.autocaption_suffix or ''}"
-    return [token for token in config.tokens if token in around]
+    return [token for token in config.tokens if len(config.tokens) == 1 or token in around]
 
 
 def instruction(config: TrainConfig) -> str:
@@ -57,7 +57,7 @@ def instruction(config: TrainConfig) -> str:
 
     Of several tokens that is the first one that autocaption_prefix or autocaption_suffix names.
     """
-    named = config.tokens if len(config.tokens) == 1 else _named_around(config)
+    named = _meant(config)
     if not named:
         return INSTRUCTION
     class_word = " ".join(config.class_word.split())

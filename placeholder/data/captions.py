@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
-from placeholder.config import DEFAULT_CAPTION, DEFAULT_PLACEHOLDER, WITHOUT_TOKEN, TrainConfig
+from placeholder.config import DEFAULT_CAPTION, DEFAULT_PLACEHOLDER, SIGNS, WITHOUT_TOKEN, TrainConfig
 from placeholder.data.dataset import Photo
 from placeholder.errors import Log, label, quoted
 
 Source = Literal["file", "default", "auto"]
 MAX_FILES = 10_000  # an archive may hold five times as many
-SIGNS = r"<>|\[trigger\]|\[name\]"  # the places of the token; those in square brackets are ai-toolkit's
 BRACKETED = rf"{SIGNS}|<[^<>\s]+>"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from placeholder.data.archive import open_archive
 from placeholder.data.buckets import buckets_of, crop, to_image
 from placeholder.data.caption_files import CaptionFiles, is_caption_file, read_captions, stem
-from placeholder.data.entries import Archive, is_clutter
+from placeholder.data.entries import Archive, is_clutter, unwrapped
 from placeholder.data.images import FORMAT_NAMES, UNREADABLE, NotAnImageError, to_rgb
 from placeholder.data.masks import is_mask, masks_by_image, token_weights
 from placeholder.errors import Log, label, listed, reason
@@ -93,7 +93,7 @@ def read_dataset(
     photos: list[Photo] = []
     crops_bytes = 0
     with open_archive(path) as archive:
-        if set(archive.names) >= WEIGHTS_ARCHIVE:
+        if unwrapped(archive, WEIGHTS_ARCHIVE).entries.keys() >= WEIGHTS_ARCHIVE:
             raise ValueError(f"{archive.name} is what a training returns: give the images, and this as resume_from")
         images, captions, masks, skipped, notes = _contents(archive)
         left_out: list[str] = []
@@ -149,14 +149,13 @@ def _contents(archive: Archive) -> tuple[list[str], CaptionFiles, dict[str, str]
     pictured = {name: stem(name) for name in names if not is_caption_file(name)}
     images = {name: word for name, word in pictured.items() if not is_mask(word)}
     # Beside 1.jpg a 1.mov or 1.npz is no image that a caption could belong to.
-    by_suffix = {word.casefold() for name, word in images.items() if name.lower().endswith(IMAGE_SUFFIXES)}
-    owners = {
-        name: word for name, word in images.items() if name.lower().endswith(IMAGE_SUFFIXES) or word.casefold() not in by_suffix
-    }
+    meant = {name: word for name, word in images.items() if name.lower().endswith(IMAGE_SUFFIXES)}
+    by_suffix = {word.casefold() for word in meant.values()}
+    owners = {name: word for name, word in images.items() if name in meant or word.casefold() not in by_suffix}
     masks, unused = masks_by_image({name: word for name, word in pictured.items() if is_mask(word)}, owners)
     captions = read_captions(archive, [name for name in names if is_caption_file(name)], list(owners))
     skipped = dict.fromkeys(unused, "a mask without an image of that name")
-    warnings = captions.warnings() + _warnings(list(images), unused)
+    warnings = captions.warnings() + _warnings(list(meant), unused)
     return list(images), captions, masks, captions.skipped | skipped, warnings
 
 

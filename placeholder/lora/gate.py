@@ -101,7 +101,7 @@ class GatedAddition(LoraVariant):
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
         """Raise ValueError, since what is merged into the weights acts for every prompt."""
-        raise ValueError("a LoRA with a token gate cannot be fused: load it with token_gate=False, or do without fuse_lora")
+        raise ValueError("a LoRA with a token gate cannot be fused: load it again, with token_gate=False if it is to be fused")
 
     merge_safe = merge_unsafe
 

@@ -110,8 +110,9 @@ def train(given: dict[str, Any], console: Console, launch: Callable[[Job, Log], 
         inputs |= dict.fromkeys(("wandb_api_key", *WANDB_NAMES, "hf_repo_id", "hf_token"))
     path, overwrite = given.get("output", "weights.zip"), given.get("overwrite", False)
     output = output_path(path, overwrite) if first else Path(path).absolute()
-    if same := [name for name in ("dataset", "resume_from", "config") if inputs[name] == output]:
-        raise ValueError(f"output {path} would replace the file of {same[0]}: give another name")
+    for name in ("dataset", "resume_from", "config"):
+        if inputs[name] and os.path.realpath(inputs[name]) == os.path.realpath(output):
+            raise ValueError(f"output {path} would replace the file of {name}: give another name")
     with fetched(inputs, "config") as files:
         job = Job.of(inputs | files, output)
     repository = None

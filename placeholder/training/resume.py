@@ -45,8 +45,8 @@ def resumed_config(start: Checkpoint | Weights, config: TrainConfig, facts: dict
     if isinstance(start, Weights):
         _check_tokens(start, config)
         ranks = {len(value) for key, value in start.lora.items() if key.endswith(A)}
-        if ranks != {config.rank}:
-            raise ValueError(f"the LoRA to start from has rank {', '.join(map(str, sorted(ranks)))}: give the same rank")
+        if len(ranks) == 1 and ranks != {config.rank}:
+            raise ValueError(f"the LoRA to start from has rank {ranks.pop()}, this training {config.rank}: give the same")
         return config
     recorded, step, progress = (start.facts.get(name) for name in ("config", "step", "progress"))
     if not (
@@ -121,7 +121,7 @@ def apply_start(start: Checkpoint | Weights, state: TrainState, tokens: Placehol
     if wrong := sorted(key for key in fresh if fresh[key] != given[key]):
         raise ValueError(
             f"the LoRA to start from has {wrong[0]} of shape {given[wrong[0]]}, this training makes {fresh[wrong[0]]}: "
-            "it was trained on another base model"
+            "give an archive of a training like this one"
         )
     set_peft_model_state_dict(state.transformer, start.lora, adapter_name=ADAPTER)
     with torch.no_grad():

@@ -153,7 +153,7 @@ class Passes:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._graphs[key] = CapturedPass(compute, tensors, self._pool, self._stream)
         except RuntimeError as error:
-            with suppress(RuntimeError):  # PyTorch before 2.12 goes on allocating in a failed capture's pool (pytorch#180395)
+            with suppress(RuntimeError):  # PyTorch 2.11 goes on allocating in a failed capture's pool (pytorch#180395)
                 self._leave_pool()
             with torch.cuda.graph(torch.cuda.CUDAGraph(), None, self._stream, "thread_local"):
                 torch.zeros(1, device=tensors[0].device)  # a capture that ends well ends what the failed one left open

@@ -8,7 +8,7 @@ from PIL import Image
 from demo.server import ROOT
 from placeholder.config import TrainConfig
 from placeholder.data import autocaption
-from placeholder.data.autocaption import check_autocaption, describe_photos, instruction
+from placeholder.data.autocaption import check_autocaption, describe_photos, draft, instruction
 from placeholder.data.captions import trained_captions
 from placeholder.data.dataset import Photo, read_dataset
 from placeholder.distributed import Processes
@@ -23,6 +23,7 @@ def test_of_several_tokens_prefix_or_suffix_has_to_name_one():
     with pytest.raises(ValueError, match=sentence):
         check_autocaption(TWO)
     named = replace(TWO, autocaption_suffix="<b>")
+    assert "<b>" in draft(named) and "<a>" not in draft(named)  # or a token that no caption names would be found late
     check_autocaption(named)
     photos = [Photo("0.png", None, ()), Photo("1.png", "<a> runs", ())]
     assert [caption.text for caption in trained_captions(photos, named, lambda line: None, ["It sits."])] == [

@@ -6,7 +6,7 @@ from PIL import Image
 from placeholder.data.dataset import WEIGHTS_ARCHIVE, DatasetReport, Photo, dataset_digest, read_dataset
 from placeholder.data.images import FORMAT_NAMES
 from placeholder.weights.layout import LORA_NAME, META_NAME
-from tests.support.samples import encoded, picture, write_tar, write_zip
+from tests.support.samples import encoded, picture, read_zip, write_tar, write_zip
 
 PNG = encoded(picture())
 WHITE = encoded(Image.new("L", picture().size, 255))
@@ -101,11 +101,14 @@ def test_crops_that_take_too_much_together_get_their_sentence(read):
         read(entries, max_crops_bytes=bytes_of_two - 1)
 
 
-def test_a_weights_archive_is_no_data_set(zero_prior):
+def test_a_weights_archive_is_no_data_set(zero_prior, tmp_path):
     with pytest.raises(
         ValueError, match=r"zero-prior\.zip is what a training returns: give the images, and this as resume_from"
     ):
         read_dataset(zero_prior.archive, (64,))
+    packed_again = {f"weights/{name}": content for name, content in read_zip(zero_prior.archive).items()}
+    with pytest.raises(ValueError, match="is what a training returns"):
+        read_dataset(write_zip(tmp_path / "again.zip", packed_again), (64,))
     assert {META_NAME, LORA_NAME} == WEIGHTS_ARCHIVE
 
 

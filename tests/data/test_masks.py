@@ -120,6 +120,7 @@ def test_masks_that_are_not_used_and_folders_of_other_trainers_are_warned_about(
     files |= dict.fromkeys(("$RECYCLE.BIN/x.png",), encoded(picture()))
     photos, report = read_dataset(write_zip(tmp_path / "d.zip", files), (64,))
     assert [photo.file for photo in photos] == ["10_dog/a.png", "3_cat/b.png", "masks/a.png"]
+    assert report.skipped == {"c.mask.png": "a mask without an image of that name"}
     assert [line for line in report.lines() if line.startswith("Warning")] == [
         "Warning: 1 masks are of no image and not used: c.mask.png",
         "Warning: 1 images that look like masks, control or class images by their names are trained like all others: "
@@ -132,11 +133,11 @@ def test_masks_that_are_not_used_and_folders_of_other_trainers_are_warned_about(
     ("file", "warned"),
     [
         *((file, True) for file in ("a_mask.png", "a-condlabel.PNG", "a_depth.png", "Class_Images/b.png", "reg/imgs/b.png")),
-        *((file, False) for file in ("b_mask.png", "adepth.png", "region/b.png", "classic/b.png", "maskedball/b.png")),
+        *((file, False) for file in ("b_mask.png", "adepth.png", "region/b.png", "maskedball/b.png", "masks/b.npz")),
     ],
 )
 def test_images_that_other_trainers_do_not_train_as_the_subject_are_warned_about(file, warned, tmp_path):
-    files = {"a.png": encoded(picture()), file: encoded(picture())}
+    files = {"a.png": encoded(picture()), file: b"numbers" if file.endswith(".npz") else encoded(picture())}
     photos, report = read_dataset(write_zip(tmp_path / "d.zip", files), (64,))
-    assert len(photos) == 2
+    assert len(photos) == 2 - file.endswith(".npz")
     assert any("masks, control or class images" in line for line in report.lines()) == warned

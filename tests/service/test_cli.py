@@ -211,8 +211,8 @@ ERRORS = {
     "folder": (["train", "d.zip", "-o", "no/w.zip"], "error: output no/w.zip: the folder"),
     "is a folder": (["train", "d.zip", "-o", "."], "error: output . is a folder"),
     "itself": (
-        ["train", "old.zip", "-o", "old.zip", "--overwrite"],
-        "error: output old.zip would replace the file of dataset: give another name",
+        ["train", "old.zip", "-o", "./././old.zip", "--overwrite"],
+        "error: output ./././old.zip would replace the file of dataset: give another name",
     ),
     "exists": (["train", "d.zip", "-o", "old.zip"], "error: output old.zip exists: give another name, or --overwrite"),
     "weights": (["predict", "a", "--replicate-weights", "no.zip"], "error: the weights no.zip are not a file"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from placeholder.training.flow import sample_sigma, sigma_grid
+from placeholder.training.flow import flow_loss, sample_sigma, sigma_grid
 from standin.small_base import scheduler
 
 
@@ -25,3 +25,9 @@ def test_sampled_sigmas_are_logit_normal_about_the_shift_and_lie_on_the_grid(mu)
     logits = torch.logit(sigmas, eps=5e-4)  # the shift adds mu to the logit
     assert logits.mean().item() == pytest.approx(mu, abs=4 / math.sqrt(4000))
     assert logits.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_losses_are_fp32_whatever_the_base_models_dtype():
+    prediction, target = torch.randn(2, 3, 5, 4).bfloat16()
+    assert flow_loss(prediction, target).dtype == torch.float32
+    torch.testing.assert_close(flow_loss(prediction, target), flow_loss(prediction.float(), target.float()), rtol=0, atol=0)

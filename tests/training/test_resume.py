@@ -174,11 +174,11 @@ def test_a_checkpoint_of_another_data_set_or_base_is_refused(interrupted, zero_p
 def test_weights_that_the_training_cannot_start_from_are_refused(zero_prior, baseline, dataset, base, tmp_path):
     with pytest.raises(ValueError, match="were trained with no token, this training has <zwx>: give the same"):
         resumed(baseline.archive, zero_prior, dataset, base, tmp_path / "w.zip")
-    with pytest.raises(ValueError, match=r"the LoRA to start from has rank 4: give the same rank"):
+    with pytest.raises(ValueError, match=r"the LoRA to start from has rank 4, this training 8: give the same"):
         resumed(baseline.archive, baseline, dataset, base, tmp_path / "w.zip", rank=8)
     other = baseline.tensors(LORA) | {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 32)}
     save_file(other, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"has .*to_q\.lora_A.* of shape \(4, 32\), this training makes \(4, 64\): it was"):
+    with pytest.raises(ValueError, match=r"has .*to_q\.lora_A.* of shape \(4, 32\), this training makes \(4, 64\): give an"):
         resumed(tmp_path / "other.safetensors", baseline, dataset, base, tmp_path / "w.zip")
     fewer = {key: value for key, value in baseline.tensors(LORA).items() if "transformer_blocks.0.attn.to_q.lora_A" not in key}
     save_file(fewer, tmp_path / "fewer.safetensors")

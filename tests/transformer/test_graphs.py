@@ -165,6 +165,20 @@ def test_only_so_many_shapes_are_captured_and_a_line_says_so(
     assert log == [f"CUDA graphs: {captured} shapes of images and prompts are captured, others run without"]
 
 
+def test_graphs_that_were_dropped_leave_room_for_others(gpu, monkeypatch, base, tokenizer, text_encoder):
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
+    parts = Parts(base, tokenizer, text_encoder)
+    parts.passes = graphs.Passes(GPU, parts.transformer, print)
+    made = parts.steps(30, caption_dropout=0.5)
+    for _ in range(20):
+        next(made)
+    assert len(Rerun.made) == 1
+    parts.passes.release()
+    for _ in made:
+        pass
+    assert len(Rerun.made) == 2
+
+
 def test_graphs_leave_some_memory_and_a_line_says_so(gpu, monkeypatch, base, tokenizer, text_encoder):
     log = []
     monkeypatch.setattr(graphs, "unreserved_bytes", lambda device: graphs.LEFT_FREE - (len(Rerun.made) == 3))
