@@ -1,5 +1,6 @@
 """A whole training: a job in, a verified weights archive out."""
 
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -46,8 +47,8 @@ def finetune(
 
     Where `stop` is wanted, a last checkpoint is left and StoppedError raised. Of several processes the first alone writes and
     returns, the others return None.
-    Raises ValueError for a bad data set, token or start before any weight is loaded, and RuntimeError when the loss stops being
-    finite or the archive cannot be verified.
+    Raises ValueError for a bad data set, token or start before any weight is loaded, and RuntimeError without room for the
+    archive, when the loss stops being finite, or when the archive cannot be verified.
     """
     stop = stop or Stop()
     context, shared = resolve(job, base, log, processes)
@@ -59,12 +60,12 @@ def finetune(
         stack.enter_context(deterministic(base.device, config.deterministic))
         reset_peak()
         training = prepare(job.dataset, context, grid_prompts)
+        if first:
+            check_disk(job.output, training.state)
         start = context.start if isinstance(context.start, Checkpoint) else None
         progress = Progress(config.steps, training.tokens, log, training.state.step, start and start.facts["progress"])
         report = Report(training, context, lambda: stop.wanted) if config.report and first else None
-        observers: list[Observer] = [progress.step]
-        if report:
-            observers.append(report.step)
+        observers: list[Observer] = [progress.step, *([report.step] if report else [])]
         if job.tracker and first:
             observers.append(partial(show_step, tracker, training, config, progress, report))
         if job.checkpoints and first:
@@ -81,9 +82,8 @@ def finetune(
             report.end()
         grid = ("\n".join(training.shown_prompts), report.grid) if report and report.grid else None
         tracker.end(config.steps, meta, grid)
-        write_verified(
-            job.output, training, meta, context, lambda: report.files(progress.curve, meta, diagnostics) if report else {}
-        )
+        files = partial(report.files, progress.curve, meta, diagnostics) if report else dict
+        write_verified(job.output, training, meta, context, files)
         return meta
 
 
@@ -109,6 +109,16 @@ def resolve(job: Job, base: BaseModel, log: Log, processes: Processes) -> tuple[
     if given and not config.tokens:
         log(f"Not used, since no placeholder token is trained: {', '.join(given)}")
     return Context(config, base, log, processes, start), shared
+
+
+def check_disk(output: Path, state: TrainState) -> None:
+    """Raise RuntimeError where the disk has no room for the LoRA in bf16, before it is trained."""
+    needed, free = 2 * sum(parameter.numel() for parameter in state.lora), shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise RuntimeError(
+            f"the disk of {output.parent} has {free / 1e6:.0f} MB free, the archive needs {needed / 1e6:.0f} MB: make room, or "
+            "name another output"
+        )
 
 
 def train(training: Training, context: Context, progress: Progress, observers: list[Observer]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -315,6 +316,18 @@ def test_bad_input_is_refused_before_any_weight_is_loaded(captions, tokens, sent
     with pytest.raises(ValueError, match=sentence):
         train(dataset, replace(ZERO_PRIOR, placeholder_token=tokens), tmp_path / "weights.zip", watched)
     assert set(watched.loaded) <= {"tokenizer"}
+
+
+def test_an_output_without_room_for_the_lora_is_refused_before_the_first_step(dataset, base, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=1000 if folder == tmp_path else 10**12))
+    with pytest.raises(RuntimeError, match="the disk of .* has 0 MB free, the archive needs 0 MB: make room, or name another"):
+        finetune_module.finetune(Job(dataset, TrainConfig(**SHORT), tmp_path / "weights.zip"), base, lines.append)
+    assert (
+        any(line.startswith("LoRA: rank") for line in lines)
+        and not any("%|" in line for line in lines)
+        and not [*tmp_path.glob("weights*")]
+    )
 
 
 def test_an_unbracketed_token_is_warned_about_in_the_log(base, tmp_path):
